@@ -1,0 +1,5 @@
+"""`python -m mlx_grpo` is `mlx-grpo`."""
+
+from mlx_grpo.cli import main
+
+main()

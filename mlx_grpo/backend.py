@@ -1,0 +1,159 @@
+"""Where the arithmetic happens: BLAS on Linux CPUs, the compute policy, memory figures.
+
+One policy object decides how frozen weights are held; nothing else in the package asks what the
+device is.
+
+- Metal and CUDA: the packed weights stay packed, MLX's quantized kernels do the work, activations
+  are bf16.
+- Linux CPU: MLX's 4-bit and bf16 kernels are 10 to 100 times slower than an fp32 BLAS, so the
+  frozen weights are expanded once to fp32 (the same values), and a LoRA may be merged into them for
+  passes without a gradient.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+
+
+def _load_openblas() -> str | None:
+    """Load OpenBLAS before MLX: its symbols then take the place of the slow BLAS in the `mlx-cpu`
+    wheel.
+
+    Returns the library's name, or None where there is none (macOS needs none: Accelerate is
+    linked).
+    """
+    if sys.platform != "linux":
+        return None
+    for name in ("libopenblas.so.0", "libopenblas.so"):
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return None
+
+
+OPENBLAS = _load_openblas()
+
+import mlx.core as mx  # noqa: E402  (after OpenBLAS, see above)
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+
+OPENBLAS_HINT = (
+    "OpenBLAS not found, MLX will be about 50 times slower: apt-get install libopenblas0-pthread"
+)
+
+
+@dataclass(frozen=True)
+class ComputePolicy:
+    """How frozen weights are held and what activations are."""
+
+    device: str
+    """`cpu`, `metal` or `cuda`."""
+    dense: bool
+    """Expand quantized weights once to `dtype` instead of using the quantized kernels."""
+    dtype: mx.Dtype
+    """Dtype of activations (and of the weights where `dense`)."""
+
+    @property
+    def merge_lora(self) -> bool:
+        """Whether passes without a gradient use W + scale * (A B)^T: one matmul instead of
+        three."""
+        return self.dense
+
+
+def device_name() -> str:
+    """`metal`, `cuda` or `cpu`: the device MLX computes on by default."""
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def physical_memory() -> int:
+    """Bytes of RAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def choose_policy(parameters: int) -> ComputePolicy:
+    """Choose for a model of `parameters` weights: packed on a GPU; on a CPU dense fp32 while it
+    fits in half the RAM."""
+    device = device_name()
+    if device != "cpu":
+        return ComputePolicy(device, dense=False, dtype=mx.bfloat16)
+    return ComputePolicy(device, dense=parameters * 4 < physical_memory() / 2, dtype=mx.float32)
+
+
+def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The dense twin of a quantized Linear or Embedding; values are computed in fp32."""
+    weight = mx.dequantize(
+        module.weight,
+        module.scales.astype(mx.float32),
+        module.biases.astype(mx.float32),
+        group_size=module.group_size,
+        bits=module.bits,
+    ).astype(dtype)
+    if isinstance(module, nn.QuantizedEmbedding):
+        dense = nn.Embedding(1, 1)
+    else:
+        dense = nn.Linear(1, 1, bias="bias" in module)
+        if "bias" in module:
+            dense.bias = module.bias.astype(dtype)
+    dense.weight = weight
+    return dense
+
+
+def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
+    """Bring a freshly loaded model into the form of `policy`, in place, one module at a time to
+    bound the peak."""
+    if policy.dense:
+        quantized = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        ]
+        while quantized:
+            name, module = quantized.pop()
+            dense = _expanded(module, policy.dtype)
+            mx.eval(dense.parameters())
+            model.update_modules(tree_unflatten([(name, dense)]))
+            del module
+    # Packed integer weights stay; scales, biases, norms and dense weights get the policy's dtype.
+    floats = [
+        (name, value.astype(policy.dtype))
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    ]
+    model.update(tree_unflatten(floats))
+    mx.eval(model.parameters())
+
+
+def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
+    """(exp(z - max) [N, V], max [N, 1]) of fp32 logits, which the caller must not use afterwards.
+
+    On a CPU numpy's vectorised exp takes 0.8 ns per element where MLX's takes 28, and a softmax
+    over a vocabulary would cost more than the matmul that made it; so there it overwrites the
+    evaluated buffer in place.
+    """
+    if device_name() != "cpu":
+        top_N1 = z_NV.max(axis=-1, keepdims=True)
+        return mx.exp(z_NV - top_N1), top_N1
+    mx.eval(z_NV)
+    values = np.asarray(z_NV)
+    top = values.max(axis=-1, keepdims=True)
+    np.subtract(values, top, out=values)
+    np.exp(values, out=values)
+    return z_NV, mx.array(top)
+
+
+def raise_wired_limit() -> None:
+    """On Metal, let MLX wire as much memory as the system recommends; elsewhere there is nothing to
+    do."""
+    if device_name() == "metal":
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+
+
+def peak_memory() -> int:
+    """Bytes at MLX's highest since the last `reset_peak_memory`."""
+    return int(mx.get_peak_memory())

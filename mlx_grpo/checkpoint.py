@@ -1,0 +1,99 @@
+"""Atomic, verified checkpoints; knows files, not training.
+
+A checkpoint is a directory `step-NNNNNN` with `adapter.safetensors`, `optimizer.safetensors`,
+`state.json` and a `manifest.json` (sha256, shapes, dtypes). It is written under a temporary name,
+flushed, renamed; then the pointer `latest` is replaced and old ones are pruned. Loading verifies
+the manifest and walks back to the newest good one.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import atomic_directory, read_json, sha256, write_json, write_text
+from mlx_grpo.models.lora import Parameters, load_arrays, save_arrays
+
+MANIFEST = "manifest.json"
+ARRAYS = ("adapter", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on."""
+
+    iteration: int
+    adapter: Parameters
+    optimizer: Parameters
+    state: dict[str, Any]
+
+
+def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `directory/step-NNNNNN`, move the pointer, prune all but the newest `keep`."""
+    target = directory / f"step-{checkpoint.iteration:06d}"
+    with atomic_directory(target, replace=True) as temporary:
+        contents = {"adapter": checkpoint.adapter, "optimizer": checkpoint.optimizer}
+        for name, arrays in contents.items():
+            save_arrays(temporary / f"{name}.safetensors", arrays)
+        write_json(temporary / "state.json", checkpoint.state)
+        write_json(temporary / MANIFEST, _manifest(temporary, contents))
+    write_text(directory / "latest", target.name + "\n")
+    for old in step_directories(directory)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def _manifest(directory: Path, contents: dict[str, Parameters]) -> dict[str, Any]:
+    files = {p.name: sha256(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
+    tensors = {
+        f"{group}/{name}": [list(value.shape), str(value.dtype)]
+        for group, arrays in contents.items()
+        for name, value in arrays.items()
+    }
+    return {"files": files, "tensors": tensors}
+
+
+def step_directories(directory: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    return sorted(directory.glob("step-[0-9]*"), reverse=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        InputError: a file is missing or differs from the manifest; the file is named.
+    """
+    manifest = read_json(path / MANIFEST)
+    for name, expected in manifest.get("files", {}).items():
+        file = path / name
+        if not file.is_file():
+            raise InputError(f"{file}: missing")
+        if sha256(file) != expected:
+            raise InputError(f"{file}: does not match the manifest (sha256); the file is damaged")
+    state = read_json(path / "state.json")
+    adapter, optimizer = (load_arrays(path / f"{name}.safetensors") for name in ARRAYS)
+    found = {f"adapter/{n}": v for n, v in adapter.items()} | {
+        f"optimizer/{n}": v for n, v in optimizer.items()
+    }
+    described = {n: [list(v.shape), str(v.dtype)] for n, v in found.items()}
+    if described != manifest.get("tensors"):
+        raise InputError(f"{path / MANIFEST}: tensors differ from the files")
+    return Checkpoint(state["iteration"], adapter, optimizer, state)
+
+
+def load_newest(directory: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that did not.
+
+    Raises:
+        InputError: none is usable.
+    """
+    skipped: list[str] = []
+    for path in step_directories(directory):
+        try:
+            return load(path), skipped
+        except InputError as e:
+            skipped.append(str(e))
+    reason = "; ".join(skipped) or "there is none"
+    raise InputError(f"{directory}: no usable checkpoint ({reason}); start anew without --resume")

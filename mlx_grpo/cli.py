@@ -1,0 +1,289 @@
+"""The command line: flags to configuration, errors to one line, nothing else."""
+
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_grpo import __version__
+from mlx_grpo.config import (
+    RewardTrainConfig,
+    TrainConfig,
+    build_config,
+    field_help,
+    field_types,
+    typed_flags,
+)
+from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
+
+app = typer.Typer(
+    help="GRPO for language models on Apple silicon.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+UsageError: Any = typer.BadParameter.__mro__[
+    1
+]  # typer carries its own copy of click, which it does not export
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0 when done, 2 for bad input, 130 when interrupted."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+    except InputError as e:
+        Console().error(" ".join(str(e).split()))
+        code = 2
+    except UsageError as e:
+        Console().error(f"{e.format_message()} (see --help)")
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        Console().error("interrupted; the last checkpoint is valid, go on with --resume")
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        code if isinstance(code, int) else 0
+    )  # skip a second of tearing down gigabytes of arrays
+
+
+def with_flags(
+    cls: type, repeated: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of a configuration class; the function receives those
+    given as `flags`.
+
+    Args:
+        repeated: fields whose option may be given several times.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        kinds = typing.get_type_hints(command, include_extras=True)
+        own = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kinds[p.name])
+            for p in list(inspect.signature(command).parameters.values())[1:]
+        ]
+        options = [
+            _option(cls, field.name, field.default, field.name in repeated) for field in fields(cls)
+        ]
+        names = [option.name for option in options]
+
+        def wrapper(**arguments: Any) -> None:
+            given = {n: arguments.pop(n) for n in names}
+            command({n: v for n, v in given.items() if v not in (None, [])}, **arguments)
+
+        wrapper.__doc__ = command.__doc__
+        wrapper.__name__ = command.__name__
+        wrapper.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*options, *own)}
+        return wrapper
+
+    return decorate
+
+
+def _option(cls: type, name: str, default: Any, repeated: bool) -> inspect.Parameter:
+    kind = field_types(cls)[name]
+    text = field_help(cls)[name]
+    if typing.get_origin(kind) is typing.Literal:
+        text += f" One of: {', '.join(typing.get_args(kind))}."
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    text += f" (default: {shown})" if shown else ""
+    flag = "--K" if name == "K" else f"--{name.replace('_', '-')}"
+    plain = (
+        list[str] if repeated else str
+    )  # read as text, so that one place checks types for flags and files
+    metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
+        kind, "CHOICE" if "One of" in text else "LIST"
+    )
+    option = typer.Option(flag, help=text, show_default=False, metavar=metavar)
+    annotation = Annotated[plain | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _version(show: bool) -> None:
+    if show:
+        Console().say(f"mlx-grpo {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """GRPO for language models on Apple silicon: one process, one set of 4-bit weights, three
+    roles."""
+
+
+@app.command()
+def demo(
+    work: Annotated[Path, typer.Option(help="Directory for weights/ and runs/.")] = Path("."),
+    iterations: Annotated[int, typer.Option(help="Training iterations.", min=1)] = 12,
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 42,
+    quiet: Quiet = False,
+) -> None:
+    """The whole story on an embedded model: convert, train against a reward model, show what
+    changed."""
+    from mlx_grpo.demo import demo as run
+
+    run(work, iterations, seed, Console(quiet))
+
+
+@app.command()
+def convert(
+    sft: Annotated[
+        str | None, typer.Option(help="SFT model: directory, .gguf file, or Hub id.")
+    ] = None,
+    rm: Annotated[str | None, typer.Option(help="Reward model: directory or Hub id.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory that gets sft-4bit/ and rm-4bit/.")] = Path(
+        "weights"
+    ),
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 4, 8 or 16.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 64,
+    texts: Annotated[
+        Path, typer.Option(help="Prompts with a `response`, on which the cost is measured.")
+    ] = Path("data/eval_prompts.jsonl"),
+    verify: Annotated[bool, typer.Option(help="Measure what quantization cost.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing directories.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert an SFT model and a reward model to MLX 4-bit."""
+    from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+
+    if bits not in (4, 8, 16):
+        raise InputError(f"--bits: must be 4, 8 or 16, not {bits}")
+    if group_size not in (32, 64, 128):
+        raise InputError(f"--group-size: must be 32, 64 or 128, not {group_size}")
+    if not sft and not rm:
+        raise InputError("nothing to convert; give --sft, --rm or both")
+    if verify and not texts.is_file():
+        raise InputError(
+            f"{texts}: no such file; give --texts FILE, or --no-verify to skip the measurement"
+        )
+    ui, target, measured = Console(quiet), Quantization(bits, group_size), texts if verify else None
+    rows = []
+    if sft:
+        with ui.working("converting the SFT model"):
+            rows.append(
+                convert_sft(locate(sft, revision), out / "sft-4bit", target, measured, force)
+            )
+    if rm:
+        with ui.working("converting the reward model"):
+            rows.append(
+                convert_rm(
+                    locate(rm, revision), out / "rm-4bit", out / "sft-4bit", target, measured, force
+                )
+            )
+    ui.table(
+        "Converted",
+        ("directory", "parameters", "bits/weight", "size", "what it cost"),
+        [
+            (
+                str(r.path),
+                f"{r.parameters / 1e6:.1f} M",
+                f"{r.bits_per_weight:.2f}",
+                f"{r.bytes / 1e6:.1f} MB",
+                r.cost.describe(),
+            )
+            for r in rows
+        ],
+    )
+
+
+@app.command()
+@with_flags(TrainConfig, repeated=("seed", "reward"))
+def train(
+    flags: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the fields below.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One iteration; nothing is kept.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a LoRA on the SFT model with GRPO. --seed may be given several times: the runs follow
+    one another."""
+    from mlx_grpo.trainer import train as run
+
+    seeds = flags.pop("seed", [])
+    first = build_config(config, set or (), {**flags, **({"seed": seeds[0]} if seeds else {})})
+    configs = [first]
+    if len(seeds) > 1:
+        numbered = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
+        configs = [
+            replace(c, output=f"{first.output}/seed-{c.seed}" if first.output else "")
+            for c in numbered
+        ]
+    for c in configs:
+        run(c, Console(quiet), resume, dry_run)
+
+
+@app.command("train-rm")
+@with_flags(RewardTrainConfig)
+def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
+    """Train a reward model on preference pairs: LoRA and scalar head on the SFT model,
+    Bradley-Terry loss."""
+    from mlx_grpo.train_rm import train_rm
+
+    ui = Console(quiet)
+    config = RewardTrainConfig(**typed_flags(RewardTrainConfig, flags))
+    with ui.working("training the reward model"):
+        quality = train_rm(config, ui.say)
+    ui.table(
+        f"Held-out pairs ({quality.pairs})",
+        ("accuracy", "calibration error", "loss", "shorter answer wins"),
+        [
+            (
+                f"{quality.accuracy:.1%}",
+                f"{quality.calibration_error:.3f}",
+                f"{quality.loss:.3f}",
+                f"{quality.shorter_wins:.1%}",
+            )
+        ],
+    )
+    ui.say(
+        f"written to {config.output}; use it with 'mlx-grpo convert --rm {config.output}' or "
+        "'mlx-grpo train --rm-model'"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="Which adapter: best or final.")] = "",
+    rubric: Annotated[
+        bool, typer.Option("--rubric", help="Also judge by the rubric of the demo.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a run's adapter with the SFT model on held-out prompts: reward, KL, perplexity, win
+    rate."""
+    from mlx_grpo.compare import compare_run, show_comparison
+
+    ui = Console(quiet)
+    show_comparison(ui, compare_run(run, prompts, adapter, ui), rubric)
+
+
+if __name__ == "__main__":
+    main()

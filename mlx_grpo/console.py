@@ -1,0 +1,99 @@
+"""All that is shown while something runs: rich on a terminal, plain lines otherwise. The only place
+that prints."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+
+class Console:
+    """Where the program speaks. `quiet` leaves warnings and errors only."""
+
+    def __init__(self, quiet: bool = False):
+        self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
+        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._status: Status | None = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.out.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """One line on standard error."""
+        self.err.print(Text(f"warning: {text}", style="yellow"))
+
+    def error(self, text: str) -> None:
+        """One line on standard error."""
+        self.err.print(Text(f"error: {text}", style="red"))
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A spinner on a terminal while the block runs."""
+        if not self.out.is_terminal:
+            yield
+            return
+        with self.out.status(what) as self._status:
+            yield
+        self._status = None
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Text beside the spinner; nothing where there is no terminal."""
+        if self._status:
+            self._status.update(f"{what} {done}/{total}")
+
+    def iteration(self, metrics: dict[str, Any], total: int) -> None:
+        """One line for a training iteration."""
+        m = metrics
+        line = (
+            f"{m['step']:>4}/{total}  reward {m['reward']:+.3f}  kl "
+            f"{m['kl']:.4f}/{m['kl/target']:.3g}  "
+            f"beta {m['kl/beta']:.3g}  clip {m['clip_ratio/region_mean']:.3f}  "
+            f"length {m['completions/mean_length']:.0f}  finished "
+            f"{1 - m['completions/clipped_ratio']:.0%}  "
+            f"dead {m['frac_reward_zero_std']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "
+            f"{m['memory/peak'] / 1e9:.2f} GB  {m['time/iteration']:.1f} s  left "
+            f"{duration(m['time/left'])}"
+        )
+        self.say(line)
+
+    def evaluation(self, step: int, metrics: dict[str, Any], note: str) -> None:
+        """One line for an evaluation."""
+        self.say(
+            f"{step:>4}  held-out: reward {metrics['eval_reward']:+.3f}  kl "
+            f"{metrics['eval_kl']:.4f}  "
+            f"perplexity {metrics['eval_perplexity']:.2f}  length "
+            f"{metrics['eval_completions/mean_length']:.0f}  "
+            f"finished {1 - metrics['eval_completions/clipped_ratio']:.0%}  {note}"
+        )
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False
+    ) -> None:
+        """A small table; the first column is a label."""
+        table = Table(title=title, title_justify="left", show_lines=lines)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 or lines else "right")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.out.print(table, soft_wrap=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02} min"
+        if hours
+        else f"{minutes} min {rest:02} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -1,0 +1,238 @@
+"""GGUF (llama architecture) to mlx-lm weights, configuration and tokenizer, without a change of any
+value.
+
+Only tensor types that MLX reads exactly are accepted; K-quants are not (MLX decodes Q4_K wrongly
+without a word). Format: ggml's `docs/gguf.md`.
+"""
+
+import json
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.errors import InputError
+
+GGUF_GROUP_SIZE = 32
+EXACT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}
+TENSOR_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+# value types of GGUF metadata: struct codes; 8 is a string, 9 an array
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+
+def tensor_types(path: Path) -> dict[str, int]:
+    """ggml type number of every tensor, read from the file's header.
+
+    Raises:
+        InputError: not a GGUF file of version 2 or 3, or cut short.
+    """
+    with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise InputError(f"{path}: not a GGUF file")
+        try:
+            return _walk_header(data)
+        except (struct.error, UnicodeDecodeError):
+            raise InputError(
+                f"{path}: damaged or incomplete GGUF header; fetch the file again"
+            ) from None
+
+
+def _walk_header(data: mmap.mmap) -> dict[str, int]:
+    position = 4
+
+    def take(code: str) -> Any:
+        nonlocal position
+        (value,) = struct.unpack_from("<" + code, data, position)
+        position += struct.calcsize("<" + code)
+        return value
+
+    def string() -> str:
+        nonlocal position
+        length = take("Q")
+        if position + length > len(data):
+            raise struct.error
+        position += length
+        return data[position - length : position].decode()
+
+    def skip(kind: int) -> None:
+        if kind == 8:
+            string()
+        elif kind == 9:
+            inner, count = take("I"), take("Q")
+            for _ in range(count):
+                skip(inner)
+        elif kind in SCALARS:
+            take(SCALARS[kind])
+        else:
+            raise struct.error
+
+    take("I")
+    tensors, pairs = take("Q"), take("Q")
+    for _ in range(pairs):
+        string()
+        skip(take("I"))
+    types = {}
+    for _ in range(tensors):
+        name = string()
+        for _ in range(take("I")):
+            take("Q")
+        types[name] = take("I")
+        take("Q")
+    return types
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, Any]]:
+    """Return (config.json, weights under mlx-lm names, GGUF metadata).
+
+    Raises:
+        InputError: another architecture than llama, or a tensor type that MLX does not read
+            exactly.
+    """
+    for name, kind in tensor_types(path).items():
+        if kind not in EXACT_TYPES:
+            raise InputError(
+                f"{path}: tensor '{name}' has ggml type {kind}, which MLX does not read exactly; "
+                f"use a file with {', '.join(EXACT_TYPES.values())}"
+            )
+    weights, metadata = mx.load(str(path), return_metadata=True)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(
+            f"{path}: GGUF architecture '{architecture}' is not supported; use 'llama'"
+        )
+    config = _config(metadata, weights)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    renamed = {}
+    for name, value in weights.items():
+        if ".attn_q." in name or ".attn_k." in name:
+            value = _unpermute(value, heads if ".attn_q." in name else kv_heads)
+        renamed[_mlx_name(path, name)] = value
+    mx.eval(renamed)
+    return config, renamed, metadata
+
+
+def _mlx_name(path: Path, name: str) -> str:
+    parts = name.split(".")
+    prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
+    stem, leaf = parts[-2], parts[-1]
+    if stem not in TENSOR_NAMES:
+        raise InputError(f"{path}: tensor '{name}' has no place in a llama model of mlx-lm")
+    return f"{prefix}{TENSOR_NAMES[stem]}.{leaf}"
+
+
+def _unpermute(rows: mx.array, heads: int) -> mx.array:
+    """Undo llama.cpp's reordering of rotary rows, (h, d/2, 2) back to (h, 2, d/2); works on packed
+    weights too."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _config(metadata: dict[str, Any], weights: dict[str, mx.array]) -> dict[str, Any]:
+    def number(key: str) -> Any:
+        return metadata[f"llama.{key}"].item()
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": number("embedding_length"),
+        "num_hidden_layers": number("block_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_attention_heads": number("attention.head_count"),
+        "num_key_value_heads": number("attention.head_count_kv"),
+        "rms_norm_eps": round(number("attention.layer_norm_rms_epsilon"), 12),
+        "rope_theta": number("rope.freq_base"),
+        "max_position_embeddings": number("context_length"),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in weights,
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"].item(),
+    }
+    bits = {
+        name.removesuffix(".scales"): 8
+        * weights[name.removesuffix("scales") + "weight"].nbytes
+        // (scales.size * GGUF_GROUP_SIZE)
+        for name, scales in weights.items()
+        if name.endswith(".scales")
+    }
+    if bits:
+        default = min(bits.values())
+        config["quantization"] = {"group_size": GGUF_GROUP_SIZE, "bits": default} | {
+            _mlx_name(Path("GGUF"), f"{name}.weight").removesuffix(".weight"): {
+                "group_size": GGUF_GROUP_SIZE,
+                "bits": b,
+            }
+            for name, b in bits.items()
+            if b != default
+        }
+    return config
+
+
+def write_tokenizer(metadata: dict[str, Any], directory: Path, source: Path) -> None:
+    """Rebuild a byte-level BPE tokenizer from GGUF metadata into `tokenizer.json` and
+    `tokenizer_config.json`.
+
+    Raises:
+        InputError: a tokenizer model or pre-tokenizer this function does not rebuild exactly.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
+        raise InputError(
+            f"{source}: tokenizer '{kind}' with pre-tokenizer '{pre}' is not supported"
+        )
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(m.split(" ", 1)) for m in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        if pre == "smollm"
+        else byte_level
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control, user_defined = 3, 4  # ggml's token types
+    token_types = metadata["tokenizer.ggml.token_type"].tolist()
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, special=kind == control, normalized=False)
+            for t, kind in zip(tokens, token_types, strict=True)
+            if kind in (control, user_defined)
+        ]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["model_max_length"] = metadata["llama.context_length"].item()
+    for role, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            config[f"{role}_token"] = tokens[token_id.item()]
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,0 +1,193 @@
+"""JSONL files to prompts and preference pairs; every complaint names file, line and field."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.rng import permutation
+from mlx_grpo.types import FinishReason, PreferencePair, Prompt
+
+ROLES = ("system", "user", "assistant")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", object) for each line that is not blank.
+
+    Raises:
+        InputError: the file is missing, a line is not JSON or not an object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise InputError(
+                f"{path}:{number}: not valid JSON ({e.msg} at column {e.colno})"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
+    """Read prompts; those longer than `max_tokens` after the chat template are left out and
+    counted.
+
+    Returns:
+        (prompts, number left out).
+
+    Raises:
+        InputError: a bad row, or nothing left.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    too_long = 0
+    for place, row in read_jsonl(path):
+        messages = row_messages(place, row)
+        identifier = str(row.get("id", place.rsplit(":", 1)[1]))
+        if identifier in seen:
+            raise InputError(
+                f"{place}: field 'id' repeats '{identifier}' of {seen[identifier]}; ids must be "
+                "unique"
+            )
+        seen[identifier] = place
+        ids = prompt_tokens(place, tokenizer, messages)
+        if len(ids) > max_tokens:
+            too_long += 1
+            continue
+        response = row.get("response")
+        if response is not None and not (isinstance(response, str) and response.strip()):
+            raise InputError(f"{place}: field 'response' must be a text that is not empty")
+        fields = {k: v for k, v in row.items() if k not in ("id", "prompt", "messages", "response")}
+        prompts.append(Prompt(identifier, messages, ids, response, fields))
+    if not prompts:
+        reason = (
+            f"all {too_long} prompts are longer than {max_tokens} tokens"
+            if too_long
+            else "no prompts"
+        )
+        raise InputError(f"{path}: {reason}; see --max-prompt-length")
+    return prompts, too_long
+
+
+def row_messages(place: str, row: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    """The conversation of a row: its `messages`, or its `prompt` as one user message."""
+    if "prompt" in row and "messages" in row:
+        raise InputError(f"{place}: has both 'prompt' and 'messages'; keep one")
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+            raise InputError(f"{place}: field 'prompt' must be a text that is not empty")
+        return ({"role": "user", "content": row["prompt"]},)
+    messages = row.get("messages")
+    if messages is None:
+        raise InputError(f"{place}: field 'prompt' is missing (or 'messages')")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{place}: field 'messages' must be a list that is not empty")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise InputError(
+                f"{place}: field 'messages[{i}].role' must be one of {', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise InputError(
+                f"{place}: field 'messages[{i}].content' must be a text that is not empty"
+            )
+    if messages[-1]["role"] == "assistant":
+        raise InputError(
+            f"{place}: field 'messages' ends with the assistant; the last message must ask"
+        )
+    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+
+
+def prompt_tokens(
+    place: str, tokenizer: Any, messages: tuple[dict[str, str], ...]
+) -> tuple[int, ...]:
+    """The chat template applied to the conversation, with the opening of an answer.
+
+    Raises:
+        InputError: the template refuses the conversation, as Gemma's does with a system message.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+    except TemplateError as e:
+        raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def answer_tokens(
+    tokenizer: Any, text: str, finish_reason: FinishReason = "stop"
+) -> tuple[int, ...]:
+    """Tokens of an answer as the policy would sample it: the stop token closes it unless it was cut
+    off."""
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    return (*ids, tokenizer.eos_token_id) if finish_reason == "stop" else ids
+
+
+def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[PreferencePair], int]:
+    """Read preference pairs; those with an answer beyond `max_tokens` (prompt included) are left
+    out and counted.
+
+    Optional fields `chosen_finish_reason` and `rejected_finish_reason` (`stop` or `length`) tell
+    answers that ended by themselves from answers that were cut off.
+    """
+    pairs: list[PreferencePair] = []
+    too_long = 0
+    for place, row in read_jsonl(path):
+        prompt_ids = prompt_tokens(place, tokenizer, row_messages(place, row))
+        answers = []
+        for side in ("chosen", "rejected"):
+            text, reason = row.get(side), row.get(f"{side}_finish_reason", "stop")
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{place}: field '{side}' must be a text that is not empty")
+            if reason not in ("stop", "length"):
+                raise InputError(
+                    f"{place}: field '{side}_finish_reason' must be 'stop' or 'length'"
+                )
+            answers.append(answer_tokens(tokenizer, text, reason))
+        if answers[0] == answers[1]:
+            raise InputError(
+                f"{place}: 'chosen' and 'rejected' are the same answer; remove the row"
+            )
+        if len(prompt_ids) + max(map(len, answers)) > max_tokens:
+            too_long += 1
+            continue
+        pairs.append(
+            PreferencePair(str(row.get("id", place.rsplit(":", 1)[1])), prompt_ids, *answers)
+        )
+    if not pairs:
+        raise InputError(
+            f"{path}: no usable pairs ({too_long} longer than {max_tokens} tokens); see "
+            "--max-length"
+        )
+    return pairs, too_long
+
+
+def order(seed: int, epoch: int, n: int) -> list[int]:
+    """The order in which an epoch visits n prompts."""
+    return permutation(seed, "order", epoch, n=n)
+
+
+def batch_indices(seed: int, iteration: int, batch_size: int, n: int) -> list[int]:
+    """Indices of the prompts of an iteration: the epochs' orders laid end to end and cut into
+    batches; none is dropped."""
+    first = iteration * batch_size
+    epochs: dict[int, list[int]] = {}
+    indices = []
+    for position in range(first, first + batch_size):
+        epoch, place = divmod(position, n)
+        epochs.setdefault(epoch, order(seed, epoch, n))
+        indices.append(epochs[epoch][place])
+    return indices

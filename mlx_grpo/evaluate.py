@@ -1,0 +1,187 @@
+"""How good is a policy on held-out prompts: reward, KL, perplexity, length; which checkpoint is
+best; who wins."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.data import answer_tokens
+from mlx_grpo.grpo import kl_k3_sum
+from mlx_grpo.logprob import token_logps
+from mlx_grpo.models.reward_model import pad_right
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.rewards import RewardMix
+from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.types import Group, Prompt
+
+PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
+
+Answers = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one policy on held-out prompts."""
+
+    reward: float
+    """Mean raw reward of the policy's own answers."""
+    kl: float
+    """KL to the reference on the policy's own answers, k3, nats per token."""
+    perplexity: float
+    """Perplexity of reference answers."""
+    mean_length: float
+    """Tokens per answer."""
+    finished: float
+    """Share of answers that ended by themselves."""
+    rewards: tuple[float, ...]
+    """Raw reward of each answer."""
+    groups: tuple[Group, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        return {
+            "eval_reward": self.reward,
+            "eval_kl": self.kl,
+            "eval_perplexity": self.perplexity,
+            "eval_completions/mean_length": self.mean_length,
+            "eval_completions/clipped_ratio": 1 - self.finished,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Everything an evaluation needs but the policy."""
+
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    prompts: tuple[Prompt, ...]
+    answers: Answers
+    """Reference answers by prompt id, for the perplexity."""
+    rewards: RewardMix
+    reference: Stages
+    sampling: Sampling
+    seed: int
+
+    def __call__(
+        self,
+        sampler: Any,
+        policy: Stages,
+        on_prompt: Callable[[str, int, int], None] = lambda *_: None,
+    ) -> Evaluation:
+        """Evaluate the policy whose model for sampling is `sampler` (the same weights, perhaps
+        merged)."""
+        groups = sample_answers(self, sampler, on_prompt)
+        totals, _ = self.rewards(groups)
+        kl = 0.0 if policy is self.reference else self._kl(groups, policy, on_prompt)
+        flat = [r for row in totals for r in row]
+        completions = [c for g in groups for c in g.completions]
+        return Evaluation(
+            reward=sum(flat) / len(flat),
+            kl=kl,
+            perplexity=perplexity(policy, self.prompts, self.answers),
+            mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
+            finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
+            rewards=tuple(flat),
+            groups=tuple(groups),
+        )
+
+    def _kl(
+        self, groups: Sequence[Group], policy: Stages, on_prompt: Callable[[str, int, int], None]
+    ) -> float:
+        total = tokens = 0.0
+        for done, group in enumerate(groups):
+            on_prompt("KL", done, len(groups))
+            prompt_1S = mx.array([group.prompt.token_ids])
+            tokens_KT, mask_KT = completion_arrays(group)
+            logp_KT, ref_KT = (
+                token_logps(stages, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature or 1.0)
+                for stages in (policy, self.reference)
+            )
+            total += kl_k3_sum(logp_KT, ref_KT, mask_KT).item()
+            tokens += mask_KT.sum().item()
+        return total / tokens
+
+
+def sample_answers(
+    evaluator: Evaluator, sampler: Any, on_prompt: Callable[[str, int, int], None] = lambda *_: None
+) -> list[Group]:
+    """The policy's answers to the held-out prompts, with the evaluator's fixed keys."""
+    return rollout(
+        sampler,
+        evaluator.tokenizer,
+        evaluator.stop_ids,
+        evaluator.prompts,
+        evaluator.sampling,
+        evaluator.seed,
+        PURPOSE,
+        on_wave=lambda done, total: on_prompt("answers", done, total),
+    )
+
+
+def completion_arrays(group: Group) -> tuple[mx.array, mx.array]:
+    """(tokens int [K, T], mask fp32 [K, T]) of a group's completions, padded on the right."""
+    tokens_KT, lengths = pad_right([c.token_ids for c in group.completions])
+    mask_KT = mx.arange(tokens_KT.shape[1])[None] < mx.array(lengths)[:, None]
+    return tokens_KT, mask_KT.astype(mx.float32)
+
+
+def reference_answers(
+    tokenizer: Any, prompts: Sequence[Prompt], answer: Callable[[Sequence[Prompt]], list[Group]]
+) -> Answers:
+    """The file's `response` where it has one, else what the reference model answers (asked once,
+    with fixed keys)."""
+    written = {p.id: answer_tokens(tokenizer, p.response) for p in prompts if p.response}
+    missing = [p for p in prompts if not p.response]
+    drawn = {g.prompt.id: g.completions[0].token_ids for g in answer(missing)} if missing else {}
+    return written | drawn
+
+
+def perplexity(policy: Stages, prompts: Sequence[Prompt], answers: Answers) -> float:
+    """exp of the mean negative log-prob per token of the reference answers, at temperature 1."""
+    total = tokens = 0.0
+    for prompt in prompts:
+        row_1T = mx.array([answers[prompt.id]])
+        logp_1T = token_logps(policy, mx.array([prompt.token_ids]), row_1T, mx.ones(row_1T.shape))
+        total -= logp_1T.sum().item()
+        tokens += row_1T.size
+    return math.exp(min(total / tokens, 700.0))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far; `step` is None until one passes the gate."""
+
+    step: int | None = None
+    perplexity: float = math.inf
+
+    def passed_by(self, evaluation: Evaluation, target: float) -> bool:
+        """The KL gate, then the perplexity."""
+        return evaluation.kl < target and evaluation.perplexity < self.perplexity
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of prompts on which the second policy scores higher; ties count half."""
+
+    wins: float
+    prompts: int
+
+    @property
+    def share(self) -> float:
+        return self.wins / self.prompts
+
+    def wilson(self, z: float = 1.959964) -> tuple[float, float]:
+        """95 % interval (E. B. Wilson 1927, J. Am. Stat. Assoc. 22, p. 209)."""
+        n, p = self.prompts, self.share
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, middle + half
+
+
+def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
+    """Compare two policies prompt by prompt."""
+    wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
+    return WinRate(wins, len(before))

@@ -1,0 +1,131 @@
+"""The mathematics of GRPO, pure: group advantages, clipped surrogate, KL estimators.
+
+For one prompt with K answers of reward s_i (Shao et al. 2024, arXiv:2402.03300, section 4.1):
+
+    A_i     = s_i - mean(s)                                        (not divided by std(s): Liu et
+    al. 2025, arXiv:2503.20783) ratio_t = exp(logp_t - old_logp_t) L       = -sum_t w_t *
+    min(ratio_t A_i, clip(ratio_t, 1 - eps_low, 1 + eps_high) A_i)
+
+with weights w that sum to one over all real tokens of a minibatch (or to a constant, Dr. GRPO).
+There is no KL term in the loss: the KL to the reference enters through the reward
+(`kl_controller.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+Aggregation = Literal["sequence", "token", "constant"]
+RatioLevel = Literal["token", "sequence"]
+AdvantageScale = Literal["none", "std"]
+STD_EPSILON = 1e-4
+
+
+def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx.array:
+    """Advantages [P, K]: reward minus the mean of its group, optionally divided by the group's
+    standard deviation.
+
+    Source: arXiv:2402.03300, section 4.1.2; `none` is Dr. GRPO's choice, arXiv:2503.20783, section
+    3.1. The standard deviation is the sample one (K - 1), as in TRL.
+    """
+    centred_PK = rewards_PK - rewards_PK.mean(axis=-1, keepdims=True)
+    # Equal rewards must give exact zeros: a group without a preference costs no update.
+    equal_P1 = (rewards_PK == rewards_PK[:, :1]).all(axis=-1, keepdims=True)
+    centred_PK = mx.where(equal_P1, 0.0, centred_PK)
+    if scale == "std":
+        ddof = 1 if rewards_PK.shape[-1] > 1 else 0
+        centred_PK = centred_PK / (
+            mx.std(rewards_PK, axis=-1, keepdims=True, ddof=ddof) + STD_EPSILON
+        )
+    return centred_PK
+
+
+def token_weights(
+    mask_KT: mx.array, aggregation: Aggregation, completions: int, tokens: int, max_tokens: int
+) -> mx.array:
+    """Weight of every token of one group, [K, T], in the loss of a minibatch.
+
+    Args:
+        mask_KT: 1 on real completion tokens.
+        aggregation: `sequence`: mean over tokens, then over completions; `token`: mean over all
+            tokens (DAPO, arXiv:2503.14476, eq. 8); `constant`: sum over tokens divided by the
+            longest possible completion, mean over completions (Dr. GRPO, arXiv:2503.20783).
+        completions: completions in the minibatch.
+        tokens: real completion tokens in the minibatch.
+        max_tokens: the sampling limit.
+    """
+    if aggregation == "token":
+        return mask_KT / tokens
+    if aggregation == "constant":
+        return mask_KT / (completions * max_tokens)
+    return mask_KT / (mx.maximum(mask_KT.sum(axis=-1, keepdims=True), 1) * completions)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Clip range of the ratio and the level at which the ratio is taken."""
+
+    low: float = 0.2
+    high: float = 0.2
+    level: RatioLevel = "token"
+    """`token`: each token's own ratio; `sequence`: one ratio per completion, the geometric mean
+    (GSPO, arXiv:2507.18071)."""
+
+
+def log_ratio(
+    logp_KT: mx.array, old_logp_KT: mx.array, mask_KT: mx.array, level: RatioLevel
+) -> mx.array:
+    """Log of the importance ratio, [K, T]; at sequence level the same number along a row."""
+    difference_KT = (logp_KT - old_logp_KT) * mask_KT
+    if level == "token":
+        return difference_KT
+    mean_K1 = difference_KT.sum(axis=-1, keepdims=True) / mx.maximum(
+        mask_KT.sum(axis=-1, keepdims=True), 1
+    )
+    return mx.broadcast_to(mean_K1, mask_KT.shape)
+
+
+def clipped_surrogate(
+    logp_KT: mx.array,
+    old_logp_KT: mx.array,
+    advantages_K: mx.array,
+    mask_KT: mx.array,
+    weights_KT: mx.array,
+    clip: Clip,
+) -> mx.array:
+    """The loss, a scalar: PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7),
+    negated and weighted."""
+    ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
+    clipped_KT = mx.clip(ratio_KT, 1 - clip.low, 1 + clip.high)
+    advantages_K1 = advantages_K[:, None]
+    return -(weights_KT * mx.minimum(ratio_KT * advantages_K1, clipped_KT * advantages_K1)).sum()
+
+
+def clipped_tokens(
+    logp_KT: mx.array, old_logp_KT: mx.array, advantages_K: mx.array, mask_KT: mx.array, clip: Clip
+) -> mx.array:
+    """Number of real tokens whose gradient the clip removes."""
+    ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
+    up_K1 = advantages_K[:, None] > 0
+    down_K1 = advantages_K[:, None] < 0
+    outside_KT = (up_K1 & (ratio_KT > 1 + clip.high)) | (down_K1 & (ratio_KT < 1 - clip.low))
+    return (outside_KT * mask_KT).sum()
+
+
+def kl_k1(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.array:
+    """Unbiased KL estimate of each completion in nats per token, [K]: mean_t(logp - ref_logp).
+
+    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k1.
+    """
+    return ((logp_KT - ref_logp_KT) * mask_KT).sum(axis=-1) / mx.maximum(mask_KT.sum(axis=-1), 1)
+
+
+def kl_k3_sum(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.array:
+    """Sum over tokens of exp(-d) - 1 + d with d = logp - ref_logp: never negative, little noise (k3
+    of the same source).
+
+    Divide by the number of tokens for nats per token.
+    """
+    d_KT = (logp_KT - ref_logp_KT) * mask_KT
+    return (mx.expm1(-d_KT) + d_KT).sum()

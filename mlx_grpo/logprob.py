@@ -1,0 +1,126 @@
+"""Log-probs of given tokens in fp32, without ever holding [tokens, vocabulary] for more than a
+chunk.
+
+logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evaluated before the next
+one is built; one graph over all chunks would have them all alive at once.
+"""
+
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_grpo.backend import exp_rows
+from mlx_grpo.models.stages import Stages, shift_right
+
+CHUNK_BYTES = 32 << 20
+"""Size of the fp32 logits of one chunk. A handful of arrays of this size live at once."""
+
+
+def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(log-prob of the targets [N], exp(z - max) [N, V], its sum [N, 1]); uses up `z_NV`."""
+    picked_N1 = mx.take_along_axis(z_NV, targets_N[:, None], axis=-1)
+    mx.eval(picked_N1)
+    exp_NV, top_N1 = exp_rows(z_NV)
+    sum_N1 = exp_NV.sum(axis=-1, keepdims=True)
+    return (picked_N1 - top_N1 - mx.log(sum_N1))[:, 0], exp_NV, sum_N1
+
+
+def chunk_tokens(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Tokens per chunk of the head."""
+    return max(1, chunk_bytes // (4 * vocabulary))
+
+
+def _logits(stages: Stages, hidden_ND: mx.array, temperature: float) -> mx.array:
+    return stages.head(hidden_ND[None])[0].astype(mx.float32) / temperature
+
+
+def _chunks(stages: Stages, count: int) -> Iterator[slice]:
+    width = chunk_tokens(stages.vocabulary)
+    return (slice(i, min(i + width, count)) for i in range(0, count, width))
+
+
+def flat_positions(mask_KT: mx.array) -> mx.array:
+    """Indices of the real tokens in the flattened [K * T] order: the head never sees padding."""
+    return mx.array(np.flatnonzero(np.asarray(mask_KT)).astype(np.uint32))
+
+
+def token_logps(
+    stages: Stages,
+    prompt_1S: mx.array,
+    tokens_KT: mx.array,
+    mask_KT: mx.array,
+    temperature: float = 1.0,
+) -> mx.array:
+    """Log-probs [K, T] of the completion tokens given the prompt, fp32, zero where `mask_KT` is 0.
+    No gradient."""
+    return hidden_logps(
+        stages, shift_right(*stages.forward(prompt_1S, tokens_KT)), tokens_KT, mask_KT, temperature
+    )
+
+
+def hidden_logps(
+    stages: Stages,
+    hidden_KTD: mx.array,
+    tokens_KT: mx.array,
+    mask_KT: mx.array,
+    temperature: float = 1.0,
+) -> mx.array:
+    """As `token_logps`, from the hidden states that predict each token."""
+    where_N = flat_positions(mask_KT)
+    hidden_ND = hidden_KTD.reshape(-1, hidden_KTD.shape[-1])[where_N]
+    targets_N = tokens_KT.reshape(-1)[where_N]
+    parts = []
+    for part in _chunks(stages, where_N.size):
+        logp_N, _, _ = _softmax(_logits(stages, hidden_ND[part], temperature), targets_N[part])
+        mx.eval(logp_N)
+        parts.append(logp_N)
+    return _scatter(mx.concatenate(parts), where_N, mask_KT.shape)
+
+
+def head_gradient(
+    stages: Stages,
+    hidden_KTD: mx.array,
+    tokens_KT: mx.array,
+    mask_KT: mx.array,
+    temperature: float,
+    cotangent: Callable[[mx.array, mx.array], mx.array],
+) -> tuple[mx.array, mx.array]:
+    """Gradient of a loss with respect to the hidden states, and the log-probs, in one pass over
+    chunks.
+
+    Args:
+        cotangent: (logp [N], flat positions [N]) -> dL/dlogp [N] for the tokens of a chunk.
+
+    Returns:
+        (dL/dhidden [K, T, D], logp [K, T]).
+    """
+    where_N = flat_positions(mask_KT)
+    hidden_ND = hidden_KTD.reshape(-1, hidden_KTD.shape[-1])[where_N]
+    targets_N = tokens_KT.reshape(-1)[where_N]
+    logp_parts, grad_parts = [], []
+    for part in _chunks(stages, where_N.size):
+        targets, where = targets_N[part], where_N[part]
+
+        logp_N, exp_NV, sum_N1 = _softmax(_logits(stages, hidden_ND[part], temperature), targets)
+        # dL/dz = dL/dlogp * (one_hot - softmax)
+        scale_N1 = cotangent(logp_N, where)[:, None]
+        grad_NV = exp_NV * (-scale_N1 / sum_N1)
+        grad_NV = grad_NV.at[mx.arange(targets.size), targets].add(scale_N1[:, 0])
+        _, (grad_ND,) = mx.vjp(
+            lambda h: _logits(stages, h, temperature), [hidden_ND[part]], [grad_NV]
+        )
+        mx.eval(logp_N, grad_ND)
+        logp_parts.append(logp_N)
+        grad_parts.append(grad_ND)
+    grad_KTD = mx.zeros((mask_KT.size, hidden_KTD.shape[-1]), hidden_KTD.dtype)
+    grad_KTD[where_N] = mx.concatenate(grad_parts)
+    return grad_KTD.reshape(hidden_KTD.shape), _scatter(
+        mx.concatenate(logp_parts), where_N, mask_KT.shape
+    )
+
+
+def _scatter(values_N: mx.array, where_N: mx.array, shape: tuple[int, ...]) -> mx.array:
+    flat = mx.zeros(shape[0] * shape[1])
+    flat[where_N] = values_N
+    return flat.reshape(shape)

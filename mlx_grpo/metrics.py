@@ -1,0 +1,87 @@
+"""The figures of an iteration, under TRL's names where TRL has one."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.backend import peak_memory
+from mlx_grpo.scoring import Measures
+from mlx_grpo.state import RunState
+from mlx_grpo.types import Group
+from mlx_grpo.update import UpdateStats
+
+
+class Clock:
+    """Seconds and peak memory of each stage of an iteration."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block as stage `name`."""
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.peaks[name] = peak_memory()
+
+    def metrics(self, sampled_tokens: int, iterations_left: int) -> dict[str, float]:
+        """Seconds under `time/`, bytes under `memory/`."""
+        total = sum(self.seconds.values())
+        return {
+            **{f"time/{name}": seconds for name, seconds in self.seconds.items()},
+            "time/iteration": total,
+            "time/left": total * iterations_left,
+            "time/tokens_per_second": sampled_tokens / self.seconds["rollout"],
+            **{f"memory/{name}": peak for name, peak in self.peaks.items()},
+            "memory/peak": max(self.peaks.values()),
+        }
+
+
+def iteration_metrics(
+    state: RunState,
+    groups: Sequence[Group],
+    raw_PK: Sequence[Sequence[float]],
+    parts: dict[str, list[float]],
+    measures: Measures,
+    stats: UpdateStats,
+    target: float,
+) -> dict[str, Any]:
+    """One row of metrics.jsonl, without times; `state` is the one the iteration ran with."""
+    completions = [c for g in groups for c in g.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    rewards_PK = mx.array(raw_PK)
+    steps, seen = max(stats.steps, 1), max(stats.tokens, 1)
+    return {
+        "step": state.iteration + 1,
+        "reward": rewards_PK.mean().item(),
+        "reward_std": mx.std(rewards_PK, axis=1).mean().item(),
+        **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in parts.items()},
+        "frac_reward_zero_std": measures.dead_groups / len(groups),
+        "loss": stats.loss / steps,
+        "grad_norm": stats.grad_norm / steps,
+        "clip_ratio/region_mean": stats.clipped / seen,
+        "policy/approx_kl": stats.approx_kl / seen,
+        "policy/optimizer_steps": stats.steps,
+        "policy/stopped_early": stats.stopped_early,
+        "policy/skipped_nonfinite": stats.skipped_nonfinite,
+        "learning_rate": state.controller.learning_rate,
+        "kl": measures.kl,
+        "kl/k1": measures.kl_k1,
+        "kl/target": target,
+        "kl/beta": state.controller.penalty,
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions)
+        / len(completions),
+        "sampling/sampling_logp_difference/max": measures.logp_gap,
+        "normalizer/mean": state.normalizer.mean,
+        "normalizer/std": state.normalizer.std,
+        "num_tokens": state.tokens_seen + sum(lengths),
+    }

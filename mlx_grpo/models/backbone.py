@@ -1,0 +1,154 @@
+"""Load a model directory once; hand out module trees that share its arrays."""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, load_tokenizer
+
+from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import read_json
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Frozen weights with their tokenizer; the model itself serves as the reference policy."""
+
+    path: Path
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    policy: ComputePolicy
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends an answer."""
+        return frozenset(self.tokenizer.eos_token_ids)
+
+
+def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
+    """Load an mlx-lm directory, frozen and in the form of the compute policy.
+
+    Raises:
+        InputError: no such directory, unreadable weights, or a tokenizer without a chat template.
+    """
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
+        )
+    config = read_json(path / "config.json")
+    try:
+        model, _ = load_model(path, lazy=True)
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except (FileNotFoundError, ValueError, RuntimeError, KeyError, OSError) as e:
+        raise InputError(f"{path}: cannot load the model: {_one_line(e)}") from e
+    if not tokenizer.has_chat_template:
+        raise InputError(
+            f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model or "
+            "add one"
+        )
+    policy = policy or choose_policy(parameter_count(path))
+    apply_policy(model, policy)
+    model.freeze()
+    model.eval()
+    return Backbone(path, model, tokenizer, config, policy)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory, in a fixed order."""
+    return sorted(path.glob("model*.safetensors"))
+
+
+def parameter_count(path: Path) -> int:
+    """Number of weights of a model directory, packed ones counted one by one, from the files'
+    headers alone."""
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, str] = {}
+    for file in weight_files(path):
+        for name, info in safetensors_header(file).items():
+            shapes[name], dtypes[name] = info["shape"], info["dtype"]
+    quantization = read_json(path / "config.json").get("quantization", {})
+    total = 0
+    for name, shape in shapes.items():
+        if name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in shapes:
+            continue
+        packed = 1
+        if dtypes[name] == "U32":
+            module = quantization.get(name.removesuffix(".weight"))
+            bits = module["bits"] if isinstance(module, dict) else quantization.get("bits", 4)
+            packed = 32 // bits
+        total += packed * _product(shape)
+    return total
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Names, dtypes, shapes and offsets of a safetensors file, without its data.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    import json
+
+    try:
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("header longer than the file")
+            header = json.loads(f.read(length))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: not a readable safetensors file ({_one_line(e)})") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def fingerprint(path: Path) -> str:
+    """Digest of all weights of a model directory: names, dtypes, shapes and bytes, whatever the
+    sharding."""
+    digests: dict[str, str] = {}
+    for file in weight_files(path):
+        header = safetensors_header(file)
+        with file.open("rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            for name, info in header.items():
+                begin, end = info["data_offsets"]
+                f.seek(start + begin)
+                digest = hashlib.sha256(f"{name} {info['dtype']} {info['shape']} ".encode())
+                digest.update(f.read(end - begin))
+                digests[name] = digest.hexdigest()
+    if not digests:
+        raise InputError(f"{path}: no model*.safetensors here")
+    return hashlib.sha256(
+        "".join(f"{n} {digests[n]}\n" for n in sorted(digests)).encode()
+    ).hexdigest()
+
+
+def share(model: nn.Module) -> nn.Module:
+    """A second module tree that holds the same arrays: modules can be replaced in it, no weight is
+    copied."""
+    arrays = {id(value): value for _, value in tree_flatten(model.parameters())}
+    return copy.deepcopy(model, arrays)
+
+
+def unique_bytes(*models: nn.Module) -> int:
+    """Bytes of the parameters of several trees, shared arrays counted once."""
+    arrays: dict[int, mx.array] = {
+        id(v): v for m in models for _, v in tree_flatten(m.parameters())
+    }
+    return sum(a.nbytes for a in arrays.values())

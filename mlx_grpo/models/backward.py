@@ -1,0 +1,87 @@
+"""Staged backward: the gradient of a loss with respect to an adapter, one block in memory at a
+time.
+
+1. Forward, block by block; the input of each block is kept, evaluated after each.
+2. The caller turns the last hidden states into their gradient (a head over chunks, or a scalar
+   head).
+3. Backward, `mx.vjp` of one block alone, from the last to the first that can learn, evaluated after
+   each.
+
+The prompt runs once, [1, S], beside its K completions, [K, T]; the gradient that reaches its keys
+and values through the completions flows back with it. Equal to `mx.value_and_grad` over K whole
+sequences (a test compares them on eight families).
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_grpo.models.lora import Parameters
+from mlx_grpo.models.stages import Embedded, Stages
+
+
+@dataclass
+class Trace:
+    """What a forward leaves for its backward."""
+
+    embedded: Embedded
+    inputs: list[tuple[mx.array, mx.array]]
+    h_prompt: mx.array
+    h_rows: mx.array
+
+
+def forward(stages: Stages, prompt_1S: mx.array, rows_KT: mx.array) -> Trace:
+    """Run a prompt, int [1, S], and its completions, int [K, T] padded on the right; keep the input
+    of each block."""
+    embedded = stages.embed(prompt_1S, rows_KT)
+    h_prompt, h_rows = embedded.h_prompt, embedded.h_rows
+    inputs = []
+    for i in range(len(stages.blocks)):
+        inputs.append((h_prompt, h_rows))
+        h_prompt, h_rows = stages.run_block(embedded, i, h_prompt, h_rows)
+        mx.eval(h_prompt, h_rows)
+    return Trace(embedded, inputs, h_prompt, h_rows)
+
+
+def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]:
+    """Transpose of `stages.shift_right`: gradient of predicting states -> gradients of prompt and
+    rows."""
+    first_11D = grad_KTD[:, :1].sum(axis=0, keepdims=True)
+    g_prompt = mx.pad(first_11D, [(0, 0), (prompt_length - 1, 0), (0, 0)])
+    g_rows = mx.pad(grad_KTD[:, 1:], [(0, 0), (0, 1), (0, 0)])
+    return g_prompt, g_rows
+
+
+def backward(stages: Stages, trace: Trace, g_prompt: mx.array, g_rows: mx.array) -> Parameters:
+    """Gradients of the trainable parameters of the blocks by full name; empties `trace.inputs` on
+    the way."""
+    trainable = [bool(tree_flatten(block.trainable_parameters())) for block in stages.blocks]
+    first = trainable.index(True)
+    gradients: Parameters = {}
+    for i in reversed(range(first, len(stages.blocks))):
+        g_prompt, g_rows, block_gradients = _block_vjp(stages, trace, i, g_prompt, g_rows)
+        gradients |= block_gradients
+    trace.inputs.clear()
+    return gradients
+
+
+def _block_vjp(
+    stages: Stages, trace: Trace, i: int, g_prompt: mx.array, g_rows: mx.array
+) -> tuple[mx.array, mx.array, Parameters]:
+    block = stages.blocks[i]
+    current = dict(tree_flatten(block.trainable_parameters()))
+    names = list(current)
+
+    def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
+        block.update(tree_unflatten(list(zip(names, values, strict=True))))
+        return list(stages.run_block(trace.embedded, i, h_prompt, h_rows))
+
+    try:
+        inputs = [*trace.inputs.pop(), *current.values()]
+        _, (g_prompt, g_rows, *found) = mx.vjp(run, inputs, [g_prompt, g_rows])
+    finally:
+        block.update(tree_unflatten(list(current.items())))  # out with the tracers
+    mx.eval(g_prompt, g_rows, found)
+    prefix = stages.block_names[i]
+    return g_prompt, g_rows, {f"{prefix}.{n}": g for n, g in zip(names, found, strict=True)}

@@ -1,0 +1,176 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) on every linear layer of the blocks, in mlx-lm's format.
+
+y = W x + scale * B^T A^T x with A [in, rank] and B [rank, out]; B starts at zero, so the adapted
+model starts as the backbone itself. `scale` is absolute: what other libraries write as alpha /
+rank.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import fsync_path, read_json, write_json
+from mlx_grpo.models.backbone import share
+from mlx_grpo.rng import key
+
+Parameters = dict[str, mx.array]
+
+
+def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:
+    """A tree that shares the arrays of `model` and has fresh fp32 LoRA layers; the draw depends on
+    seed and layer name.
+
+    Args:
+        blocks: how many of the last blocks get a LoRA; 0 means all.
+    """
+    count = blocks or len(model.layers)
+    adapted = _with_lora_modules(model, count, {"rank": rank, "scale": scale, "dropout": 0.0})
+    fresh: Parameters = {}
+    for name, module in lora_modules(adapted):
+        inputs, r = module.lora_a.shape
+        bound = 1 / math.sqrt(inputs)
+        fresh[f"{name}.lora_a"] = mx.random.uniform(
+            -bound, bound, (inputs, r), key=key(seed, "lora", name)
+        )
+        fresh[f"{name}.lora_b"] = mx.zeros((r, module.lora_b.shape[1]))
+    set_parameters(adapted, fresh)
+    return adapted
+
+
+def _with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any]) -> nn.Module:
+    adapted = share(model)
+    adapted.freeze()
+    keys = parameters.get("keys") or sorted(
+        {
+            name
+            for layer in adapted.layers
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        }
+    )
+    linear_to_lora_layers(adapted, blocks, {**parameters, "keys": keys})
+    return adapted
+
+
+def lora_modules(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """Name and module of every LoRA layer, sorted by name."""
+    return sorted((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def lora_parameters(model: nn.Module) -> Parameters:
+    """The adapter's arrays by full name, sorted."""
+    return dict(sorted(tree_flatten(model.trainable_parameters())))
+
+
+def set_parameters(model: nn.Module, parameters: Parameters) -> None:
+    """Put the given arrays in place by full name."""
+    model.update(tree_unflatten(list(parameters.items())))
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A tree whose LoRA layers became plain dense ones, W + scale * (A B)^T; lazy, shares all that
+    has no LoRA.
+
+    Works on a whole model or on one block.
+    """
+    merged = share(model)
+    dense = [(name, _merged_linear(module)) for name, module in lora_modules(merged)]
+    merged.update_modules(tree_unflatten(dense))
+    return merged
+
+
+def _merged_linear(module: LoRALinear) -> nn.Linear:
+    base = module.linear
+    linear = nn.Linear(1, 1, bias="bias" in base)
+    linear.weight = base.weight + ((module.scale * module.lora_b.T) @ module.lora_a.T).astype(
+        base.weight.dtype
+    )
+    if "bias" in base:
+        linear.bias = base.bias
+    return linear
+
+
+def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = None) -> None:
+    """Write `adapters.safetensors` and `adapter_config.json` as `mlx_lm.generate --adapter-path`
+    reads them.
+
+    Each file is written beside its place and then moved there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    modules = lora_modules(model)
+    rank = modules[0][1].lora_a.shape[1]
+    save_arrays(
+        directory / "adapters.safetensors",
+        {n: v.astype(dtype) if dtype else v for n, v in lora_parameters(model).items()},
+    )
+    places = [name.split(".layers.", 1)[1].split(".", 1) for name, _ in modules]
+    write_json(
+        directory / "adapter_config.json",
+        {
+            "fine_tune_type": "lora",
+            "num_layers": len({block for block, _ in places}),
+            "lora_parameters": {
+                "rank": rank,
+                "scale": modules[0][1].scale,
+                "dropout": 0.0,
+                "keys": sorted({key for _, key in places}),
+            },
+        },
+    )
+
+
+def save_arrays(path: Path, arrays: Parameters) -> None:
+    """Write a safetensors file in one step: `mx.save_safetensors` overwrites in place and may fail
+    midway."""
+    temporary = path.with_name(f".{path.stem}.tmp.safetensors")
+    mx.save_safetensors(str(temporary), arrays, metadata={"format": "mlx"})
+    fsync_path(temporary)
+    temporary.replace(path)
+
+
+def load_arrays(path: Path) -> Parameters:
+    """Read a safetensors file now, not lazily.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (FileNotFoundError, RuntimeError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]})") from e
+    return arrays
+
+
+def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
+    """A tree that shares the arrays of `model` and carries the adapter in `directory`.
+
+    Raises:
+        InputError: a file is missing or damaged, a tensor is missing, unknown, mis-shaped or not
+            finite.
+    """
+    config = read_json(directory / "adapter_config.json")
+    try:
+        parameters = {"dropout": 0.0, **config["lora_parameters"]}
+        adapted = _with_lora_modules(model, config["num_layers"], parameters)
+    except KeyError as e:
+        raise InputError(f"{directory}/adapter_config.json: field {e} is missing") from None
+    file = directory / "adapters.safetensors"
+    arrays = {name: value.astype(mx.float32) for name, value in load_arrays(file).items()}
+    expected = lora_parameters(adapted)
+    for name in sorted(expected.keys() | arrays.keys()):
+        if name not in arrays:
+            raise InputError(f"{file}: tensor '{name}' is missing")
+        if name not in expected or arrays[name].shape != expected[name].shape:
+            raise InputError(f"{file}: tensor '{name}' does not fit this model")
+        if not mx.isfinite(arrays[name]).all().item():
+            raise InputError(f"{file}: tensor '{name}' holds values that are not finite")
+    set_parameters(adapted, arrays)
+    return adapted

@@ -1,0 +1,153 @@
+"""A Bradley-Terry reward model: a backbone, often shared with the policy, and a scalar head at the
+last real token.
+
+r(prompt, completion) = w . norm(h_last) + b. A directory holds `reward_model.json` (kind, input,
+backbone fingerprint) and `reward_head.safetensors` (weight [1, hidden], optional bias [1]); kind
+`adapter` adds a LoRA for the policy's backbone, kind `full` a whole mlx-lm model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import read_json
+from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
+from mlx_grpo.models.lora import load_adapter, load_arrays
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.types import Group
+
+REWARD_CONFIG = "reward_model.json"
+REWARD_HEAD = "reward_head.safetensors"
+PAD = 0
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Scores completions.
+
+    `tokenizer` is None where the policy's token ids are used as they are; otherwise texts are put
+    through the reward model's own chat template.
+    """
+
+    stages: Stages
+    weight_1D: mx.array
+    bias: mx.array | None
+    tokenizer: Any | None
+
+    def score(self, group: Group) -> list[float]:
+        """Raw scores of the completions of a group."""
+        prompt_ids, rows = self.inputs(group)
+        return self.score_ids(prompt_ids, rows)
+
+    def inputs(self, group: Group) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Shared prefix and what follows it for each completion, as this model's token ids."""
+        if self.tokenizer is None:
+            return group.prompt.token_ids, [c.token_ids for c in group.completions]
+        texts = [
+            conversation_tokens(self.tokenizer, group.prompt.messages, c.text)
+            for c in group.completions
+        ]
+        shared = _common_prefix(texts)
+        return texts[0][:shared], [ids[shared:] for ids in texts]
+
+    def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
+        """Scores of token sequences that share a prefix; the head reads the last token of each."""
+        rows_KT, lengths = pad_right(rows)
+        _, h_KTD = self.stages.forward(mx.array([prompt_ids]), rows_KT)
+        last_KD = h_KTD[mx.arange(len(rows)), mx.array(lengths) - 1]
+        return [
+            float(s) for s in reward_head(self.stages, last_KD, self.weight_1D, self.bias).tolist()
+        ]
+
+
+def reward_head(
+    stages: Stages, last_KD: mx.array, weight_1D: mx.array, bias: mx.array | None
+) -> mx.array:
+    """Scores [K], fp32, from hidden states after the last block [K, D]."""
+    normed_KD = stages.norm(last_KD[:, None])[:, 0].astype(mx.float32)
+    scores_K = (normed_KD @ weight_1D.T)[:, 0]
+    return scores_K if bias is None else scores_K + bias
+
+
+def pad_right(rows: list[tuple[int, ...]]) -> tuple[mx.array, list[int]]:
+    """(int [K, T], lengths); a causal model never looks at what is on the right."""
+    longest = max(map(len, rows))
+    return mx.array([[*r, *([PAD] * (longest - len(r)))] for r in rows]), [len(r) for r in rows]
+
+
+def conversation_tokens(
+    tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str
+) -> tuple[int, ...]:
+    """A whole conversation, the answer closed, through the reward model's chat template."""
+    whole = [*messages, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _common_prefix(rows: list[tuple[int, ...]]) -> int:
+    """Length of the longest prefix all rows share, leaving at least one token to each."""
+    limit = min(map(len, rows)) - 1
+    return next((i for i in range(limit) if len({r[i] for r in rows}) > 1), limit)
+
+
+def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
+    """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
+
+    Raises:
+        InputError: missing or unfitting files, or an adapter made for another backbone.
+    """
+    if not (path / REWARD_CONFIG).is_file():
+        raise InputError(
+            f"{path}: no reward model here ({REWARD_CONFIG} is missing); make one with "
+            "'mlx-grpo convert --rm'"
+        )
+    config = read_json(path / REWARD_CONFIG)
+    kind = config.get("kind")
+    if kind == "adapter":
+        check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
+        stages, tokenizer = Stages(load_adapter(backbone.model, path)), None
+    elif kind == "full":
+        own = load_backbone(path)
+        stages, tokenizer = Stages(own.model), own.tokenizer
+    else:
+        raise InputError(
+            f"{path / REWARD_CONFIG}: field 'kind' must be 'adapter' or 'full', not {kind!r}"
+        )
+    weight_1D, bias = load_head(path / REWARD_HEAD)
+    if weight_1D.shape[1] != stages.hidden_size:
+        raise InputError(
+            f"{path / REWARD_HEAD}: tensor 'weight' has width {weight_1D.shape[1]}, the "
+            f"backbone has {stages.hidden_size}"
+        )
+    return RewardModel(stages, weight_1D, bias, tokenizer)
+
+
+def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> None:
+    """Raise InputError unless the reward adapter was trained on the weights in `backbone`."""
+    expected = config.get("backbone_fingerprint")
+    found = fingerprint(backbone)
+    if expected != found:
+        raise InputError(
+            f"{place}: made for a backbone with fingerprint {str(expected)[:12]}, but "
+            f"{backbone} has {found[:12]}; "
+            "train it again with 'mlx-grpo train-rm'"
+        )
+
+
+def load_head(file: Path) -> tuple[mx.array, mx.array | None]:
+    """(weight [1, hidden], bias [1] or None), fp32.
+
+    Raises:
+        InputError: missing file or tensor, a shape other than one label, values that are not
+            finite.
+    """
+    arrays = {n: v.astype(mx.float32) for n, v in load_arrays(file).items()}
+    weight = arrays.get("weight")
+    if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
+        raise InputError(f"{file}: tensor 'weight' must have shape [1, hidden]")
+    if not all(mx.isfinite(v).all().item() for v in arrays.values()):
+        raise InputError(f"{file}: holds values that are not finite")
+    return weight, arrays.get("bias")

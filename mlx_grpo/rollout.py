@@ -1,0 +1,190 @@
+"""Sample K answers per prompt; the only file that touches mlx-lm's generation caches.
+
+Every prompt is prefilled once and its keys and values serve K rows. All rows decode together, as
+many at a time as `decode_rows` allows; rows that finish are dropped from the batch. A token is
+drawn by inverting the cumulative distribution at a uniform number that belongs to (seed, purpose,
+iteration, prompt, sample, position), so a sample does not depend on which rows it was batched with.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_grpo.backend import exp_rows
+from mlx_grpo.rng import uniforms
+from mlx_grpo.types import Completion, FinishReason, Group, Prompt
+
+SAMPLER_BLOCK = 256
+# Finished rows are dropped once they are an eighth: copying the cache costs a fraction of a step.
+COMPACT_BELOW = 0.875
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    k: int
+    """Completions per prompt."""
+    max_tokens: int
+    """Longest completion, the stop token included."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    decode_rows: int = 0
+    """Rows decoded together; 0 means all."""
+
+
+def rollout(
+    model: nn.Module,
+    tokenizer: Any,
+    stop_ids: frozenset[int],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    purpose: str,
+    iteration: int = 0,
+    on_wave: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Group]:
+    """One group per prompt, in order.
+
+    Args:
+        seed, purpose, iteration: choose the random numbers, with the prompt's id, the sample and
+            the position.
+        on_wave: told (finished prompts, all prompts) after each batch of rows.
+    """
+    per_wave = max(1, sampling.decode_rows // sampling.k) if sampling.decode_rows else len(prompts)
+    groups: list[Group] = []
+    for start in range(0, len(prompts), per_wave):
+        wave = prompts[start : start + per_wave]
+        paths = [
+            (purpose, iteration, prompt.id, sample)
+            for prompt in wave
+            for sample in range(sampling.k)
+        ]
+        drawn = _decode(model, stop_ids, wave, sampling, seed, paths)
+        completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
+        groups += [
+            Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))
+            for i, prompt in enumerate(wave)
+        ]
+        on_wave(len(groups), len(prompts))
+    return groups
+
+
+def _completion(
+    tokenizer: Any, stop_ids: frozenset[int], ids: list[int], logps: list[float]
+) -> Completion:
+    stopped = ids[-1] in stop_ids
+    reason: FinishReason = "stop" if stopped else "length"
+    text = tokenizer.decode(ids[:-1] if stopped else ids)
+    return Completion(tuple(ids), text, reason, tuple(logps))
+
+
+def _decode(
+    model: nn.Module,
+    stop_ids: frozenset[int],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    paths: Sequence[tuple[str | int, ...]],
+) -> list[tuple[list[int], list[float]]]:
+    """Token ids and log-probs of every row; one evaluation a step, the next step queued before the
+    last is read."""
+    rows, length = len(paths), sampling.max_tokens
+    caches = _prefill(model, prompts, sampling)
+    u_BT = uniforms(seed, [(*path, t) for path in paths for t in range(length)]).reshape(
+        rows, length
+    )
+
+    def step(tokens_B: mx.array, t: int) -> tuple[mx.array, mx.array]:
+        logits_BV = model(tokens_B[:, None], cache=caches)[:, -1]
+        drawn = sample(logits_BV, u_BT[:, t], sampling.temperature)
+        mx.async_eval(drawn)
+        return drawn
+
+    active = list(range(rows))
+    result: list[tuple[list[int], list[float]]] = [([], []) for _ in active]
+    finished: set[int] = set()
+    last_B = mx.array([prompt.token_ids[-1] for prompt in prompts for _ in range(sampling.k)])
+    pending = step(last_B, 0)
+    for t in range(length):
+        following = step(pending[0], t + 1) if t + 1 < length else pending
+        for row, token, logp in zip(active, pending[0].tolist(), pending[1].tolist(), strict=True):
+            if row not in finished:
+                result[row][0].append(token)
+                result[row][1].append(logp)
+                if token in stop_ids:
+                    finished.add(row)
+        keep = [j for j, row in enumerate(active) if row not in finished]
+        if not keep:
+            break
+        if len(keep) <= COMPACT_BELOW * len(active):
+            kept = mx.array(keep)
+            for cache in caches:
+                cache.filter(kept)
+            u_BT, following = u_BT[kept], (following[0][kept], following[1][kept])
+            active = [active[j] for j in keep]
+        pending = following
+    return result
+
+
+def _prefill(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Any]:
+    """Batch caches holding every prompt but its last token, each repeated K times."""
+    per_prompt = []
+    for prompt in prompts:
+        caches = make_prompt_cache(model)
+        if len(prompt.token_ids) > 1:
+            model(
+                mx.array([prompt.token_ids[:-1]]), cache=caches
+            )  # lazy: the head is never computed
+            mx.eval([c.state for c in caches])
+        per_prompt.append(caches)
+    batch = []
+    for layer in zip(*per_prompt, strict=True):
+        cache = type(layer[0]).merge([c for c in layer for _ in range(sampling.k)])
+        cache.step = sampling.max_tokens  # grow once, by what this rollout can need
+        batch.append(cache)
+    return batch
+
+
+def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Draw a token per row: (tokens int32 [B], log-probs fp32 [B] at the sampling temperature, over
+    the full vocabulary).
+
+    Inverse transform on two levels, blocks of the vocabulary and then tokens, which needs one exp
+    per logit and keeps the rounding of a cumulative sum over 256 thousand tokens small. At
+    temperature 0: the likeliest token, log-prob at 1.
+    """
+    z_BV = logits_BV.astype(mx.float32) / (temperature or 1.0)
+    rows, vocabulary = z_BV.shape
+    greedy_B = z_BV.argmax(axis=-1) if temperature == 0 else None
+    weights_BV, _ = exp_rows(z_BV)
+    padded_BV = mx.pad(weights_BV, [(0, 0), (0, -vocabulary % SAMPLER_BLOCK)])
+    blocks_BNM = padded_BV.reshape(rows, -1, SAMPLER_BLOCK)
+    sums_BN = blocks_BNM.sum(axis=-1)
+    total_B = sums_BN.sum(axis=-1)
+    if greedy_B is not None:
+        tokens_B = greedy_B
+    else:
+        block_B, rest_B = _invert(sums_BN, u_B * total_B)
+        chosen_BM = mx.take_along_axis(blocks_BNM, block_B[:, None, None], axis=1)[:, 0]
+        inner_B, _ = _invert(chosen_BM, rest_B)
+        tokens_B = block_B * SAMPLER_BLOCK + inner_B
+    picked_B = mx.take_along_axis(weights_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return tokens_B.astype(mx.int32), mx.log(picked_B / total_B)
+
+
+def _invert(weights_BN: mx.array, target_B: mx.array) -> tuple[mx.array, mx.array]:
+    """Index at which the running sum of `weights` passes `target`, and what is left of the target
+    within it."""
+    sums_BN = mx.cumsum(weights_BN, axis=-1)
+    index_B = (sums_BN <= target_B[:, None]).sum(axis=-1)
+    # Rounding may put the target at the very end: never step onto an entry of weight zero.
+    last_B = (mx.arange(weights_BN.shape[-1]) * (weights_BN > 0)).max(axis=-1)
+    index_B = mx.minimum(index_B, last_B.astype(index_B.dtype))
+    before_BN = sums_BN - weights_BN
+    before_B = mx.take_along_axis(before_BN, index_B[:, None], axis=-1)[:, 0]
+    return index_B, mx.maximum(target_B - before_B, 0)

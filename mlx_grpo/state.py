@@ -1,0 +1,54 @@
+"""What an iteration changes besides adapter and optimizer: small, frozen, JSON."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_grpo.evaluate import Best
+from mlx_grpo.kl_controller import KLController
+from mlx_grpo.rewards import ScoreNormalizer
+
+
+@dataclass(frozen=True)
+class RunState:
+    """State of a run between two iterations."""
+
+    controller: KLController
+    normalizer: ScoreNormalizer
+    best: Best = field(default_factory=Best)
+    iteration: int = 0
+    """Iterations done."""
+    tokens_seen: int = 0
+    """Completion tokens sampled so far."""
+    skipped_in_a_row: int = 0
+    """Latest iterations whose update met a value that is not finite."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `state.json`; Python writes floats so that they read back as the same bits."""
+        finite = math.isfinite(self.best.perplexity)
+        return {
+            "iteration": self.iteration,
+            "beta": self.controller.beta,
+            "learning_rate": self.controller.learning_rate,
+            "normalizer": {"mean": self.normalizer.mean, "std": self.normalizer.std},
+            "best": {
+                "step": self.best.step,
+                "perplexity": self.best.perplexity if finite else None,
+            },
+            "tokens_seen": self.tokens_seen,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def with_json(self, saved: dict[str, Any]) -> "RunState":
+        """This state with what `to_json` wrote; constants of controller and normaliser stay."""
+        best = saved["best"]
+        return RunState(
+            controller=replace(
+                self.controller, beta=saved["beta"], learning_rate=saved["learning_rate"]
+            ),
+            normalizer=replace(self.normalizer, **saved["normalizer"]),
+            best=Best() if best["step"] is None else Best(best["step"], best["perplexity"]),
+            iteration=saved["iteration"],
+            tokens_seen=saved["tokens_seen"],
+            skipped_in_a_row=saved["skipped_in_a_row"],
+        )

@@ -1,0 +1,311 @@
+"""The training loop: prompts -> rollout -> reward -> log-probs -> advantage -> update.
+
+`iterate` is the algorithm, one stage after the other; `train` is the run around it.
+"""
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.optimizers as optim
+
+from mlx_grpo import log, run_directory
+from mlx_grpo.backend import raise_wired_limit
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
+from mlx_grpo.data import batch_indices, load_prompts
+from mlx_grpo.errors import InputError
+from mlx_grpo.evaluate import Best, Evaluator, reference_answers
+from mlx_grpo.grpo import Clip
+from mlx_grpo.kl_controller import KLController, kl_target
+from mlx_grpo.metrics import Clock, iteration_metrics
+from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.roles import Roles, assign_roles
+from mlx_grpo.rewards import RewardMix, ScoreNormalizer, load_reward
+from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.scoring import score
+from mlx_grpo.state import RunState
+from mlx_grpo.types import Group, Prompt
+from mlx_grpo.update import UpdateSettings, new_optimizer, update
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run works with; only the actor's arrays and the optimizer's state change inside."""
+
+    config: TrainConfig
+    roles: Roles
+    rewards: RewardMix
+    prompts: list[Prompt]
+    evaluator: Evaluator
+    optimizer: optim.AdamW
+
+
+def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> Path:
+    """Run the whole training and return the run directory.
+
+    Raises:
+        InputError: wrong input, or a run directory that is in the way.
+    """
+    run = config.run_directory
+    if not dry_run:
+        run_directory.check_vacant(run, resume)
+    ui.say(f"mlx-grpo: {config.actor_model}, rewards: {_reward_names(config)}, seed {config.seed}")
+    with ui.working("loading"):
+        session = open_session(config, ui)
+    state = first_state(config)
+    if dry_run:
+        _, metrics, *_ = iterate(session, state, ui)
+        ui.iteration(metrics, config.num_iterations)
+        ui.say("dry run: one iteration went through; nothing is kept")
+        return run
+    if resume:
+        actor = session.roles.actor.model
+        state, skipped = run_directory.restore(run, config, state, actor, session.optimizer)
+        for reason in skipped:
+            ui.warn(f"checkpoint skipped: {reason}")
+        ui.say(f"resuming after iteration {state.iteration}")
+    else:
+        run_directory.open_new(run, config)
+    with _stop_signals(ui) as stop_requested:
+        _loop(session, state, run, ui, stop_requested)
+    return run
+
+
+def _loop(
+    session: Session, state: RunState, run: Path, ui: Console, stop_requested: list[int]
+) -> None:
+    config, actor = session.config, session.roles.actor.model
+    if state.iteration == 0:
+        state = _evaluate(session, state, run, ui)
+    while state.iteration < config.num_iterations and not stop_requested:
+        state, metrics, groups, raw_PK = iterate(session, state, ui)
+        log.append(run / log.METRICS, metrics)
+        run_directory.log_completions(run, state.iteration, groups, raw_PK)
+        ui.iteration(metrics, config.num_iterations)
+        last = state.iteration == config.num_iterations
+        if last or state.iteration % config.eval_every == 0:
+            state = _evaluate(session, state, run, ui)
+        if last or stop_requested or state.iteration % config.checkpoint_every == 0:
+            run_directory.save(run, config, state, actor, session.optimizer)
+        if state.skipped_in_a_row >= config.max_skipped_steps:
+            raise InputError(
+                f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not "
+                "finite; lower --learning-rate and start again from the last checkpoint"
+            )
+    if state.iteration < config.num_iterations:
+        ui.say(f"stopped after iteration {state.iteration}; go on with --resume --output {run}")
+        return
+    run_directory.save_named_adapter(run, "final", actor)
+    if state.best.step is None:
+        ui.warn(
+            "no evaluation passed the KL gate: there is no best/ adapter, final/ is the last one"
+        )
+    ui.say(f"done: {run} (adapters in best/ and final/, figures in {log.METRICS})")
+
+
+def iterate(
+    session: Session, state: RunState, ui: Console
+) -> tuple[RunState, dict[str, Any], list[Group], list[list[float]]]:
+    """One iteration of GRPO: (next state, metrics, groups, raw rewards [P][K])."""
+    config, roles, clock = session.config, session.roles, Clock()
+    progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
+    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(session.prompts))
+    prompts = [session.prompts[i] for i in indices]
+    target = target_at(config, state.iteration)
+
+    with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
+        groups = rollout(
+            roles.sampler(),
+            roles.backbone.tokenizer,
+            roles.backbone.stop_ids,
+            prompts,
+            sampling(config, config.K),
+            config.seed,
+            "rollout",
+            state.iteration,
+        )
+    with clock.stage("reward"), ui.working(f"{progress}: reward"):
+        raw_PK, parts = session.rewards(groups)
+        state = replace(
+            state, normalizer=state.normalizer.observe([r for row in raw_PK for r in row])
+        )
+    with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
+        scored, measures = score(
+            groups,
+            raw_PK,
+            roles.actor,
+            roles.reference,
+            state.normalizer,
+            state.controller.penalty,
+            config.temperature,
+            config.scale_advantages,
+        )
+    with clock.stage("update"), ui.working(f"{progress}: update"):
+        session.optimizer.learning_rate = state.controller.learning_rate
+        stats = update(roles.actor, session.optimizer, scored, update_settings(config, target))
+
+    metrics = {
+        **iteration_metrics(state, groups, raw_PK, parts, measures, stats, target),
+        **clock.metrics(measures.tokens, config.num_iterations - state.iteration - 1),
+    }
+    state = replace(
+        state,
+        iteration=state.iteration + 1,
+        controller=state.controller.step(measures.kl, target),
+        tokens_seen=state.tokens_seen + measures.tokens,
+        skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skipped_nonfinite else 0,
+    )
+    return state, metrics, groups, raw_PK
+
+
+def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunState:
+    """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
+    config, roles, step = session.config, session.roles, state.iteration
+    # before the first update the actor is the reference, so its KL needs no measuring
+    policy = roles.actor if step else roles.reference
+    with ui.working("evaluating on held-out prompts"):
+        evaluation = session.evaluator(roles.sampler(), policy, ui.progress)
+    target = target_at(config, max(step - 1, 0))
+    passed = bool(step) and state.best.passed_by(evaluation, target)
+    if passed:
+        state = replace(state, best=Best(step, evaluation.perplexity))
+        run_directory.save_named_adapter(run, "best", roles.actor.model)
+    metrics = {"step": step, **evaluation.metrics(), "eval_best": passed}
+    log.append(run / log.METRICS, metrics)
+    above = (
+        f"KL above its gate of {target:g}" if evaluation.kl >= target else "perplexity not better"
+    )
+    ui.evaluation(step, metrics, "" if step == 0 else "-> best" if passed else f"({above})")
+    return state
+
+
+def open_session(config: TrainConfig, ui: Console) -> Session:
+    """Load weights once and build everything a run needs.
+
+    Raises:
+        InputError: any of the inputs is missing or wrong.
+    """
+    custom = tuple(
+        load_reward(spec, weight)
+        for spec, weight in zip(
+            config.reward, config.reward_weights or (1.0,) * len(config.reward), strict=True
+        )
+    )
+    backbone = load_backbone(Path(config.actor_model))
+    raise_wired_limit()
+    prompts, too_long = load_prompts(
+        Path(config.prompts), backbone.tokenizer, config.max_prompt_length
+    )
+    held_out, _ = load_prompts(
+        Path(config.eval_prompts), backbone.tokenizer, config.max_prompt_length
+    )
+    if too_long:
+        limit = config.max_prompt_length
+        ui.warn(f"{config.prompts}: {too_long} prompts longer than {limit} tokens are skipped")
+    rm = None if config.rm_model == "none" else Path(config.rm_model)
+    roles = assign_roles(backbone, rm, config.lora_rank, config.lora_scale, config.seed)
+    rewards = RewardMix(roles.reward_model, config.rm_weight, custom)
+    evaluator = _evaluator(config, roles, rewards, held_out[: config.eval_limit or None])
+    optimizer = new_optimizer(config.learning_rate, config.weight_decay)
+    return Session(config, roles, rewards, prompts, evaluator, optimizer)
+
+
+def _evaluator(
+    config: TrainConfig, roles: Roles, rewards: RewardMix, held_out: list[Prompt]
+) -> Evaluator:
+    backbone = roles.backbone
+
+    def ask(missing: Sequence[Prompt]) -> list[Group]:
+        return rollout(
+            backbone.model,
+            backbone.tokenizer,
+            backbone.stop_ids,
+            missing,
+            sampling(config, 1),
+            config.seed,
+            "reference answers",
+        )
+
+    return Evaluator(
+        tokenizer=backbone.tokenizer,
+        stop_ids=backbone.stop_ids,
+        prompts=tuple(held_out),
+        answers=reference_answers(backbone.tokenizer, held_out, ask),
+        rewards=rewards,
+        reference=roles.reference,
+        sampling=sampling(config, 1),
+        seed=config.seed,
+    )
+
+
+def first_state(config: TrainConfig) -> RunState:
+    """The state before the first iteration."""
+    controller = KLController(
+        actuator=config.kl_control,
+        beta=config.kl_beta,
+        learning_rate=config.learning_rate,
+        gain=config.kl_gain,
+        beta_min=config.kl_beta_min,
+        beta_max=config.kl_beta_max,
+        learning_rate_min=config.kl_lr_min,
+        learning_rate_max=config.kl_lr_max,
+    )
+    return RunState(controller, ScoreNormalizer(config.reward_alpha, config.reward_clip))
+
+
+def sampling(config: TrainConfig, k: int) -> Sampling:
+    """How this run samples k answers per prompt."""
+    return Sampling(k, config.max_completion_length, config.temperature, config.decode_rows)
+
+
+def target_at(config: TrainConfig, iteration: int) -> float:
+    """KL target of an iteration, counted from 0."""
+    return kl_target(
+        iteration, config.num_iterations, config.kl_schedule, config.kl_targets, config.kl_phases
+    )
+
+
+def update_settings(config: TrainConfig, target: float) -> UpdateSettings:
+    """Constants of an iteration's update."""
+    return UpdateSettings(
+        clip=Clip(
+            config.clip_range, config.clip_range_high or config.clip_range, config.ratio_level
+        ),
+        aggregation=config.loss_aggregation,
+        temperature=config.temperature,
+        max_tokens=config.max_completion_length,
+        max_grad_norm=config.max_grad_norm,
+        minibatch_size=config.minibatch_size,
+        epochs=config.epochs,
+        kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
+        rows_per_pass=config.rows_per_pass,
+    )
+
+
+def _reward_names(config: TrainConfig) -> str:
+    return ", ".join([*([] if config.rm_model == "none" else [config.rm_model]), *config.reward])
+
+
+@contextmanager
+def _stop_signals(ui: Console) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask for a stop after the running iteration; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        ui.warn("stopping after this iteration, with a checkpoint; again to stop at once")
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

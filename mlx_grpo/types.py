@@ -1,0 +1,69 @@
+"""What the stages hand to each other: frozen dataclasses without logic.
+
+Axes: P prompts, K completions per prompt, T tokens. Groups differ in length, so token arrays are
+per group, [K, T], padded on the right; `mask_KT` is 1 on real completion tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompts file."""
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    token_ids: tuple[int, ...]
+    """The chat template applied to `messages`, generation prompt included."""
+    response: str | None = None
+    """Reference answer, where the file has one."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """The row's other fields, passed to reward functions."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    token_ids: tuple[int, ...]
+    """Sampled tokens, the stop token included."""
+    text: str
+    """Decoded without the stop token."""
+    finish_reason: FinishReason
+    logps: tuple[float, ...]
+    """Log-prob of each token as the sampler saw it, at the sampling temperature."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """K answers to one prompt."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with all that the update needs."""
+
+    prompt_ids: tuple[int, ...]
+    tokens_KT: mx.array
+    mask_KT: mx.array
+    old_logp_KT: mx.array
+    ref_logp_KT: mx.array
+    advantages_K: mx.array
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One row of a preference file, tokenized."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]

@@ -1,0 +1,194 @@
+"""Tiny random models and a byte tokenizer: everything the tests need, made in milliseconds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import _get_classes
+
+import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX does any work)
+from mlx_grpo.models.backbone import Backbone, load_backbone
+from mlx_grpo.rng import key
+
+VOCABULARY = 260
+PAD, BOS, EOS, UNK = 256, 257, 258, 259
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "qwen2": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "gemma": {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
+    "phi3": {"num_hidden_layers": 2, "num_key_value_heads": 2},
+    "granite": {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """config.json of a tiny model; mistral is mlx-lm's llama, as its own table says."""
+    return {"model_type": family, **COMMON, **FAMILIES[family]}
+
+
+def tiny_model(family: str = "llama", seed: int = 0) -> Any:
+    """A tiny random mlx-lm model in fp32 whose tokens all have their own probability."""
+    config = tiny_config(family)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    drawn = [
+        (n, p + 0.05 * mx.random.normal(p.shape, key=key(seed, "tiny", family, n)))
+        for n, p in tree_flatten(model.parameters())
+    ]
+    model.update(tree_unflatten(drawn))
+    mx.eval(model.parameters())
+    model.freeze()
+    return model
+
+
+def write_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """A byte-level tokenizer: 256 bytes and four special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model(directory: Path, family: str = "llama", seed: int = 0) -> Path:
+    """A tiny model directory in mlx-lm's format."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = dict(tree_flatten(tiny_model(family, seed).parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (directory / "config.json").write_text(json.dumps(tiny_config(family)))
+    write_tokenizer(directory)
+    return directory
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny llama with byte tokenizer."""
+    return write_model(tmp_path_factory.mktemp("models") / "sft")
+
+
+@pytest.fixture(scope="session")
+def backbone(sft: Path) -> Backbone:
+    """The tiny llama, loaded."""
+    return load_backbone(sft)
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(training prompts, held-out prompts)."""
+    directory = tmp_path_factory.mktemp("prompts")
+    subjects = ["tea", "rain", "bees", "snow", "figs", "moss", "owls", "salt"]
+    train = [{"id": s, "prompt": f"say {s}"} for s in subjects]
+    held_out = [{"id": s, "prompt": f"why {s}?", "response": f"{s} is."} for s in subjects[:3]]
+    return (
+        write_jsonl(directory / "train.jsonl", train),
+        write_jsonl(directory / "eval.jsonl", held_out),
+    )
+
+
+@pytest.fixture(scope="session")
+def reward_model(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward adapter for the tiny llama, trained for a few steps."""
+    from mlx_grpo.config import RewardTrainConfig
+    from mlx_grpo.train_rm import train_rm
+
+    directory = tmp_path_factory.mktemp("rm")
+    rows = [
+        {"prompt": f"say {i}", "chosen": "yes " * (1 + i % 2), "rejected": f"no {i}"}
+        for i in range(8)
+    ]
+    pairs = write_jsonl(directory / "pairs.jsonl", rows)
+    out = directory / "rm"
+    train_rm(
+        RewardTrainConfig(
+            model=str(sft), pairs=str(pairs), output=str(out), lora_rank=2, learning_rate=1e-2
+        )
+    )
+    return out
+
+
+@pytest.fixture
+def train_arguments(
+    sft: Path, reward_model: Path, prompt_files: tuple[Path, Path], tmp_path: Path
+) -> dict[str, Any]:
+    """Fields of a TrainConfig that runs in a second."""
+    return {
+        "actor_model": str(sft),
+        "rm_model": str(reward_model),
+        "prompts": str(prompt_files[0]),
+        "eval_prompts": str(prompt_files[1]),
+        "output": str(tmp_path / "run"),
+        "num_iterations": 4,
+        "batch_size": 4,
+        "minibatch_size": 2,
+        "K": 3,
+        "max_completion_length": 8,
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        "eval_every": 2,
+        "checkpoint_every": 2,
+        "kl_targets": (0.5, 0.2),
+    }
