@@ -2,6 +2,7 @@
 that prints."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+SECONDS_BETWEEN_LINES = 20.0
+
 
 class Console:
     """Where the program speaks. `quiet` leaves warnings and errors only."""
@@ -19,6 +22,7 @@ class Console:
         self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._status: Status | None = None
+        self._last_progress = time.monotonic()
 
     def say(self, text: str) -> None:
         """One line."""
@@ -43,9 +47,12 @@ class Console:
         self._status = None
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Text beside the spinner; nothing where there is no terminal."""
+        """Text beside the spinner; where there is no terminal, a line every now and then."""
         if self._status:
             self._status.update(f"{what} {done}/{total}")
+        elif time.monotonic() - self._last_progress > SECONDS_BETWEEN_LINES:
+            self._last_progress = time.monotonic()
+            self.say(f"      {what} {done}/{total}")
 
     def iteration(self, metrics: dict[str, Any], total: int) -> None:
         """One line for a training iteration."""

@@ -24,9 +24,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 DEMO = TrainConfig(
     batch_size=4,
-    minibatch_size=4,
+    minibatch_size=2,
     max_completion_length=48,
-    learning_rate=3e-4,
+    learning_rate=1e-4,
     kl_schedule="constant",
     kl_targets=(0.05,),
     eval_limit=24,

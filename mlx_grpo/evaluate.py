@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
@@ -20,6 +21,8 @@ from mlx_grpo.types import Group, Prompt
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
 
 Answers = dict[str, tuple[int, ...]]
+Progress = Callable[[str, int, int], None]
+"""Told (what, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -66,59 +69,47 @@ class Evaluator:
     seed: int
 
     def __call__(
-        self,
-        sampler: Any,
-        policy: Stages,
-        on_prompt: Callable[[str, int, int], None] = lambda *_: None,
+        self, sampler: nn.Module, policy: Stages, progress: Progress = lambda *_: None
     ) -> Evaluation:
-        """Evaluate the policy whose model for sampling is `sampler` (the same weights, perhaps
-        merged)."""
-        groups = sample_answers(self, sampler, on_prompt)
-        totals, _ = self.rewards(groups)
-        kl = 0.0 if policy is self.reference else self._kl(groups, policy, on_prompt)
-        flat = [r for row in totals for r in row]
+        """Evaluate a policy; `sampler` is its model for decoding, perhaps merged."""
+        groups = rollout(
+            sampler,
+            self.tokenizer,
+            self.stop_ids,
+            self.prompts,
+            self.sampling,
+            self.seed,
+            PURPOSE,
+            on_wave=lambda done, total: progress("held-out answers", done, total),
+        )
+        flat: list[float] = []
+        for done, group in enumerate(groups, 1):
+            flat += self.rewards([group])[0][0]
+            progress("held-out rewards", done, len(groups))
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),
-            kl=kl,
-            perplexity=perplexity(policy, self.prompts, self.answers),
+            kl=0.0 if policy is self.reference else self._kl(groups, policy, progress),
+            perplexity=perplexity(policy, self.prompts, self.answers, progress),
             mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=tuple(flat),
             groups=tuple(groups),
         )
 
-    def _kl(
-        self, groups: Sequence[Group], policy: Stages, on_prompt: Callable[[str, int, int], None]
-    ) -> float:
+    def _kl(self, groups: Sequence[Group], policy: Stages, progress: Progress) -> float:
         total = tokens = 0.0
-        for done, group in enumerate(groups):
-            on_prompt("KL", done, len(groups))
+        for done, group in enumerate(groups, 1):
             prompt_1S = mx.array([group.prompt.token_ids])
             tokens_KT, mask_KT = completion_arrays(group)
             logp_KT, ref_KT = (
-                token_logps(stages, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature or 1.0)
+                token_logps(stages, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature)
                 for stages in (policy, self.reference)
             )
             total += kl_k3_sum(logp_KT, ref_KT, mask_KT).item()
             tokens += mask_KT.sum().item()
+            progress("held-out KL", done, len(groups))
         return total / tokens
-
-
-def sample_answers(
-    evaluator: Evaluator, sampler: Any, on_prompt: Callable[[str, int, int], None] = lambda *_: None
-) -> list[Group]:
-    """The policy's answers to the held-out prompts, with the evaluator's fixed keys."""
-    return rollout(
-        sampler,
-        evaluator.tokenizer,
-        evaluator.stop_ids,
-        evaluator.prompts,
-        evaluator.sampling,
-        evaluator.seed,
-        PURPOSE,
-        on_wave=lambda done, total: on_prompt("answers", done, total),
-    )
 
 
 def completion_arrays(group: Group) -> tuple[mx.array, mx.array]:
@@ -139,10 +130,16 @@ def reference_answers(
     return written | drawn
 
 
-def perplexity(policy: Stages, prompts: Sequence[Prompt], answers: Answers) -> float:
+def perplexity(
+    policy: Stages,
+    prompts: Sequence[Prompt],
+    answers: Answers,
+    progress: Progress = lambda *_: None,
+) -> float:
     """exp of the mean negative log-prob per token of the reference answers, at temperature 1."""
     total = tokens = 0.0
-    for prompt in prompts:
+    for done, prompt in enumerate(prompts, 1):
+        progress("held-out perplexity", done, len(prompts))
         row_1T = mx.array([answers[prompt.id]])
         logp_1T = token_logps(policy, mx.array([prompt.token_ids]), row_1T, mx.ones(row_1T.shape))
         total -= logp_1T.sum().item()

@@ -24,7 +24,7 @@ from mlx_grpo.evaluate import Best, Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
 from mlx_grpo.metrics import Clock, iteration_metrics
-from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.roles import Roles, assign_roles
 from mlx_grpo.rewards import RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
@@ -199,21 +199,23 @@ def open_session(config: TrainConfig, ui: Console) -> Session:
     )
     backbone = load_backbone(Path(config.actor_model))
     raise_wired_limit()
-    prompts, too_long = load_prompts(
-        Path(config.prompts), backbone.tokenizer, config.max_prompt_length
+    prompts, held_out = (
+        _prompts(file, backbone, config.max_prompt_length, ui)
+        for file in (config.prompts, config.eval_prompts)
     )
-    held_out, _ = load_prompts(
-        Path(config.eval_prompts), backbone.tokenizer, config.max_prompt_length
-    )
-    if too_long:
-        limit = config.max_prompt_length
-        ui.warn(f"{config.prompts}: {too_long} prompts longer than {limit} tokens are skipped")
     rm = None if config.rm_model == "none" else Path(config.rm_model)
     roles = assign_roles(backbone, rm, config.lora_rank, config.lora_scale, config.seed)
     rewards = RewardMix(roles.reward_model, config.rm_weight, custom)
     evaluator = _evaluator(config, roles, rewards, held_out[: config.eval_limit or None])
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
     return Session(config, roles, rewards, prompts, evaluator, optimizer)
+
+
+def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:
+    prompts, too_long = load_prompts(Path(file), backbone.tokenizer, limit)
+    if too_long:
+        ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
+    return prompts
 
 
 def _evaluator(
@@ -260,8 +262,9 @@ def first_state(config: TrainConfig) -> RunState:
 
 
 def sampling(config: TrainConfig, k: int) -> Sampling:
-    """How this run samples k answers per prompt."""
-    return Sampling(k, config.max_completion_length, config.temperature, config.decode_rows)
+    """How this run samples k answers per prompt; never more rows at a time than a rollout has."""
+    rows = config.decode_rows or config.batch_size * config.K
+    return Sampling(k, config.max_completion_length, config.temperature, rows)
 
 
 def target_at(config: TrainConfig, iteration: int) -> float:

@@ -93,7 +93,14 @@ class BlockCall:
     kwargs: dict[str, Any]
     slot: Any
 
+    def is_mask_and_cache(self) -> bool:
+        """Whether the block took one mask and one cache, and nothing else."""
+        rest = [a for a in (*self.args, *self.kwargs.values()) if a is not self.slot]
+        given = len(self.args) + len(self.kwargs)
+        return given == 2 and len(rest) == 1 and isinstance(rest[0], mx.array | str | None)
+
     def run(self, block: nn.Module, h: mx.array, cache: Any) -> mx.array:
+        """Call `block` on `h` with `cache` in place of the recorded one."""
         args = [cache if a is self.slot else a for a in self.args]
         kwargs = {n: cache if a is self.slot else a for n, a in self.kwargs.items()}
         return block(h, *args, **kwargs)
@@ -174,12 +181,11 @@ class Stages:
         with _replaced(self._owner, recorders):
             self.model(tokens, cache=caches)
         calls = [BlockCall(r.args, r.kwargs, c) for r, c in zip(recorders, caches, strict=True)]
-        for call in calls:
-            if sum(a is call.slot for a in (*call.args, *call.kwargs.values())) != 1:
-                kind = type(self.model).__module__.rsplit(".", 1)[-1]
-                raise InputError(
-                    f"model type '{kind}' is not supported: its blocks do not take (h, mask, cache)"
-                )
+        if not all(call.is_mask_and_cache() for call in calls):
+            kind = type(self.model).__module__.rsplit(".", 1)[-1]
+            raise InputError(
+                f"model type '{kind}' is not supported: its blocks do not take (h, mask, cache)"
+            )
         return recorders[0].h, calls
 
     def _inject(self, module: nn.Module, h: mx.array) -> mx.array:

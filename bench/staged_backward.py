@@ -1,0 +1,143 @@
+"""Staged backward against plain value_and_grad: gradients, peak memory above the weights, seconds.
+
+usage: python bench/staged_backward.py [--shape smollm2-135m|tiny] [--prompt 64] [--completion 64]
+[--K 6]
+
+Random weights of the given shape, LoRA 16 on all linear layers, one group. `plain` runs K whole
+sequences through `mx.value_and_grad`, as other trainers do; `checkpointed` is the same with
+mlx-lm's gradient checkpointing. The first of two runs of each is dropped (MLX compiles for the CPU
+at run time).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.tuner.trainer import grad_checkpoint
+
+import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX does any work)
+from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
+from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.rng import key
+from mlx_grpo.types import ScoredGroup
+from mlx_grpo.update import group_gradients
+
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+
+
+def random_actor(shape: str) -> llama.Model:
+    """A model of the shape with random weights and a LoRA that has left its starting point."""
+    mx.random.seed(0)
+    model = llama.Model(
+        llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, rope_theta=1e5, **SHAPES[shape])
+    )
+    mx.eval(model.parameters())
+    model.freeze()
+    actor = add_lora(model, rank=16, scale=2.0, seed=0)
+    moved = {
+        n: v if n.endswith("lora_a") else 0.02 * mx.random.normal(v.shape, key=key(1, n))
+        for n, v in lora_parameters(actor).items()
+    }
+    set_parameters(actor, moved)
+    mx.eval(actor.parameters())
+    return actor
+
+
+def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> ScoredGroup:
+    """A group with ratios around one."""
+    tokens_KT = mx.random.randint(0, vocabulary, (k, completion), key=key(2, "tokens"))
+    ids = mx.random.randint(0, vocabulary, (prompt,), key=key(2, "prompt")).tolist()
+    old_KT = -10 + 0.1 * mx.random.normal((k, completion), key=key(2, "old"))
+    advantages_K = mx.random.normal((k,), key=key(2, "advantages"))
+    mask_KT = mx.ones((k, completion))
+    mx.eval(tokens_KT, old_KT, advantages_K, mask_KT)
+    return ScoredGroup(tuple(ids), tokens_KT, mask_KT, old_KT, old_KT, advantages_K)
+
+
+def plain_gradients(actor: llama.Model, group: ScoredGroup, weights_KT: mx.array) -> Parameters:
+    """The textbook way: K whole sequences in one graph."""
+    k, prompt = group.tokens_KT.shape[0], len(group.prompt_ids)
+    prompts = mx.broadcast_to(mx.array([group.prompt_ids]), (k, prompt))
+    whole = mx.concatenate([prompts, group.tokens_KT], axis=1)
+    parameters = lora_parameters(actor)
+
+    def loss(values: Parameters) -> mx.array:
+        set_parameters(actor, values)
+        logits = actor(whole[:, :-1])[:, prompt - 1 :].astype(mx.float32)
+        picked = mx.take_along_axis(logits, group.tokens_KT[..., None], axis=-1)[..., 0]
+        logp_KT = picked - mx.logsumexp(logits, axis=-1)
+        fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, Clip())
+        return clipped_surrogate(logp_KT, *fixed)
+
+    _, gradients = mx.value_and_grad(loss)(parameters)
+    mx.eval(gradients)
+    set_parameters(actor, parameters)
+    return gradients
+
+
+def measured(compute: Callable[[], Parameters]) -> tuple[Parameters, float, float]:
+    """(gradients, MB above what was held before, seconds), the second of two runs."""
+    for _ in range(2):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        held, start = mx.get_active_memory(), time.perf_counter()
+        gradients = compute()
+        seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
+    return gradients, (peak - held) / 1e6, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--completion", type=int, default=64)
+    parser.add_argument("--K", type=int, default=6)
+    args = parser.parse_args()
+    actor = random_actor(args.shape)
+    group = random_group(args.K, args.prompt, args.completion, SHAPES[args.shape]["vocab_size"])
+    weights_KT = token_weights(
+        group.mask_KT, "sequence", args.K, args.K * args.completion, args.completion
+    )
+    stages = Stages(actor)
+    rows = {
+        "plain": lambda: plain_gradients(actor, group, weights_KT),
+        "staged": lambda: group_gradients(stages, group, weights_KT, Clip(), 1.0)[0],
+    }
+    results = {name: measured(compute) for name, compute in rows.items()}
+    grad_checkpoint(actor.layers[0])  # patches the class for good, so it comes last
+    results["checkpointed"] = measured(rows["plain"])
+    expected = results["plain"][0]
+    for name, (gradients, peak, seconds) in results.items():
+        worst = max(
+            (mx.abs(gradients[n] - g).max() / mx.abs(g).max()).item() for n, g in expected.items()
+        )
+        print(
+            f"{name:12s} peak above the weights {peak:6.0f} MB  {seconds:6.2f} s  "
+            f"largest relative gradient difference to plain {worst:.1e}"
+        )
+
+
+if __name__ == "__main__":
+    main()
