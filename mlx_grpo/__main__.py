@@ -1,5 +1,7 @@
 """`python -m mlx_grpo` is `mlx-grpo`."""
 
+import sys
+
 from mlx_grpo.cli import main
 
-main()
+sys.exit(main())

@@ -39,7 +39,10 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         write_json(temporary / "state.json", checkpoint.state)
         write_json(temporary / MANIFEST, _manifest(temporary, contents))
     write_text(directory / "latest", target.name + "\n")
-    for old in step_directories(directory)[keep:]:
+    # those beyond the one just written are of a run that was resumed from before them
+    others = [d for d in step_directories(directory) if d.name < target.name]
+    newer = [d for d in step_directories(directory) if d.name > target.name]
+    for old in others[keep - 1 :] + newer:
         shutil.rmtree(old)
     return target
 
@@ -66,7 +69,10 @@ def load(path: Path) -> Checkpoint:
         InputError: a file is missing or differs from the manifest; the file is named.
     """
     manifest = read_json(path / MANIFEST)
-    for name, expected in manifest.get("files", {}).items():
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {f"{n}.safetensors" for n in ARRAYS} <= files.keys():
+        raise InputError(f"{path / MANIFEST}: damaged: field 'files' does not list the arrays")
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise InputError(f"{file}: missing")

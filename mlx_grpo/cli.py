@@ -1,7 +1,6 @@
 """The command line: flags to configuration, errors to one line, nothing else."""
 
 import inspect
-import os
 import sys
 import typing
 from collections.abc import Callable
@@ -12,14 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo import __version__
-from mlx_grpo.config import (
-    RewardTrainConfig,
-    TrainConfig,
-    build_config,
-    field_help,
-    field_types,
-    typed_flags,
-)
+from mlx_grpo.config import RewardTrainConfig, TrainConfig
+from mlx_grpo.config_sources import build_config, field_help, field_types, typed_flags
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 
@@ -37,25 +30,22 @@ UsageError: Any = typer.BadParameter.__mro__[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 
-def main() -> None:
-    """Entry point: exit code 0 when done, 2 for bad input, 130 when interrupted."""
+def main() -> int:
+    """Entry point: 0 when done, 2 for bad input, 130 when interrupted."""
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False)
     except InputError as e:
         Console().error(" ".join(str(e).split()))
-        code = 2
+        return 2
     except UsageError as e:
-        Console().error(f"{e.format_message()} (see --help)")
-        code = 2
+        if message := e.format_message():  # empty where a missing command has shown the help
+            Console().error(f"{message} (see --help)")
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         Console().error("interrupted; the last checkpoint is valid, go on with --resume")
-        code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(
-        code if isinstance(code, int) else 0
-    )  # skip a second of tearing down gigabytes of arrays
+        return 130
+    return code if isinstance(code, int) else 0
 
 
 def with_flags(
@@ -221,6 +211,7 @@ def train(
 ) -> None:
     """Train a LoRA on the SFT model with GRPO. --seed may be given several times: the runs follow
     one another."""
+    from mlx_grpo.run_directory import is_run
     from mlx_grpo.trainer import train as run
 
     seeds = flags.pop("seed", [])
@@ -233,7 +224,9 @@ def train(
             for c in numbered
         ]
     for c in configs:
-        run(c, Console(quiet), resume, dry_run)
+        # of several seeds, those not started yet start now
+        goes_on = resume and (len(configs) == 1 or is_run(c.run_directory))
+        run(c, Console(quiet), goes_on, dry_run)
 
 
 @app.command("train-rm")
@@ -286,4 +279,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

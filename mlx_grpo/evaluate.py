@@ -12,8 +12,8 @@ import mlx.nn as nn
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
 from mlx_grpo.logprob import token_logps
-from mlx_grpo.models.reward_model import pad_right
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import RewardMix
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.types import Group, Prompt
@@ -110,13 +110,6 @@ class Evaluator:
             tokens += mask_KT.sum().item()
             progress("held-out KL", done, len(groups))
         return total / tokens
-
-
-def completion_arrays(group: Group) -> tuple[mx.array, mx.array]:
-    """(tokens int [K, T], mask fp32 [K, T]) of a group's completions, padded on the right."""
-    tokens_KT, lengths = pad_right([c.token_ids for c in group.completions])
-    mask_KT = mx.arange(tokens_KT.shape[1])[None] < mx.array(lengths)[:, None]
-    return tokens_KT, mask_KT.astype(mx.float32)
 
 
 def reference_answers(

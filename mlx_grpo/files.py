@@ -70,7 +70,12 @@ def swap_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     fsync_path(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

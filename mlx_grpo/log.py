@@ -24,15 +24,18 @@ def truncate(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > iteration:
+    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
+    for line in whole:
+        if json.loads(line)["step"] > iteration:
             break
-        kept.append(line)
+        kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All whole rows of a log."""
+    # not splitlines(): it also splits at characters that JSON leaves inside a text
+    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]

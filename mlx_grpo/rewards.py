@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +112,9 @@ def load_reward(spec: str, weight: float = 1.0) -> CustomReward:
         module = (
             _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
         )
-    except (ImportError, FileNotFoundError) as e:
-        raise InputError(f"--reward {spec}: cannot import '{source}' ({e})") from None
+    except Exception as e:  # importing runs the user's code, which may raise anything
+        reason = f"{type(e).__name__}: {e}"
+        raise InputError(f"--reward {spec}: cannot import '{source}' ({reason})") from e
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--reward {spec}: '{source}' has no function '{name}'")
@@ -126,7 +126,6 @@ def _load_file(path: Path) -> Any:
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError("no such file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 

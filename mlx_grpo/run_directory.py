@@ -10,7 +10,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo import checkpoint, log
-from mlx_grpo.config import TrainConfig, to_toml
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.config_sources import to_toml
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import atomic_directory, write_text
 from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
@@ -27,10 +28,15 @@ def check_vacant(run: Path, resume: bool) -> None:
     Raises:
         InputError: with the way out.
     """
-    if resume and not any((run / CHECKPOINTS).glob("step-*")):
-        raise InputError(f"{run}: no checkpoint to resume from; start without --resume")
+    if resume and not is_run(run):
+        raise InputError(f"{run}: no run to resume here; start without --resume")
     if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: not empty; continue with --resume or choose another --output")
+
+
+def is_run(run: Path) -> bool:
+    """Whether a run was started in this directory."""
+    return (run / CONFIG).is_file()
 
 
 def open_new(run: Path, config: TrainConfig) -> None:
@@ -61,12 +67,19 @@ def restore(
 ) -> tuple[RunState, list[str]]:
     """Load the newest good checkpoint into actor and optimizer, and cut the logs back to it.
 
+    A run that ended before its first checkpoint starts again.
+
     Returns:
         (the state to go on from, one line for each newer checkpoint that did not verify).
 
     Raises:
         InputError: no usable checkpoint, or one of another configuration.
     """
+    if not checkpoint.step_directories(run / CHECKPOINTS):
+        for name in (log.METRICS, log.COMPLETIONS):
+            (run / name).unlink(missing_ok=True)
+        write_text(run / CONFIG, to_toml(config))
+        return state, []
     saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
     if saved.state["config_digest"] != config.digest():
         raise InputError(

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_grpo.evaluate import completion_arrays
 from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.types import Group, ScoredGroup
 

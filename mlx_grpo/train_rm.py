@@ -33,10 +33,10 @@ from mlx_grpo.models.reward_model import (
     REWARD_CONFIG,
     REWARD_HEAD,
     RewardModel,
-    pad_right,
     reward_head,
 )
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.padding import pad_right
 from mlx_grpo.rng import permutation
 from mlx_grpo.types import PreferencePair
 from mlx_grpo.update import adamw_step, new_optimizer
@@ -196,6 +196,11 @@ def split(
 ) -> tuple[list[PairGroup], list[PairGroup]]:
     """Hold out a share of the prompts, at least one."""
     held_out = max(1, round(fraction * len(groups)))
+    if held_out >= len(groups):
+        raise InputError(
+            f"pairs of {len(groups)} prompts leave none to train on with --valid-fraction "
+            f"{fraction:g}; give more prompts or hold out fewer"
+        )
     shuffled = [groups[i] for i in permutation(seed, "split", n=len(groups))]
     return shuffled[held_out:], shuffled[:held_out]
 

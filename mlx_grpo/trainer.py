@@ -3,47 +3,34 @@
 `iterate` is the algorithm, one stage after the other; `train` is the run around it.
 """
 
-import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import mlx.optimizers as optim
-
 from mlx_grpo import log, run_directory
-from mlx_grpo.backend import raise_wired_limit
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
-from mlx_grpo.data import batch_indices, load_prompts
+from mlx_grpo.data import batch_indices
 from mlx_grpo.errors import InputError
-from mlx_grpo.evaluate import Best, Evaluator, reference_answers
-from mlx_grpo.grpo import Clip
-from mlx_grpo.kl_controller import KLController, kl_target
+from mlx_grpo.evaluate import Best
 from mlx_grpo.metrics import Clock, iteration_metrics
-from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.roles import Roles, assign_roles
-from mlx_grpo.rewards import RewardMix, ScoreNormalizer, load_reward
-from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.rollout import rollout
 from mlx_grpo.scoring import score
+from mlx_grpo.session import (
+    Session,
+    first_state,
+    open_session,
+    sampling,
+    target_at,
+    update_settings,
+)
 from mlx_grpo.state import RunState
-from mlx_grpo.types import Group, Prompt
-from mlx_grpo.update import UpdateSettings, new_optimizer, update
-
-
-@dataclass(frozen=True)
-class Session:
-    """What a run works with; only the actor's arrays and the optimizer's state change inside."""
-
-    config: TrainConfig
-    roles: Roles
-    rewards: RewardMix
-    prompts: list[Prompt]
-    evaluator: Evaluator
-    optimizer: optim.AdamW
+from mlx_grpo.types import Group
+from mlx_grpo.update import update
 
 
 def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> Path:
@@ -52,6 +39,7 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
     """
+    check(config)
     run = config.run_directory
     if not dry_run:
         run_directory.check_vacant(run, resume)
@@ -183,112 +171,6 @@ def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunS
     )
     ui.evaluation(step, metrics, "" if step == 0 else "-> best" if passed else f"({above})")
     return state
-
-
-def open_session(config: TrainConfig, ui: Console) -> Session:
-    """Load weights once and build everything a run needs.
-
-    Raises:
-        InputError: any of the inputs is missing or wrong.
-    """
-    custom = tuple(
-        load_reward(spec, weight)
-        for spec, weight in zip(
-            config.reward, config.reward_weights or (1.0,) * len(config.reward), strict=True
-        )
-    )
-    backbone = load_backbone(Path(config.actor_model))
-    raise_wired_limit()
-    prompts, held_out = (
-        _prompts(file, backbone, config.max_prompt_length, ui)
-        for file in (config.prompts, config.eval_prompts)
-    )
-    rm = None if config.rm_model == "none" else Path(config.rm_model)
-    roles = assign_roles(backbone, rm, config.lora_rank, config.lora_scale, config.seed)
-    rewards = RewardMix(roles.reward_model, config.rm_weight, custom)
-    evaluator = _evaluator(config, roles, rewards, held_out[: config.eval_limit or None])
-    optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return Session(config, roles, rewards, prompts, evaluator, optimizer)
-
-
-def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:
-    prompts, too_long = load_prompts(Path(file), backbone.tokenizer, limit)
-    if too_long:
-        ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
-    return prompts
-
-
-def _evaluator(
-    config: TrainConfig, roles: Roles, rewards: RewardMix, held_out: list[Prompt]
-) -> Evaluator:
-    backbone = roles.backbone
-
-    def ask(missing: Sequence[Prompt]) -> list[Group]:
-        return rollout(
-            backbone.model,
-            backbone.tokenizer,
-            backbone.stop_ids,
-            missing,
-            sampling(config, 1),
-            config.seed,
-            "reference answers",
-        )
-
-    return Evaluator(
-        tokenizer=backbone.tokenizer,
-        stop_ids=backbone.stop_ids,
-        prompts=tuple(held_out),
-        answers=reference_answers(backbone.tokenizer, held_out, ask),
-        rewards=rewards,
-        reference=roles.reference,
-        sampling=sampling(config, 1),
-        seed=config.seed,
-    )
-
-
-def first_state(config: TrainConfig) -> RunState:
-    """The state before the first iteration."""
-    controller = KLController(
-        actuator=config.kl_control,
-        beta=config.kl_beta,
-        learning_rate=config.learning_rate,
-        gain=config.kl_gain,
-        beta_min=config.kl_beta_min,
-        beta_max=config.kl_beta_max,
-        learning_rate_min=config.kl_lr_min,
-        learning_rate_max=config.kl_lr_max,
-    )
-    return RunState(controller, ScoreNormalizer(config.reward_alpha, config.reward_clip))
-
-
-def sampling(config: TrainConfig, k: int) -> Sampling:
-    """How this run samples k answers per prompt; never more rows at a time than a rollout has."""
-    rows = config.decode_rows or config.batch_size * config.K
-    return Sampling(k, config.max_completion_length, config.temperature, rows)
-
-
-def target_at(config: TrainConfig, iteration: int) -> float:
-    """KL target of an iteration, counted from 0."""
-    return kl_target(
-        iteration, config.num_iterations, config.kl_schedule, config.kl_targets, config.kl_phases
-    )
-
-
-def update_settings(config: TrainConfig, target: float) -> UpdateSettings:
-    """Constants of an iteration's update."""
-    return UpdateSettings(
-        clip=Clip(
-            config.clip_range, config.clip_range_high or config.clip_range, config.ratio_level
-        ),
-        aggregation=config.loss_aggregation,
-        temperature=config.temperature,
-        max_tokens=config.max_completion_length,
-        max_grad_norm=config.max_grad_norm,
-        minibatch_size=config.minibatch_size,
-        epochs=config.epochs,
-        kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
-        rows_per_pass=config.rows_per_pass,
-    )
 
 
 def _reward_names(config: TrainConfig) -> str:

@@ -73,6 +73,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(
+    train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}), QUIET)
+    from mlx_grpo import trainer
+
+    def dies(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    config = TrainConfig(**{**train_arguments, "output": str(tmp_path / "broken")})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "iterate", dies)
+        train(config, QUIET)
+    assert len(rows(config.run_directory)) == 1  # the evaluation before the first iteration
+    assert rows(train(config, QUIET, resume=True)) == rows(whole)
+
+
 def test_resume_with_other_mathematics_is_refused(train_arguments: dict[str, Any]) -> None:
     train(TrainConfig(**train_arguments), QUIET)
     with pytest.raises(InputError, match="flags differ"):

@@ -17,11 +17,11 @@ from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
 from mlx_grpo.models.lora import load_adapter, load_arrays
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.padding import pad_right
 from mlx_grpo.types import Group
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
-PAD = 0
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,6 @@ def reward_head(
     normed_KD = stages.norm(last_KD[:, None])[:, 0].astype(mx.float32)
     scores_K = (normed_KD @ weight_1D.T)[:, 0]
     return scores_K if bias is None else scores_K + bias
-
-
-def pad_right(rows: list[tuple[int, ...]]) -> tuple[mx.array, list[int]]:
-    """(int [K, T], lengths); a causal model never looks at what is on the right."""
-    longest = max(map(len, rows))
-    return mx.array([[*r, *([PAD] * (longest - len(r)))] for r in rows]), [len(r) for r in rows]
 
 
 def conversation_tokens(

@@ -1,0 +1,181 @@
+"""Win rates with honest intervals, the gate of the best checkpoint, and figures of a policy."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_grpo.evaluate import (
+    Best,
+    Evaluation,
+    Evaluator,
+    WinRate,
+    completion_arrays,
+    perplexity,
+    reference_answers,
+    win_rate,
+)
+from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.rewards import CustomReward, RewardMix
+from mlx_grpo.rollout import Sampling
+from mlx_grpo.types import Completion, Group, Prompt
+
+
+@pytest.mark.parametrize(
+    ("wins", "prompts", "low", "high"),
+    [
+        # R. G. Newcombe 1998, Statistics in Medicine 17, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0000),
+    ],
+)
+def test_the_wilson_interval_has_the_published_values(
+    wins: float, prompts: int, low: float, high: float
+) -> None:
+    assert WinRate(wins, prompts).wilson() == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_narrows_with_more_prompts_and_holds_the_share() -> None:
+    few, many = WinRate(6, 10), WinRate(600, 1000)
+    for rate in (few, many):
+        low, high = rate.wilson()
+        assert low < rate.share < high
+    assert many.wilson()[1] - many.wilson()[0] < (few.wilson()[1] - few.wilson()[0]) / 5
+
+
+def test_ties_count_half() -> None:
+    assert win_rate([1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]) == WinRate(2.0, 4)
+    assert win_rate([0.0] * 5, [0.0] * 5).share == 0.5
+
+
+def test_the_second_policy_is_the_one_that_wins() -> None:
+    assert win_rate([0.0, 0.0], [1.0, 1.0]).share == 1.0
+    assert win_rate([1.0, 1.0], [0.0, 0.0]).share == 0.0
+
+
+def test_policies_are_compared_on_the_same_prompts() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        win_rate([1.0], [1.0, 2.0])
+
+
+def evaluation(kl: float, perplexity: float) -> Evaluation:
+    return Evaluation(0.0, kl, perplexity, 1.0, 1.0, (), ())
+
+
+@pytest.mark.parametrize(
+    ("kl", "perplexity", "passes"),
+    [
+        (0.01, 7.9, True),
+        (0.02, 7.9, False),  # on the target is not below it
+        (0.03, 1.0, False),
+        (0.01, 8.0, False),  # as good as the best is not better
+        (0.01, 8.1, False),
+        (math.nan, 1.0, False),
+        (0.01, math.nan, False),
+    ],
+)
+def test_the_gate_wants_kl_below_target_and_a_better_perplexity(
+    kl: float, perplexity: float, passes: bool
+) -> None:
+    assert Best(50, 8.0).passed_by(evaluation(kl, perplexity), target=0.02) == passes
+
+
+def test_the_first_to_pass_the_gate_is_best_whatever_its_perplexity() -> None:
+    assert Best().step is None
+    assert Best().passed_by(evaluation(0.01, 1e9), 0.02)
+    assert not Best().passed_by(evaluation(0.5, 1.0), 0.02)
+
+
+def prompt(text: str, response: str | None = None) -> Prompt:
+    return Prompt(text, ({"role": "user", "content": text},), tuple(text.encode()), response)
+
+
+def test_completions_are_padded_on_the_right_and_masked() -> None:
+    rows = ((5, 6, 7), (8,))
+    answers = tuple(Completion(r, "", "stop", (0.0,) * len(r)) for r in rows)
+    tokens_KT, mask_KT = completion_arrays(Group(prompt("a"), answers))
+    assert mask_KT.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert (tokens_KT * mask_KT).tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask_KT.dtype == mx.float32
+
+
+def test_the_reference_model_answers_only_prompts_without_a_response(backbone: Backbone) -> None:
+    asked: list[str] = []
+
+    def answer(prompts: Any) -> list[Group]:
+        asked.extend(p.id for p in prompts)
+        return [Group(p, (Completion((1, 2), "", "stop", (0.0, 0.0)),)) for p in prompts]
+
+    prompts = [prompt("a", "yes"), prompt("b")]
+    answers = reference_answers(backbone.tokenizer, prompts, answer)
+    assert asked == ["b"]
+    stop = backbone.tokenizer.eos_token_id
+    assert answers["a"] == (*backbone.tokenizer.encode("yes", add_special_tokens=False), stop)
+    assert answers["b"] == (1, 2)
+
+
+def test_perplexity_weighs_every_token_alike(backbone: Backbone) -> None:
+    prompts = [prompt("one"), prompt("two")]
+    answers = {"one": (65, 66, 67), "two": (70,)}
+    total = 0.0
+    for p in prompts:
+        ids = [*p.token_ids, *answers[p.id]]
+        logits_TV = backbone.model(mx.array([ids]))[0]
+        logp_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
+        start = len(p.token_ids) - 1
+        total += sum(logp_TV[start + t, i].item() for t, i in enumerate(answers[p.id]))
+    found = perplexity(Stages(backbone.model), prompts, answers)
+    assert found == pytest.approx(math.exp(-total / 4), rel=1e-5)
+
+
+@pytest.fixture
+def evaluator(backbone: Backbone) -> Evaluator:
+    length = CustomReward("length", lambda completion_ids: [len(c) for c in completion_ids])
+    return Evaluator(
+        tokenizer=backbone.tokenizer,
+        stop_ids=backbone.stop_ids,
+        prompts=(prompt("one"), prompt("two")),
+        answers={"one": (65, 66), "two": (70,)},
+        rewards=RewardMix(None, 1.0, (length,)),
+        reference=Stages(backbone.model),
+        sampling=Sampling(k=2, max_tokens=6),
+        seed=3,
+    )
+
+
+def test_an_evaluation_is_the_same_every_time_and_its_parts_agree(evaluator: Evaluator) -> None:
+    first, second = (evaluator(evaluator.reference.model, evaluator.reference) for _ in range(2))
+    assert first == second
+    completions = [c for g in first.groups for c in g.completions]
+    assert len(completions) == len(first.rewards) == 4
+    assert first.reward == first.mean_length == sum(len(c.token_ids) for c in completions) / 4
+    assert first.metrics()["eval_reward"] == first.reward
+
+
+def test_the_kl_is_zero_for_the_reference_and_positive_for_another_policy(
+    evaluator: Evaluator, backbone: Backbone
+) -> None:
+    assert evaluator(backbone.model, evaluator.reference).kl == 0.0
+    adapted = add_lora(backbone.model, rank=2, scale=2.0, seed=1)
+    fresh = evaluator(adapted, Stages(adapted))
+    assert abs(fresh.kl) < 1e-6  # a fresh adapter changes nothing
+    set_parameters(
+        adapted,
+        {n: mx.full(v.shape, 0.05) for n, v in lora_parameters(adapted).items() if "_b" in n},
+    )
+    moved = evaluator(adapted, Stages(adapted))
+    assert moved.kl > 1e-3
+    assert moved.perplexity != fresh.perplexity
+
+
+def test_another_seed_draws_other_answers(evaluator: Evaluator) -> None:
+    policy = evaluator.reference
+    other = replace(evaluator, seed=4)
+    assert other(policy.model, policy).groups != evaluator(policy.model, policy).groups

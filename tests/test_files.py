@@ -1,0 +1,117 @@
+"""Files and directories are complete or absent."""
+
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+
+from mlx_grpo import files
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import atomic_directory, read_json, sha256, write_json, write_text
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", bytes(range(256)) * 9000])
+def test_sha256_is_the_digest_of_the_bytes(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(content)
+    assert sha256(file) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_directory_takes_its_name_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with atomic_directory(target) as temporary:
+        (temporary / "a").write_text("1")
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b").write_text("2")
+        assert not target.exists()
+        assert temporary.parent == target.parent  # a rename across file systems is not atomic
+    assert names(target.parent) == ["out"]
+    assert (target / "sub" / "b").read_text() == "2"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_midway_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("keep")
+    with (
+        pytest.raises(InputError, match="already exists; remove it or choose another directory"),
+        atomic_directory(target),
+    ):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["mine"]
+
+
+def test_replacing_leaves_no_file_of_the_old_directory(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for name in ("old", "new"):
+        with atomic_directory(target, replace=True) as temporary:
+            (temporary / name).write_text(name)
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_failed_replacement_keeps_the_old_directory(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic_directory(target) as temporary:
+        (temporary / "old").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(target, replace=True) as temporary:
+        (temporary / "new").write_text("new")
+        raise RuntimeError
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["old"]
+
+
+def test_a_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "latest"
+    write_text(file, "old")
+    monkeypatch.setattr(files, "fsync_path", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+    monkeypatch.undo()
+    write_text(file, "née")
+    assert file.read_text(encoding="utf-8") == "née"
+    assert names(tmp_path) == ["latest"]
+
+
+def test_json_is_written_with_a_fixed_order_and_reads_back_the_same_bits(tmp_path: Path) -> None:
+    value = {"b": [0.1 + 0.2, 5e-324, None], "a": {"ü": True}}
+    write_json(tmp_path / "x.json", value)
+    write_json(tmp_path / "y.json", dict(reversed(value.items())))
+    assert read_json(tmp_path / "x.json") == value
+    assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"{", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[1]", "must hold a JSON object"),
+        (b"null", "must hold a JSON object"),
+    ],
+)
+def test_a_bad_json_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as refusal:
+        read_json(file)
+    assert str(refusal.value).startswith(f"{file}: {message}")
