@@ -17,7 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
-from mlx_grpo.data import load_prompts
+from mlx_grpo.data import load_prompts, read_jsonl
 from mlx_grpo.files import write_text
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.rollout import Sampling, rollout
@@ -94,10 +94,11 @@ def main() -> None:
     if not args.samples.exists():
         args.samples.parent.mkdir(parents=True, exist_ok=True)
         draw_samples(args.model, args.samples)
+    known = {row["id"] for _, row in read_jsonl(HERE / "rl_prompts.jsonl")}
     by_prompt: dict[str, list[dict]] = {}
-    for line in args.samples.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        by_prompt.setdefault(row["id"], []).append(row)
+    for _, row in read_jsonl(args.samples):
+        if row["id"] in known:
+            by_prompt.setdefault(row["id"], []).append(row)
     pairs = [pair for rows in by_prompt.values() for pair in pairs_of(rows)]
     numbered = [{"id": f"pair-{i + 1:04d}", **pair} for i, pair in enumerate(pairs)]
     write_text(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in numbered))

@@ -165,20 +165,18 @@ def convert(
         raise InputError(
             f"{texts}: no such file; give --texts FILE, or --no-verify to skip the measurement"
         )
-    ui, target, measured = Console(quiet), Quantization(bits, group_size), texts if verify else None
+    ui, target = Console(quiet), Quantization(bits, group_size)
+    measured = texts if verify else None
+    # both are looked at before either is converted
+    sft_source, rm_source = (locate(name, revision) if name else None for name in (sft, rm))
     rows = []
-    if sft:
+    if sft_source:
         with ui.working("converting the SFT model"):
-            rows.append(
-                convert_sft(locate(sft, revision), out / "sft-4bit", target, measured, force)
-            )
-    if rm:
+            rows.append(convert_sft(sft_source, out / "sft-4bit", target, measured, force))
+    if rm_source:
+        place = out / "rm-4bit"
         with ui.working("converting the reward model"):
-            rows.append(
-                convert_rm(
-                    locate(rm, revision), out / "rm-4bit", out / "sft-4bit", target, measured, force
-                )
-            )
+            rows.append(convert_rm(rm_source, place, out / "sft-4bit", target, measured, force))
     ui.table(
         "Converted",
         ("directory", "parameters", "bits/weight", "size", "what it cost"),

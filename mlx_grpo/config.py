@@ -150,7 +150,7 @@ class RewardTrainConfig:
     """Passes over the training pairs."""
     batch_size: int = 4
     """Prompts per optimizer step, each with all of its pairs."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     """First learning rate; it falls linearly to zero."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""

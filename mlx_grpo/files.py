@@ -52,7 +52,8 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` exists and `replace` is false.
     """
     if target.exists() and not replace:
-        raise InputError(f"{target}: already exists; remove it or choose another directory")
+        raise InputError(f"{target}: already exists; replace it with --force or choose another")
+    missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
@@ -62,6 +63,9 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         swap_directory(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def swap_directory(new: Path, target: Path) -> None:

@@ -58,8 +58,6 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
         for reason in skipped:
             ui.warn(f"checkpoint skipped: {reason}")
         ui.say(f"resuming after iteration {state.iteration}")
-    else:
-        run_directory.open_new(run, config)
     with _stop_signals(ui) as stop_requested:
         _loop(session, state, run, ui, stop_requested)
     return run
@@ -159,6 +157,8 @@ def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunS
     policy = roles.actor if step else roles.reference
     with ui.working("evaluating on held-out prompts"):
         evaluation = session.evaluator(roles.sampler(), policy, ui.progress)
+    if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
+        run_directory.open_new(run, config)
     target = target_at(config, max(step - 1, 0))
     passed = bool(step) and state.best.passed_by(evaluation, target)
     if passed:

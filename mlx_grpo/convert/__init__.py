@@ -6,6 +6,8 @@ what it cost.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,21 @@ from mlx_grpo.convert.weights import (
 )
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import atomic_directory, read_json, write_json
-from mlx_grpo.models.backbone import fingerprint, load_backbone, parameter_count, weight_files
+from mlx_grpo.models.backbone import (
+    fingerprint,
+    load_backbone,
+    parameter_count,
+    rope_fields,
+    weight_files,
+)
 from mlx_grpo.models.lora import load_adapter, load_arrays, save_arrays
-from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, check_fingerprint, load_head
+from mlx_grpo.models.reward_model import (
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    check_fingerprint,
+    load_head,
+    load_reward_model,
+)
 
 __all__ = ["Converted", "Quantization", "convert_rm", "convert_sft", "locate"]
 
@@ -60,7 +74,7 @@ def convert_sft(
     """
     if source.kind not in ("causal-lm", "gguf"):
         raise InputError(f"{source.path}: this is a reward model; give it as --rm")
-    with atomic_directory(out, replace=replace) as directory:
+    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
         model, config = load_source(source)
         check_finite(model, source)
         kept = "quantization" in config or target.bits == 16
@@ -68,7 +82,9 @@ def convert_sft(
         write_model(directory, source, model, config)
         del model
         load_backbone(directory)  # verify: it loads, and its tokenizer has a chat template
-        cost = Cost.none() if kept or texts is None else policy_cost(source.path, directory, texts)
+        cost = Cost.none()
+        if texts and not kept:
+            cost = policy_cost(load_source(source)[0], directory, texts)
         row = _row(directory, out, cost)
     return row
 
@@ -89,6 +105,8 @@ def convert_rm(
     """
     if source.kind == "reward-adapter":
         return _convert_reward_adapter(source, out, sft, replace)
+    if source.kind == "reward-full":
+        return _keep_full(source, out, replace)
     if source.kind != "sequence-classification":
         raise InputError(
             f"{source.path}: not a reward model; give a *ForSequenceClassification directory "
@@ -96,9 +114,9 @@ def convert_rm(
             "or the output of 'mlx-grpo train-rm'"
         )
     _one_label(source)
-    with atomic_directory(out, replace=replace) as directory:
+    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
         backbone, head = _split_head(source)
-        config = {**source.config, "tie_word_embeddings": True}
+        config = {**source.config, **rope_fields(source.config), "tie_word_embeddings": True}
         try:
             model = model_from(config, backbone)
         except (ValueError, KeyError, TypeError) as e:
@@ -118,6 +136,15 @@ def convert_rm(
             cost = pair_cost(backbone, config, head, directory, pairs)
         row = _row(directory, out, cost)
     return row
+
+
+@contextmanager
+def _blaming(source: Source, directory: Path) -> Iterator[None]:
+    """Complaints about the unfinished output name the source instead."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(str(e).replace(str(directory), str(source.path))) from e
 
 
 def _one_label(source: Source) -> None:
@@ -153,12 +180,20 @@ def _split_head(source: Source) -> tuple[dict[str, mx.array], dict[str, mx.array
             f"{source.path}: tensor 'score.weight' has {head['weight'].shape[0]} rows, "
             "a reward model has one"
         )
+    if head["weight"].shape[1] != source.config.get("hidden_size"):
+        raise InputError(
+            f"{source.path}: tensor 'score.weight' has width {head['weight'].shape[1]}, "
+            f"the model has hidden_size {source.config.get('hidden_size')}"
+        )
+    for name, value in head.items():
+        if not mx.isfinite(value).all().item():
+            raise InputError(f"{source.path}: tensor 'score.{name}' holds values not finite")
     return weights, head
 
 
 def _convert_reward_adapter(source: Source, out: Path, sft: Path, replace: bool) -> Converted:
     check_fingerprint(source.path / REWARD_CONFIG, source.config, sft)
-    with atomic_directory(out, replace=replace) as directory:
+    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
         backbone = load_backbone(sft)
         load_adapter(backbone.model, source.path)  # verify every tensor against the backbone
         load_head(source.path / REWARD_HEAD)
@@ -170,6 +205,15 @@ def _convert_reward_adapter(source: Source, out: Path, sft: Path, replace: bool)
         size = (directory / "adapters.safetensors").stat().st_size
         count = sum(a.size for a in arrays.values())
     return Converted(out, count, 8 * size / count, size, Cost.none())
+
+
+def _keep_full(source: Source, out: Path, replace: bool) -> Converted:
+    """A full reward model of this project's own: verified and kept."""
+    with atomic_directory(out, replace=replace) as directory:
+        load_reward_model(source.path, load_backbone(source.path))
+        shutil.copytree(source.path, directory, dirs_exist_ok=True)
+        row = _row(directory, out, Cost.none())
+    return row
 
 
 def _row(directory: Path, out: Path, cost: Cost) -> Converted:

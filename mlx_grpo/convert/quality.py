@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_grpo.backend import choose_policy
+from mlx_grpo.backend import apply_policy, choose_policy
 from mlx_grpo.data import answer_tokens, load_prompts
 from mlx_grpo.logprob import chunk_tokens
 from mlx_grpo.models.backbone import Backbone, load_backbone, parameter_count
@@ -45,17 +46,18 @@ class Cost:
         return "values kept"
 
 
-def policy_cost(source: Path, converted: Path, texts: Path) -> Cost:
+def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
     """KL(source || converted) per token over the full vocabulary, and both perplexities, on
     reference answers."""
-    old, new = load_backbone(source), load_backbone(converted)
+    new = load_backbone(converted)
+    apply_policy(source, replace(new.policy, dense=False))
     prompts, _ = load_prompts(texts, new.tokenizer, MAX_PROMPT)
     chosen = [p for p in prompts if p.response][:TEXTS]
     kl = nll_old = nll_new = 0.0
     count = 0
     for prompt in chosen:
         answer = mx.array([answer_tokens(new.tokenizer, prompt.response or "")])
-        hidden = [_predicting(Stages(b.model), prompt.token_ids, answer) for b in (old, new)]
+        hidden = [_predicting(Stages(m), prompt.token_ids, answer) for m in (source, new.model)]
         width = chunk_tokens(hidden[0][0].vocabulary)
         for start in range(0, answer.size, width):
             part = slice(start, start + width)

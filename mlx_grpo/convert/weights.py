@@ -15,6 +15,7 @@ from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, 
 from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
 from mlx_grpo.convert.source import Source
 from mlx_grpo.errors import InputError
+from mlx_grpo.models.backbone import rope_fields, safetensors_header, weight_files
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -61,7 +62,11 @@ def load_source(source: Source) -> tuple[nn.Module, dict[str, Any]]:
             raise InputError(
                 f"{source.path}: no model*.safetensors; save the model with safe_serialization=True"
             )
-        return load_model(source.path, lazy=True)
+        for file in weight_files(source.path):
+            safetensors_header(file)  # names a file that is cut short
+        rope = rope_fields(source.config)
+        model, config = load_model(source.path, lazy=True, model_config=rope)
+        return model, config
     except InputError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:

@@ -44,7 +44,7 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
         )
     config = read_json(path / "config.json")
     try:
-        model, _ = load_model(path, lazy=True)
+        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except (FileNotFoundError, ValueError, RuntimeError, KeyError, OSError) as e:
         raise InputError(f"{path}: cannot load the model: {_one_line(e)}") from e
@@ -58,6 +58,26 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
     model.freeze()
     model.eval()
     return Backbone(path, model, tokenizer, config, policy)
+
+
+def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings of transformers 5 (`rope_parameters`) under the names mlx-lm reads.
+
+    Without them a model falls back to its family's defaults and is wrong without a word.
+    """
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        return {}
+    local = parameters.get("sliding_attention") or {}
+    main = parameters.get("full_attention") or (parameters if "rope_theta" in parameters else {})
+    found: dict[str, Any] = {}
+    if "rope_theta" in main:
+        found["rope_theta"] = main["rope_theta"]
+    if main.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {k: v for k, v in main.items() if k != "rope_theta"}
+    if "rope_theta" in local:
+        found["rope_local_base_freq"] = local["rope_theta"]
+    return {k: v for k, v in found.items() if config.get(k) is None}
 
 
 def _one_line(error: Exception) -> str:
@@ -112,9 +132,12 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             if length > file.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(f.read(length))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file}: not a readable safetensors file ({_one_line(e)})") from None
-    header.pop("__metadata__", None)
+            header.pop("__metadata__", None)
+            end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
+            if end > file.stat().st_size:
+                raise ValueError("the file is cut short")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a whole safetensors file ({_one_line(e)})") from None
     return header
 
 

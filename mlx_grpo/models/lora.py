@@ -157,11 +157,11 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
             finite.
     """
     config = read_json(directory / "adapter_config.json")
-    try:
-        parameters = {"dropout": 0.0, **config["lora_parameters"]}
-        adapted = _with_lora_modules(model, config["num_layers"], parameters)
-    except KeyError as e:
-        raise InputError(f"{directory}/adapter_config.json: field {e} is missing") from None
+    parameters = config.get("lora_parameters") or {}
+    for name, fields in (("num_layers", config), ("rank", parameters), ("scale", parameters)):
+        if not isinstance(fields, dict) or name not in fields:
+            raise InputError(f"{directory / 'adapter_config.json'}: field '{name}' is missing")
+    adapted = _with_lora_modules(model, config["num_layers"], {"dropout": 0.0, **parameters})
     file = directory / "adapters.safetensors"
     arrays = {name: value.astype(mx.float32) for name, value in load_arrays(file).items()}
     expected = lora_parameters(adapted)

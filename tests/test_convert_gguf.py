@@ -1,0 +1,229 @@
+"""GGUF: the log-probs of the model it was made from, tensor type by tensor type, and its tokenizer.
+
+The files are written here as llama.cpp writes them, rows of q and k reordered.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from conftest import CHAT_TEMPLATE, COMMON, tiny_config, tiny_model, write_tokenizer
+from gguf_writer import write_gguf
+from mlx.utils import tree_flatten, tree_unflatten
+from tokenizers import pre_tokenizers
+
+from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.errors import InputError
+
+TOKENS = [257, *((7 * i * i + 3 * i) % 256 for i in range(24))]
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *SPECIAL]
+
+
+def metadata(**changes: Any) -> dict[str, Any]:
+    """Metadata of the tiny llama and its byte tokenizer."""
+    config = tiny_config("llama")
+    values = {
+        "general.architecture": "llama",
+        "llama.embedding_length": config["hidden_size"],
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "llama.rope.freq_base": config["rope_theta"],
+        "llama.context_length": config["max_position_embeddings"],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": VOCABULARY,
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * 4,
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": COMMON["bos_token_id"],
+        "tokenizer.ggml.eos_token_id": COMMON["eos_token_id"],
+        "tokenizer.ggml.padding_token_id": COMMON["pad_token_id"],
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+    return {k: v for k, v in {**values, **changes}.items() if v is not None}
+
+
+def gguf_name(name: str) -> str:
+    """Name of an mlx-lm weight in GGUF."""
+    stem = name.removesuffix(".weight")
+    if not stem.startswith("model.layers."):
+        return f"{NAMES[stem]}.weight"
+    _, _, block, rest = stem.split(".", 3)
+    return f"blk.{block}.{NAMES[rest]}.weight"
+
+
+def reordered(name: str, rows: np.ndarray, back: bool = False) -> np.ndarray:
+    """llama.cpp's order of rotary rows, (heads, 2, d/2) to (heads, d/2, 2), or back."""
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+    if heads is None:
+        return rows
+    split = rows.reshape(heads, -1, 2, rows.shape[1]) if back else rows.reshape(heads, 2, -1, 32)
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_tiny(path: Path, kind: str, **changes: Any) -> Any:
+    """Write the tiny llama with its matrices in a ggml type; return the mlx-lm model that has the
+    stored values."""
+    model = tiny_model("llama", seed=3)
+    parameters = {n: np.array(v) for n, v in tree_flatten(model.parameters())}
+
+    def kind_of(name: str, rows: np.ndarray) -> str:
+        mixed = "Q8_0" if "embed" in name or "down" in name else "Q4_0"
+        return "F32" if rows.ndim == 1 else mixed if kind == "mixed" else kind
+
+    tensors = {gguf_name(n): (reordered(n, v), kind_of(n, v)) for n, v in parameters.items()}
+    meant = write_gguf(path, metadata(**changes), tensors)
+    stored = {n: mx.array(reordered(n, meant[gguf_name(n)], back=True)) for n in parameters}
+    model.update(tree_unflatten(list(stored.items())))
+    return model
+
+
+def logps(model: Any) -> mx.array:
+    """Log-probs over the vocabulary at every position of TOKENS."""
+    logits_TV = model(mx.array([TOKENS]))[0].astype(mx.float32)
+    return logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
+
+
+def widest(a: mx.array, b: mx.array) -> float:
+    """Largest absolute difference."""
+    return mx.abs(a - b).max().item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [("F32", 16), ("F16", 16), ("Q8_0", 4), ("Q4_0", 4), ("Q4_1", 4), ("mixed", 4)],
+)
+def test_the_log_probs_of_the_model_are_restored(kind: str, bits: int, tmp_path: Path) -> None:
+    original = write_tiny(tmp_path / "m.gguf", kind)
+    row = convert_sft(
+        locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(bits, 32), None
+    )
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    tolerance = 1e-4 if kind == "F32" else 2e-2  # mlx-lm computes in the fp16 of the scales
+    assert widest(logps(model), logps(original)) <= tolerance
+    assert widest(logps(tiny_model("llama", seed=4)), logps(original)) > 1
+    assert row.parameters == sum(v.size for _, v in tree_flatten(original.parameters()))
+
+
+@pytest.mark.parametrize("kind", ("F16", "Q8_0", "Q4_0", "Q4_1", "mixed"))
+def test_in_fp32_the_restored_weights_are_exact(kind: str, tmp_path: Path) -> None:
+    from mlx_grpo.models.backbone import load_backbone
+
+    original = write_tiny(tmp_path / "m.gguf", kind)
+    convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(16), None)
+    backbone = load_backbone(tmp_path / "out")
+    if not backbone.policy.dense:
+        pytest.skip("this backend keeps weights packed")
+    restored = dict(tree_flatten(backbone.model.parameters()))
+    for name, value in tree_flatten(original.parameters()):
+        assert widest(restored[name], value) <= 1e-6, name
+
+
+def test_a_full_precision_file_is_quantized_and_the_cost_measured(
+    tmp_path: Path, prompt_files: tuple[Path, Path]
+) -> None:
+    write_tiny(tmp_path / "m.gguf", "F32")
+    source, out = locate(str(tmp_path / "m.gguf")), tmp_path / "out"
+    row = convert_sft(source, out, Quantization(4, 32), prompt_files[1])
+    assert row.cost.kl_per_token is not None
+    assert 0 < row.cost.kl_per_token < 0.5 and math.isfinite(row.cost.perplexity_after or math.nan)
+
+
+def test_a_quantized_file_keeps_its_values_and_says_so(
+    tmp_path: Path, prompt_files: tuple[Path, Path]
+) -> None:
+    write_tiny(tmp_path / "m.gguf", "Q4_1")
+    source, out = locate(str(tmp_path / "m.gguf")), tmp_path / "out"
+    row = convert_sft(source, out, Quantization(4, 64), prompt_files[1])
+    assert row.cost.describe() == "values kept"
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"]["group_size"] == 32
+
+
+def test_the_tokenizer_is_rebuilt_from_the_metadata(tmp_path: Path) -> None:
+    changes = {
+        "tokenizer.ggml.tokens": [*VOCABULARY[:-1], "he"],
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * 3 + [1],
+        "tokenizer.ggml.merges": ["h e"],
+    }
+    write_tiny(tmp_path / "m.gguf", "F32", **changes)
+    convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(16), None)
+    (tmp_path / "byte").mkdir()
+    write_tokenizer(tmp_path / "byte")
+    rebuilt, known = (mlx_lm.utils.load_tokenizer(tmp_path / d) for d in ("out", "byte"))
+    text = "Why 42?\n<user>é 你</s><assistant>  the end"
+    ids = rebuilt.encode(text, add_special_tokens=False)
+    assert ids[-5] == 259  # "he" of "the", merged
+    h, e = (VOCABULARY.index(c) for c in "he")
+    apart = [i for token in ids for i in ((h, e) if token == 259 else (token,))]
+    assert apart == known.encode(text, add_special_tokens=False)
+    assert rebuilt.decode(ids) == text
+    messages = [{"role": "user", "content": "hi"}]
+    assert rebuilt.apply_chat_template(messages) == known.apply_chat_template(messages)
+    assert (rebuilt.eos_token, rebuilt.bos_token, rebuilt.pad_token) == ("</s>", "<s>", "<pad>")
+
+
+@pytest.mark.parametrize("kind", ("Q5_0", "Q4_K"))
+def test_a_tensor_type_that_mlx_does_not_read_exactly_is_refused_by_name(
+    kind: str, tmp_path: Path
+) -> None:
+    write_tiny(tmp_path / "m.gguf", kind)
+    with pytest.raises(InputError, match=r"m\.gguf: tensor '\S+\.weight' has ggml type .* use a f"):
+        convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"general.architecture": "phi2"}, "architecture 'phi2' is not supported; use 'llama'"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' with pre-tokenizer 'gpt-2' is not"),
+        ({"tokenizer.chat_template": None}, "no chat template"),
+        ({"llama.rope.freq_base": None}, r"llama\.rope\.freq_base"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_without_a_trace(
+    changes: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    write_tiny(tmp_path / "m.gguf", "F32", **changes)
+    with pytest.raises(InputError, match=rf"m\.gguf.*{complaint}"):
+        convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(4, 32), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("length", (0, 3, 20, 200, 5000, -3000))
+def test_a_file_cut_short_is_refused(length: int, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m.gguf", "F32")
+    whole = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[:length])
+    with pytest.raises(InputError, match=r"m\.gguf: "):
+        convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(), None)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(InputError, match=r"m\.gguf: not a GGUF file"):
+        convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(), None)
