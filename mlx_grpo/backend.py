@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 
 def _load_openblas() -> str | None:
-    """Load OpenBLAS before MLX: its symbols then take the place of the slow BLAS in the `mlx-cpu`
-    wheel.
+    """Load OpenBLAS before MLX: its symbols take the place of the slow BLAS in `mlx-cpu`.
 
     Returns the library's name, or None where there is none (macOS needs none: Accelerate is
     linked).
@@ -59,8 +58,7 @@ class ComputePolicy:
 
     @property
     def merge_lora(self) -> bool:
-        """Whether passes without a gradient use W + scale * (A B)^T: one matmul instead of
-        three."""
+        """Whether decoding uses W + scale * (A B)^T: one matmul instead of three."""
         return self.dense
 
 
@@ -77,8 +75,7 @@ def physical_memory() -> int:
 
 
 def choose_policy(parameters: int) -> ComputePolicy:
-    """Choose for a model of `parameters` weights: packed on a GPU; on a CPU dense fp32 while it
-    fits in half the RAM."""
+    """Packed weights on a GPU; on a CPU dense fp32 while it fits in half the RAM."""
     device = device_name()
     if device != "cpu":
         return ComputePolicy(device, dense=False, dtype=mx.bfloat16)
@@ -105,8 +102,7 @@ def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 
 def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
-    """Bring a freshly loaded model into the form of `policy`, in place, one module at a time to
-    bound the peak."""
+    """Bring a freshly loaded model into the form of `policy`, in place, module by module."""
     if policy.dense:
         quantized = [
             (name, module)
@@ -148,8 +144,7 @@ def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def raise_wired_limit() -> None:
-    """On Metal, let MLX wire as much memory as the system recommends; elsewhere there is nothing to
-    do."""
+    """On Metal, let MLX wire as much memory as the system recommends."""
     if device_name() == "metal":
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
 

@@ -43,7 +43,7 @@ def main() -> int:
             Console().error(f"{message} (see --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        Console().error("interrupted; the last checkpoint is valid, go on with --resume")
+        Console().error("interrupted")
         return 130
     return code if isinstance(code, int) else 0
 
@@ -51,8 +51,9 @@ def main() -> int:
 def with_flags(
     cls: type, repeated: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of a configuration class; the function receives those
-    given as `flags`.
+    """Give a command one option per field of a configuration class.
+
+    The function receives those that were given, as `flags`.
 
     Args:
         repeated: fields whose option may be given several times.
@@ -115,8 +116,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """GRPO for language models on Apple silicon: one process, one set of 4-bit weights, three
-    roles."""
+    """GRPO for language models on Apple silicon: one process, one copy of the weights."""
 
 
 @app.command()
@@ -126,8 +126,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 42,
     quiet: Quiet = False,
 ) -> None:
-    """The whole story on an embedded model: convert, train against a reward model, show what
-    changed."""
+    """The whole story on an embedded model: convert, train, show what changed."""
     from mlx_grpo.demo import demo as run
 
     run(work, iterations, seed, Console(quiet))
@@ -207,8 +206,10 @@ def train(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a LoRA on the SFT model with GRPO. --seed may be given several times: the runs follow
-    one another."""
+    """Train a LoRA on the SFT model with GRPO.
+
+    --seed may be given several times: the runs follow one another.
+    """
     from mlx_grpo.run_directory import is_run
     from mlx_grpo.trainer import train as run
 
@@ -230,8 +231,7 @@ def train(
 @app.command("train-rm")
 @with_flags(RewardTrainConfig)
 def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
-    """Train a reward model on preference pairs: LoRA and scalar head on the SFT model,
-    Bradley-Terry loss."""
+    """Train a reward model on preference pairs: LoRA and scalar head, Bradley-Terry loss."""
     from mlx_grpo.train_rm import train_rm
 
     ui = Console(quiet)
@@ -268,8 +268,7 @@ def evaluate(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare a run's adapter with the SFT model on held-out prompts: reward, KL, perplexity, win
-    rate."""
+    """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
     from mlx_grpo.compare import compare_run, show_comparison
 
     ui = Console(quiet)

@@ -27,8 +27,7 @@ class Comparison:
 
 
 def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> Comparison:
-    """Evaluate the SFT model and a run's adapter (`best`, `final`, or whichever of them is there,
-    best first).
+    """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.

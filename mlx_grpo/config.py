@@ -85,8 +85,7 @@ class TrainConfig:
     """Normalised scores are clipped to plus or minus this."""
 
     kl_control: Literal["reward", "lr", "none"] = "reward"
-    """What holds the KL on target: a per-completion penalty in the reward, the learning rate, or
-    nothing."""
+    """What holds the KL on target: a penalty in the reward, the learning rate, or nothing."""
     kl_schedule: Literal["phased", "constant", "linear"] = "phased"
     """How the KL target moves over the run."""
     kl_targets: tuple[float, ...] = (0.05, 0.02, 0.01)
@@ -94,11 +93,9 @@ class TrainConfig:
     kl_phases: tuple[float, ...] = ()
     """Relative lengths of the phases; empty means equal ones."""
     kl_beta: float = 10.0
-    """First weight of the KL penalty in the shaped reward (unit: normalised score per nat per
-    token)."""
+    """First weight of the KL penalty, in normalised score per (nat per token)."""
     kl_gain: float = 1.0
-    """Gain of the controller; the relative error is clipped to 0.2, so beta moves by at most 20 %
-    times this."""
+    """Gain of the controller: beta moves by at most 20 % times this per iteration."""
     kl_beta_min: float = 0.1
     """Smallest penalty weight."""
     kl_beta_max: float = 1000.0
@@ -108,8 +105,7 @@ class TrainConfig:
     kl_lr_max: float = 1e-3
     """Largest learning rate under --kl-control lr."""
     kl_stop_factor: float = 1.5
-    """Skip an iteration's remaining minibatches once old-to-new KL passes this times the target; 0
-    means never."""
+    """Skip remaining minibatches once old-to-new KL passes this times the target; 0: never."""
 
     eval_every: int = 50
     """Iterations between evaluations (also one before the first and one after the last)."""
@@ -199,8 +195,7 @@ def need(config: Any, name: str, condition: bool, rule: str) -> None:
 
 
 def check_ranges(config: Any) -> None:
-    """Refuse numbers that no configuration can work with: counts below 1, rates that are not
-    positive.
+    """Refuse numbers no configuration can work with: counts below 1, rates not positive.
 
     Raises:
         InputError: naming flag, value and bound.

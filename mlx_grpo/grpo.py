@@ -23,8 +23,7 @@ STD_EPSILON = 1e-4
 
 
 def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx.array:
-    """Advantages [P, K]: reward minus the mean of its group, optionally divided by the group's
-    standard deviation.
+    """Advantages [P, K]: reward minus group mean, optionally divided by the group's deviation.
 
     Source: arXiv:2402.03300, section 4.1.2; `none` is Dr. GRPO's choice, arXiv:2503.20783, section
     3.1. The standard deviation is the sample one (K - 1), as in TRL.
@@ -94,8 +93,10 @@ def clipped_surrogate(
     weights_KT: mx.array,
     clip: Clip,
 ) -> mx.array:
-    """The loss, a scalar: PPO's clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, eq. 7),
-    negated and weighted."""
+    """The loss, a scalar: PPO's clipped surrogate, negated and weighted.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    """
     ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
     clipped_KT = mx.clip(ratio_KT, 1 - clip.low, 1 + clip.high)
     advantages_K1 = advantages_K[:, None]
@@ -122,9 +123,9 @@ def kl_k1(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.arr
 
 
 def kl_k3_sum(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.array:
-    """Sum over tokens of exp(-d) - 1 + d with d = logp - ref_logp: never negative, little noise (k3
-    of the same source).
+    """Sum over tokens of exp(-d) - 1 + d, d = logp - ref_logp: k3 of the same source.
 
+    Never negative and far less noisy than k1.
     Divide by the number of tokens for nats per token.
     """
     d_KT = (logp_KT - ref_logp_KT) * mask_KT

@@ -1,5 +1,4 @@
-"""Log-probs of given tokens in fp32, without ever holding [tokens, vocabulary] for more than a
-chunk.
+"""Log-probs of given tokens in fp32; [tokens, vocabulary] exists for one chunk at a time.
 
 logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evaluated before the next
 one is built; one graph over all chunks would have them all alive at once.
@@ -86,8 +85,7 @@ def head_gradient(
     temperature: float,
     cotangent: Callable[[mx.array, mx.array], mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """Gradient of a loss with respect to the hidden states, and the log-probs, in one pass over
-    chunks.
+    """Gradient of a loss with respect to the hidden states, and the log-probs, in one pass.
 
     Args:
         cotangent: (logp [N], flat positions [N]) -> dL/dlogp [N] for the tokens of a chunk.

@@ -30,15 +30,21 @@ class Clock:
         self.seconds[name] = time.perf_counter() - start
         self.peaks[name] = peak_memory()
 
-    def metrics(self, sampled_tokens: int, iterations_left: int) -> dict[str, float]:
-        """Seconds under `time/`, bytes under `memory/`."""
-        total = sum(self.seconds.values())
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each stage under `time/`, bytes under `memory/`."""
         return {
             **{f"time/{name}": seconds for name, seconds in self.seconds.items()},
+            **{f"memory/{name}": peak for name, peak in self.peaks.items()},
+        }
+
+    def iteration_metrics(self, sampled_tokens: int, iterations_left: int) -> dict[str, float]:
+        """`metrics`, and what follows from them for a whole iteration."""
+        total = sum(self.seconds.values())
+        return {
+            **self.metrics(),
             "time/iteration": total,
             "time/left": total * iterations_left,
             "time/tokens_per_second": sampled_tokens / self.seconds["rollout"],
-            **{f"memory/{name}": peak for name, peak in self.peaks.items()},
             "memory/peak": max(self.peaks.values()),
         }
 

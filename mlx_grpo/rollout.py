@@ -91,8 +91,7 @@ def _decode(
     seed: int,
     paths: Sequence[tuple[str | int, ...]],
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and log-probs of every row; one evaluation a step, the next step queued before the
-    last is read."""
+    """Token ids and log-probs of every row; a step is queued before the last one is read."""
     rows, length = len(paths), sampling.max_tokens
     caches = _prefill(model, prompts, sampling)
     u_BT = uniforms(seed, [(*path, t) for path in paths for t in range(length)]).reshape(
@@ -151,8 +150,7 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) ->
 
 
 def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Draw a token per row: (tokens int32 [B], log-probs fp32 [B] at the sampling temperature, over
-    the full vocabulary).
+    """Draw a token per row: (tokens int32 [B], log-probs fp32 [B] at the temperature).
 
     Inverse transform on two levels, blocks of the vocabulary and then tokens, which needs one exp
     per logit and keeps the rounding of a cumulative sum over 256 thousand tokens small. At
@@ -178,8 +176,7 @@ def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.a
 
 
 def _invert(weights_BN: mx.array, target_B: mx.array) -> tuple[mx.array, mx.array]:
-    """Index at which the running sum of `weights` passes `target`, and what is left of the target
-    within it."""
+    """Index at which the running sum passes `target`, and what is left of the target there."""
     sums_BN = mx.cumsum(weights_BN, axis=-1)
     index_B = (sums_BN <= target_B[:, None]).sum(axis=-1)
     # Rounding may put the target at the very end: never step onto an entry of weight zero.

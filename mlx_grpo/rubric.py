@@ -1,5 +1,4 @@
-"""The gold judge of the demo: a transparent rubric of answer quality, between 0 and 1. Never a
-training reward there.
+"""The gold judge of the demo: a rubric of answer quality in [0, 1], never a training reward there.
 
 Five parts, each in [0, 1], averaged with the weights below:
 

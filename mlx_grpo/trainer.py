@@ -58,8 +58,13 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
         for reason in skipped:
             ui.warn(f"checkpoint skipped: {reason}")
         ui.say(f"resuming after iteration {state.iteration}")
-    with _stop_signals(ui) as stop_requested:
-        _loop(session, state, run, ui, stop_requested)
+    try:
+        with _stop_signals(ui) as stop_requested:
+            _loop(session, state, run, ui, stop_requested)
+    except (InputError, KeyboardInterrupt) as e:
+        if run_directory.is_run(run):
+            ui.warn(f"the run stopped early; go on with --resume --output {run}")
+        raise e
     return run
 
 
@@ -82,7 +87,7 @@ def _loop(
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise InputError(
                 f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not "
-                "finite; lower --learning-rate and start again from the last checkpoint"
+                "finite; start again with a lower --learning-rate"
             )
     if state.iteration < config.num_iterations:
         ui.say(f"stopped after iteration {state.iteration}; go on with --resume --output {run}")
@@ -138,7 +143,7 @@ def iterate(
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, parts, measures, stats, target),
-        **clock.metrics(measures.tokens, config.num_iterations - state.iteration - 1),
+        **clock.iteration_metrics(measures.tokens, config.num_iterations - state.iteration - 1),
     }
     state = replace(
         state,
@@ -155,7 +160,8 @@ def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunS
     config, roles, step = session.config, session.roles, state.iteration
     # before the first update the actor is the reference, so its KL needs no measuring
     policy = roles.actor if step else roles.reference
-    with ui.working("evaluating on held-out prompts"):
+    clock = Clock()
+    with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
         evaluation = session.evaluator(roles.sampler(), policy, ui.progress)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         run_directory.open_new(run, config)
@@ -164,7 +170,7 @@ def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunS
     if passed:
         state = replace(state, best=Best(step, evaluation.perplexity))
         run_directory.save_named_adapter(run, "best", roles.actor.model)
-    metrics = {"step": step, **evaluation.metrics(), "eval_best": passed}
+    metrics = {"step": step, **evaluation.metrics(), "eval_best": passed, **clock.metrics()}
     log.append(run / log.METRICS, metrics)
     above = (
         f"KL above its gate of {target:g}" if evaluation.kl >= target else "perplexity not better"

@@ -63,8 +63,7 @@ def new_optimizer(learning_rate: float, weight_decay: float) -> optim.AdamW:
 
 
 def live_groups(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-    """The groups whose advantages are not all zero; the others would cost an update and change
-    nothing."""
+    """The groups whose advantages are not all zero; the others would change nothing."""
     return [g for g in groups if bool((g.advantages_K != 0).any().item())]
 
 
@@ -121,8 +120,7 @@ def _minibatch_gradients(
 def _passes(
     group: ScoredGroup, weights_KT: mx.array, rows: int
 ) -> list[tuple[ScoredGroup, mx.array]]:
-    """Cut a group into passes of at most `rows` completions of similar length, each without columns
-    of pure padding."""
+    """Cut a group into passes of at most `rows` completions of similar length."""
     lengths = np.asarray(group.mask_KT).sum(axis=-1).astype(int)
     by_length = np.argsort(-lengths, kind="stable")
     width = rows or len(by_length)

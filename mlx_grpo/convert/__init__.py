@@ -1,5 +1,4 @@
-"""Source checkpoints to verified MLX directories: `sft-4bit` and `rm-4bit`. Never leaves half a
-directory.
+"""Source checkpoints to verified MLX directories; a directory is complete or absent.
 
 `convert_sft` and `convert_rm` each write one directory and return the row of the table that says
 what it cost.

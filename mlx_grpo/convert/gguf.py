@@ -1,5 +1,4 @@
-"""GGUF (llama architecture) to mlx-lm weights, configuration and tokenizer, without a change of any
-value.
+"""GGUF (llama architecture) to mlx-lm weights, configuration and tokenizer; no value changes.
 
 Only tensor types that MLX reads exactly are accepted; K-quants are not (MLX decodes Q4_K wrongly
 without a word). Format: ggml's `docs/gguf.md`.
@@ -148,8 +147,7 @@ def _mlx_name(path: Path, name: str) -> str:
 
 
 def _unpermute(rows: mx.array, heads: int) -> mx.array:
-    """Undo llama.cpp's reordering of rotary rows, (h, d/2, 2) back to (h, 2, d/2); works on packed
-    weights too."""
+    """Undo llama.cpp's order of rotary rows, (h, d/2, 2) to (h, 2, d/2); packed rows too."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -194,8 +192,7 @@ def _config(metadata: dict[str, Any], weights: dict[str, mx.array]) -> dict[str,
 
 
 def write_tokenizer(metadata: dict[str, Any], directory: Path, source: Path) -> None:
-    """Rebuild a byte-level BPE tokenizer from GGUF metadata into `tokenizer.json` and
-    `tokenizer_config.json`.
+    """Rebuild a byte-level BPE tokenizer from GGUF metadata as Hugging Face files.
 
     Raises:
         InputError: a tokenizer model or pre-tokenizer this function does not rebuild exactly.

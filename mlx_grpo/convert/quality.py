@@ -47,8 +47,7 @@ class Cost:
 
 
 def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
-    """KL(source || converted) per token over the full vocabulary, and both perplexities, on
-    reference answers."""
+    """KL(source || converted) per token and both perplexities, on reference answers."""
     new = load_backbone(converted)
     apply_policy(source, replace(new.policy, dense=False))
     prompts, _ = load_prompts(texts, new.tokenizer, MAX_PROMPT)

@@ -40,8 +40,7 @@ class PromptCache(_Prefix):
 
 
 class CompletionCache(_Prefix):
-    """Puts the prompt's keys and values, broadcast over the rows, in front of the completions'
-    own."""
+    """Puts the prompt's keys and values, broadcast over rows, before the completions' own."""
 
     def __init__(self, prompt_length: int, prompt: PromptCache | None = None):
         self.offset, self.prompt = prompt_length, prompt
@@ -108,8 +107,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Hidden states entering the first block, and the calls of all blocks, for a prompt and its
-    completions."""
+    """Hidden states entering the first block, and the arguments of every block."""
 
     h_prompt: mx.array
     h_rows: mx.array
@@ -148,16 +146,14 @@ class Stages:
     def run_block(
         self, e: Embedded, i: int, h_prompt: mx.array, h_rows: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Block `i` over the prompt, [1, S, D], then over the completions, [K, T, D], against its
-        keys and values."""
+        """Block `i` over the prompt, [1, S, D], then over the completions behind it, [K, T, D]."""
         block, prompt = self.blocks[i], PromptCache()
         h_prompt = e.prompt_calls[i].run(block, h_prompt, prompt)
         cache = CompletionCache(h_prompt.shape[1], prompt)
         return h_prompt, e.row_calls[i].run(block, h_rows, cache)
 
     def forward(self, prompt_1S: mx.array, rows_KT: mx.array) -> tuple[mx.array, mx.array]:
-        """Hidden states after the last block, [1, S, D] and [K, T, D], without a gradient; one
-        block in memory at a time."""
+        """Hidden states after the last block, [1, S, D] and [K, T, D]; one block at a time."""
         e = self.embed(prompt_1S, rows_KT)
         h_prompt, h_rows = e.h_prompt, e.h_rows
         for i in range(len(self.blocks)):
@@ -215,7 +211,6 @@ def _replaced(owner: nn.Module, blocks: list[Any]) -> Iterator[None]:
 
 
 def shift_right(h_prompt: mx.array, h_rows: mx.array) -> mx.array:
-    """Hidden states that predict: position t of the result, [K, T, D], predicts completion token
-    t."""
+    """Hidden states [K, T, D] whose position t predicts completion token t."""
     last = mx.broadcast_to(h_prompt[:, -1:], (h_rows.shape[0], 1, h_rows.shape[2]))
     return mx.concatenate([last, h_rows[:, :-1]], axis=1)
