@@ -143,8 +143,7 @@ def _passes(
 def group_gradients(
     stages: Stages, group: ScoredGroup, weights_KT: mx.array, clip: Clip, temperature: float
 ) -> tuple[Parameters, mx.array]:
-    """Gradient of the weighted clipped surrogate of one group with respect to the adapter, and the
-    log-probs [K, T]."""
+    """Gradient of one group's weighted clipped surrogate by adapter name, and log-probs [K, T]."""
     trace = backward.forward(stages, mx.array([group.prompt_ids]), group.tokens_KT)
     hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
     old_N, weights_N = group.old_logp_KT.reshape(-1), weights_KT.reshape(-1)
@@ -184,7 +183,8 @@ def adamw_step(
 
     A norm that is not finite returns the parameters as they were and leaves the optimizer alone.
     """
-    norm = math.sqrt(sum((g.astype(mx.float32) ** 2).sum().item() for g in gradients.values()))
+    squares = mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()])
+    norm = float(mx.sqrt(squares.sum()).item())
     if not math.isfinite(norm):
         return parameters, norm
     factor = min(1.0, max_norm / (norm + 1e-6))
