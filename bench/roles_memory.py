@@ -5,12 +5,12 @@ usage: python bench/roles_memory.py [--model weights/sft-4bit] [--rm weights/rm-
 Prints MLX's active memory after each load.
 """
 
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
 from pathlib import Path
 
 import mlx.core as mx
 
-import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX does any work)
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.roles import assign_roles
 

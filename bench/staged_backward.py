@@ -9,6 +9,7 @@ mlx-lm's gradient checkpointing. The first of two runs of each is dropped (MLX c
 at run time).
 """
 
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
 import time
 from collections.abc import Callable
@@ -17,7 +18,6 @@ import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX does any work)
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages

@@ -22,7 +22,7 @@ def _load_openblas() -> str | None:
     Returns the library's name, or None where there is none (macOS needs none: Accelerate is
     linked).
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or "mlx.core" in sys.modules:  # loaded: its symbols are bound
         return None
     for name in ("libopenblas.so.0", "libopenblas.so"):
         try:
@@ -41,7 +41,8 @@ import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 
 OPENBLAS_HINT = (
-    "OpenBLAS not found, MLX will be about 50 times slower: apt-get install libopenblas0-pthread"
+    "OpenBLAS is not loaded, MLX will be about 50 times slower; "
+    "type: apt-get install libopenblas0-pthread"
 )
 
 
@@ -54,7 +55,7 @@ class ComputePolicy:
     dense: bool
     """Expand quantized weights once to `dtype` instead of using the quantized kernels."""
     dtype: mx.Dtype
-    """Dtype of activations (and of the weights where `dense`)."""
+    """Dtype of activations and unpacked weights; packed weights bring the dtype of their scales."""
 
     @property
     def merge_lora(self) -> bool:
@@ -87,9 +88,10 @@ def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     weight = mx.dequantize(
         module.weight,
         module.scales.astype(mx.float32),
-        module.biases.astype(mx.float32),
+        module.biases.astype(mx.float32) if module.biases is not None else None,
         group_size=module.group_size,
         bits=module.bits,
+        mode=module.mode,
     ).astype(dtype)
     if isinstance(module, nn.QuantizedEmbedding):
         dense = nn.Embedding(1, 1)
@@ -115,11 +117,17 @@ def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
             mx.eval(dense.parameters())
             model.update_modules(tree_unflatten([(name, dense)]))
             del module
-    # Packed integer weights stay; scales, biases, norms and dense weights get the policy's dtype.
+    # Packed weights stay as they are, scales and biases included; the rest follows their dtype.
+    parameters = dict(tree_flatten(model.parameters()))
+    packed = {n.removesuffix("scales") for n in parameters if n.endswith(".scales")}
+    dtype = next((parameters[f"{n}scales"].dtype for n in sorted(packed)), policy.dtype)
+    if not mx.issubdtype(dtype, mx.floating):
+        dtype = policy.dtype
+    kept = {f"{n}{leaf}" for n in packed for leaf in ("weight", "scales", "biases")}
     floats = [
-        (name, value.astype(policy.dtype))
-        for name, value in tree_flatten(model.parameters())
-        if mx.issubdtype(value.dtype, mx.floating)
+        (name, value.astype(dtype))
+        for name, value in parameters.items()
+        if name not in kept and mx.issubdtype(value.dtype, mx.floating)
     ]
     model.update(tree_unflatten(floats))
     mx.eval(model.parameters())

@@ -102,4 +102,6 @@ def load_newest(directory: Path) -> tuple[Checkpoint, list[str]]:
         except InputError as e:
             skipped.append(str(e))
     reason = "; ".join(skipped) or "there is none"
-    raise InputError(f"{directory}: no usable checkpoint ({reason}); start anew without --resume")
+    raise InputError(
+        f"{directory}: no usable checkpoint ({reason}); start anew in another --output"
+    )

@@ -38,6 +38,10 @@ def main() -> int:
     except InputError as e:
         Console().error(" ".join(str(e).split()))
         return 2
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        Console().error(f"{place}{e.strerror or e}")
+        return 2
     except UsageError as e:
         if message := e.format_message():  # empty where a missing command has shown the help
             Console().error(f"{message} (see --help)")
@@ -122,7 +126,7 @@ def root(
 @app.command()
 def demo(
     work: Annotated[Path, typer.Option(help="Directory for weights/ and runs/.")] = Path("."),
-    iterations: Annotated[int, typer.Option(help="Training iterations.", min=1)] = 12,
+    iterations: Annotated[int, typer.Option(help="Training iterations.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 42,
     quiet: Quiet = False,
 ) -> None:
@@ -152,7 +156,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert an SFT model and a reward model to MLX 4-bit."""
-    from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+    from mlx_grpo.convert import Quantization, check_texts, convert_rm, convert_sft, locate
 
     if bits not in (4, 8, 16):
         raise InputError(f"--bits: must be 4, 8 or 16, not {bits}")
@@ -164,6 +168,8 @@ def convert(
         raise InputError(
             f"{texts}: no such file; give --texts FILE, or --no-verify to skip the measurement"
         )
+    if verify:
+        check_texts(texts)
     ui, target = Console(quiet), Quantization(bits, group_size)
     measured = texts if verify else None
     # both are looked at before either is converted
@@ -210,22 +216,24 @@ def train(
 
     --seed may be given several times: the runs follow one another.
     """
-    from mlx_grpo.run_directory import is_run
+    from mlx_grpo.run_directory import CONFIG, is_run
     from mlx_grpo.trainer import train as run
 
     seeds = flags.pop("seed", [])
-    first = build_config(config, set or (), {**flags, **({"seed": seeds[0]} if seeds else {})})
-    configs = [first]
-    if len(seeds) > 1:
-        numbered = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
-        configs = [
-            replace(c, output=f"{first.output}/seed-{c.seed}" if first.output else "")
-            for c in numbered
-        ]
+    configs = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
+    if not configs:
+        configs = [build_config(config, set or (), flags)]
+    if len(configs) > 1:
+        configs = [replace(c, output=c.output and f"{c.output}/seed-{c.seed}") for c in configs]
     for c in configs:
-        # of several seeds, those not started yet start now
-        goes_on = resume and (len(configs) == 1 or is_run(c.run_directory))
-        run(c, Console(quiet), goes_on, dry_run)
+        started = is_run(c.run_directory)
+        if resume and started and config is None:
+            # the run knows its own settings; flags that contradict them are refused later
+            own = {**flags, "output": c.output, "seed": c.seed}
+            c = build_config(c.run_directory / CONFIG, set or (), own)
+        finished = run(c, Console(quiet), resume and (started or len(configs) == 1), dry_run)
+        if not finished:
+            break
 
 
 @app.command("train-rm")

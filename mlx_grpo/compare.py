@@ -12,6 +12,7 @@ from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.roles import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.rubric import judge
+from mlx_grpo.run_directory import CONFIG, is_run
 from mlx_grpo.session import open_session
 from mlx_grpo.types import Completion
 
@@ -32,11 +33,11 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    if not (run / "config.toml").is_file():
+    if not is_run(run):
         raise InputError(f"{run}: no run here (config.toml is missing)")
     if adapter not in ("", "best", "final"):
         raise InputError(f"--adapter: must be best or final, not '{adapter}'")
-    config = replace(build_config(run / "config.toml"), eval_limit=0)
+    config = replace(build_config(run / CONFIG), eval_limit=0)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
     candidates = [run / name for name in ([adapter] if adapter else ["best", "final"])]

@@ -174,16 +174,14 @@ POSITIVE = {
     "kl_gain",
 }
 AT_LEAST_ZERO = {
-    *(
-        "decode_rows",
-        "rows_per_pass",
-        "eval_limit",
-        "weight_decay",
-        "kl_stop_factor",
-        "lora_blocks",
-        "clip_range_high",
-    ),
-    *("seed",),
+    "seed",
+    "decode_rows",
+    "rows_per_pass",
+    "eval_limit",
+    "weight_decay",
+    "kl_stop_factor",
+    "lora_blocks",
+    "clip_range_high",
 }
 
 

@@ -62,7 +62,7 @@ class Console:
             f"beta {m['kl/beta']:.3g}  clip {m['clip_ratio/region_mean']:.3f}  "
             f"length {m['completions/mean_length']:.0f}  finished "
             f"{1 - m['completions/clipped_ratio']:.0%}  "
-            f"dead {m['frac_reward_zero_std']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "
+            f"dead {m['frac_dead_groups']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "
             f"{m['memory/peak'] / 1e9:.2f} GB  {m['time/iteration']:.1f} s  left "
             f"{duration(m['time/left'])}"
         )

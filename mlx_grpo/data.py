@@ -131,7 +131,16 @@ def answer_tokens(
 ) -> tuple[int, ...]:
     """Tokens of an answer as the policy would sample it, with a stop token unless cut off."""
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    return (*ids, tokenizer.eos_token_id) if finish_reason == "stop" else ids
+    return (*ids, end_of_turn(tokenizer)) if finish_reason == "stop" else ids
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """The stop token with which the chat template closes an answer; Gemma's is not its `eos`."""
+    whole = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    closing = [i for i in ids if i in tokenizer.eos_token_ids]
+    return int(closing[-1] if closing else tokenizer.eos_token_id)
 
 
 def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[PreferencePair], int]:

@@ -15,7 +15,9 @@ from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console, duration
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.errors import InputError
+from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import fingerprint
+from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run_directory import is_run
 from mlx_grpo.trainer import train
 
@@ -26,10 +28,10 @@ DEMO = TrainConfig(
     batch_size=4,
     minibatch_size=2,
     max_completion_length=48,
-    learning_rate=1e-4,
+    learning_rate=1.2e-4,
     kl_schedule="constant",
     kl_targets=(0.05,),
-    eval_limit=24,
+    eval_limit=12,
     checkpoint_every=5,
 )
 
@@ -74,7 +76,10 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
         convert_sft(locate(str(smollm2_gguf())), sft, Quantization(), None)
     if fingerprint(sft) != reward_source.config.get("backbone_fingerprint"):
         raise InputError(f"{sft}: not the demo's model; give an empty directory with --work")
-    convert_rm(reward_source, rm, sft, Quantization(), None, replace=True)
+    if not rm.exists():
+        convert_rm(reward_source, rm, sft, Quantization(), None)
+    elif read_json(rm / REWARD_CONFIG) != reward_source.config:
+        raise InputError(f"{rm}: not the demo's reward model; give an empty directory with --work")
 
     run = work / "runs" / "demo"
     config = replace(
@@ -100,8 +105,8 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
         return
     ui.say("3/3  compare with the SFT model on held-out prompts")
     show_comparison(ui, compare_run(run, None, "", ui), rubric=True)
+    adapter = next(run / name for name in ("best", "final") if (run / name).is_dir())
+    ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
     ui.say(
-        f"finished in {duration(time.perf_counter() - start)}; talk to it: mlx_lm.generate "
-        f"--model {sft} "
-        f"--adapter-path {run}/best --prompt 'Why is the sky blue?'"
+        f"mlx_lm.generate --model {sft} --adapter-path {adapter} --prompt 'Why is the sky blue?'"
     )

@@ -51,7 +51,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         InputError: `target` exists and `replace` is false.
     """
     if target.exists() and not replace:
-        raise InputError(f"{target}: already exists; replace it with --force or choose another")
+        raise InputError(f"{target}: already exists; remove it or choose another directory")
     missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

@@ -2,13 +2,13 @@
 
 For one prompt with K answers of reward s_i (Shao et al. 2024, arXiv:2402.03300, section 4.1):
 
-    A_i     = s_i - mean(s)                                        (not divided by std(s): Liu et
-    al. 2025, arXiv:2503.20783) ratio_t = exp(logp_t - old_logp_t) L       = -sum_t w_t *
-    min(ratio_t A_i, clip(ratio_t, 1 - eps_low, 1 + eps_high) A_i)
+    A_i     = s_i - mean(s)
+    ratio_t = exp(logp_t - old_logp_t)
+    L       = -sum_t w_t * min(ratio_t * A_i, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A_i)
 
-with weights w that sum to one over all real tokens of a minibatch (or to a constant, Dr. GRPO).
-There is no KL term in the loss: the KL to the reference enters through the reward
-(`kl_controller.py`).
+A_i is not divided by std(s) unless asked (Liu et al. 2025, arXiv:2503.20783). The weights w sum to
+one over the real tokens of a minibatch, or to a constant (Dr. GRPO). There is no KL term in the
+loss: the KL to the reference enters through the reward (`kl_controller.py`).
 """
 
 from dataclasses import dataclass

@@ -2,13 +2,15 @@
 
 Actuators:
 - `reward`: the shaped reward is z_i - beta * kl_i, and beta follows the measured KL (Ziegler et al.
-  2019, arXiv:1909.08593, section 2.2): e = clip(kl / target - 1, -0.2, 0.2), beta <- clip(beta * (1
-  + gain * e)).
+  2019, arXiv:1909.08593, section 2.2):
+      e = clip(kl / target - 1, -0.2, 0.2)
+      beta <- clip(beta * (1 + gain * e), beta_min, beta_max)
 - `lr`: the learning rate is divided by 1.5 above twice the target and multiplied by 1.5 below half
   of it.
 - `none`: nothing is moved.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -62,6 +64,8 @@ class KLController:
 
     def step(self, kl: float, target: float) -> "KLController":
         """The controller after an iteration whose mean KL (k3, nats per token) was `kl`."""
+        if not math.isfinite(kl):
+            return self
         if self.actuator == "reward":
             error = min(max(kl / target - 1, -ERROR_CLIP), ERROR_CLIP)
             beta = min(max(self.beta * (1 + self.gain * error), self.beta_min), self.beta_max)

@@ -31,7 +31,8 @@ def chunk_tokens(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
 
 
 def _logits(stages: Stages, hidden_ND: mx.array, temperature: float) -> mx.array:
-    return stages.head(hidden_ND[None])[0].astype(mx.float32) / temperature
+    # the head runs in fp32: bf16 logits around 20 would be rounded to steps of 0.125
+    return stages.head(hidden_ND.astype(mx.float32)[None])[0].astype(mx.float32) / temperature
 
 
 def _chunks(stages: Stages, count: int) -> Iterator[slice]:

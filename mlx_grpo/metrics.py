@@ -66,9 +66,10 @@ def iteration_metrics(
     return {
         "step": state.iteration + 1,
         "reward": rewards_PK.mean().item(),
-        "reward_std": mx.std(rewards_PK, axis=1).mean().item(),
+        "reward_std": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
         **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in parts.items()},
-        "frac_reward_zero_std": measures.dead_groups / len(groups),
+        "frac_reward_zero_std": sum(len(set(row)) == 1 for row in raw_PK) / len(groups),
+        "frac_dead_groups": measures.dead_groups / len(groups),
         "loss": stats.loss / steps,
         "grad_norm": stats.grad_norm / steps,
         "clip_ratio/region_mean": stats.clipped / seen,

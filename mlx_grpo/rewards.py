@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,9 @@ class CustomReward:
     def __call__(self, group: Group) -> list[float]:
         """Score the completions of a group.
 
-        The function is called with keyword arguments: `prompt` (str), `messages`, `completions`
-            (list of str), `completion_ids`, `finish_reasons`, and the other fields of the prompt's
-            row; it returns a number per completion.
+        The function gets those keyword arguments that it names: `prompt` (str), `messages`,
+        `completions` (list of str), `completion_ids`, `finish_reasons`, and the other fields of
+        the prompt's row. It returns a number per completion.
 
         Raises:
             InputError: it raises, returns another count, or something that is not a finite number.
@@ -109,9 +110,12 @@ def load_reward(spec: str, weight: float = 1.0) -> CustomReward:
     if not source or not name:
         raise InputError(f"--reward {spec}: write it as module:function or file.py:function")
     try:
-        module = (
-            _load_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        )
+        if source.endswith(".py"):
+            module = _load_file(Path(source))
+        else:
+            if "" not in sys.path and str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
+            module = importlib.import_module(source)
     except Exception as e:  # importing runs the user's code, which may raise anything
         reason = f"{type(e).__name__}: {e}"
         raise InputError(f"--reward {spec}: cannot import '{source}' ({reason})") from e
@@ -122,10 +126,12 @@ def load_reward(spec: str, weight: float = 1.0) -> CustomReward:
 
 
 def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # a name of its own: a file called json.py must not take the place of the real module
+    spec = importlib.util.spec_from_file_location(f"mlx_grpo_reward_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError("no such file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
@@ -152,6 +158,12 @@ class RewardMix:
 
     def _sources(self, group: Group) -> Iterator[tuple[str, float, list[float]]]:
         if self.model:
-            yield "reward_model", self.model_weight, self.model.score(group)
+            scores = self.model.score(group)
+            if not all(map(math.isfinite, scores)):
+                raise InputError(
+                    f"reward model: scores {scores} on prompt '{group.prompt.id}' are not finite; "
+                    "check the reward model with 'mlx-grpo convert'"
+                )
+            yield "reward_model", self.model_weight, scores
         for reward in self.custom:
             yield reward.name, reward.weight, reward(group)

@@ -6,6 +6,7 @@ drawn by inverting the cumulative distribution at a uniform number that belongs 
 iteration, prompt, sample, position), so a sample does not depend on which rows it was batched with.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +58,15 @@ def rollout(
     """
     per_wave = max(1, sampling.decode_rows // sampling.k) if sampling.decode_rows else len(prompts)
     groups: list[Group] = []
+    seen: Counter[str] = Counter()
     for start in range(0, len(prompts), per_wave):
         wave = prompts[start : start + per_wave]
-        paths = [
-            (purpose, iteration, prompt.id, sample)
-            for prompt in wave
-            for sample in range(sampling.k)
-        ]
+        paths = []
+        for prompt in wave:
+            # a prompt that comes twice in a batch, at an epoch's end, gets other samples
+            first = sampling.k * seen[prompt.id]
+            seen[prompt.id] += 1
+            paths += [(purpose, iteration, prompt.id, first + i) for i in range(sampling.k)]
         drawn = _decode(model, stop_ids, wave, sampling, seed, paths)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
         groups += [
@@ -158,19 +161,20 @@ def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.a
     """
     z_BV = logits_BV.astype(mx.float32) / (temperature or 1.0)
     rows, vocabulary = z_BV.shape
-    greedy_B = z_BV.argmax(axis=-1) if temperature == 0 else None
+    if temperature == 0:
+        tokens_B1 = z_BV.argmax(axis=-1, keepdims=True)
+        picked_B1 = mx.take_along_axis(z_BV, tokens_B1, axis=-1)
+        logps_B1 = picked_B1 - mx.logsumexp(z_BV, axis=-1, keepdims=True)
+        return tokens_B1[:, 0].astype(mx.int32), logps_B1[:, 0]
     weights_BV, _ = exp_rows(z_BV)
     padded_BV = mx.pad(weights_BV, [(0, 0), (0, -vocabulary % SAMPLER_BLOCK)])
     blocks_BNM = padded_BV.reshape(rows, -1, SAMPLER_BLOCK)
     sums_BN = blocks_BNM.sum(axis=-1)
     total_B = sums_BN.sum(axis=-1)
-    if greedy_B is not None:
-        tokens_B = greedy_B
-    else:
-        block_B, rest_B = _invert(sums_BN, u_B * total_B)
-        chosen_BM = mx.take_along_axis(blocks_BNM, block_B[:, None, None], axis=1)[:, 0]
-        inner_B, _ = _invert(chosen_BM, rest_B)
-        tokens_B = block_B * SAMPLER_BLOCK + inner_B
+    block_B, rest_B = _invert(sums_BN, u_B * total_B)
+    chosen_BM = mx.take_along_axis(blocks_BNM, block_B[:, None, None], axis=1)[:, 0]
+    inner_B, _ = _invert(chosen_BM, rest_B)
+    tokens_B = block_B * SAMPLER_BLOCK + inner_B
     picked_B = mx.take_along_axis(weights_BV, tokens_B[:, None], axis=-1)[:, 0]
     return tokens_B.astype(mx.int32), mx.log(picked_B / total_B)
 

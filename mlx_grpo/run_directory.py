@@ -13,7 +13,7 @@ from mlx_grpo import checkpoint, log
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.config_sources import to_toml
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, write_text
+from mlx_grpo.files import atomic_directory, sha256, write_text
 from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
@@ -55,7 +55,11 @@ def save(
 ) -> None:
     """Write a checkpoint after the iterations done so far."""
     arrays = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
-    about = {"config_digest": config.digest(), "versions": versions()}
+    about = {
+        "config_digest": config.digest(),
+        "prompts_sha256": sha256(Path(config.prompts)),
+        "versions": versions(),
+    }
     saved = checkpoint.Checkpoint(
         state.iteration, lora_parameters(actor), arrays, {**state.to_json(), **about}
     )
@@ -85,6 +89,8 @@ def restore(
         raise InputError(
             f"{run}: the flags differ from those of the run; resume with --config {run / CONFIG}"
         )
+    if saved.state["prompts_sha256"] != sha256(Path(config.prompts)):
+        raise InputError(f"{config.prompts}: changed since the run started; put the old file back")
     set_parameters(actor, saved.adapter)
     optimizer.state = tree_unflatten(list(saved.optimizer.items()))
     for name in (log.METRICS, log.COMPLETIONS):

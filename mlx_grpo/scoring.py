@@ -38,8 +38,7 @@ def score(
     temperature: float,
     scale: AdvantageScale,
 ) -> tuple[list[ScoredGroup], Measures]:
-    """Recompute log-probs under both policies, shape rewards (z - penalty * KL), take "
-    "advantages."""
+    """Recompute log-probs under both, shape rewards (z - penalty * KL), take advantages."""
     scored: list[ScoredGroup] = []
     tokens = dead = 0
     k1 = k3 = gap = 0.0

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_grpo import log, run_directory
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
@@ -33,8 +35,8 @@ from mlx_grpo.types import Group
 from mlx_grpo.update import update
 
 
-def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> Path:
-    """Run the whole training and return the run directory.
+def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> bool:
+    """Run the whole training in `config.run_directory`; False if a signal ended it early.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
@@ -51,26 +53,26 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
         _, metrics, *_ = iterate(session, state, ui)
         ui.iteration(metrics, config.num_iterations)
         ui.say("dry run: one iteration went through; nothing is kept")
-        return run
+        return True
     if resume:
         actor = session.roles.actor.model
         state, skipped = run_directory.restore(run, config, state, actor, session.optimizer)
         for reason in skipped:
             ui.warn(f"checkpoint skipped: {reason}")
         ui.say(f"resuming after iteration {state.iteration}")
+    finished = False
     try:
         with _stop_signals(ui) as stop_requested:
-            _loop(session, state, run, ui, stop_requested)
-    except (InputError, KeyboardInterrupt) as e:
-        if run_directory.is_run(run):
-            ui.warn(f"the run stopped early; go on with --resume --output {run}")
-        raise e
-    return run
+            finished = _loop(session, state, run, ui, stop_requested)
+    finally:
+        if not finished and run_directory.is_run(run):
+            ui.warn(f"stopped early; go on with: mlx-grpo train --resume --output {run}")
+    return finished
 
 
 def _loop(
     session: Session, state: RunState, run: Path, ui: Console, stop_requested: list[int]
-) -> None:
+) -> bool:
     config, actor = session.config, session.roles.actor.model
     if state.iteration == 0:
         state = _evaluate(session, state, run, ui)
@@ -87,17 +89,16 @@ def _loop(
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise InputError(
                 f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not "
-                "finite; start again with a lower --learning-rate"
+                "finite; start again in another --output with a lower --learning-rate"
             )
     if state.iteration < config.num_iterations:
-        ui.say(f"stopped after iteration {state.iteration}; go on with --resume --output {run}")
-        return
+        return False
     run_directory.save_named_adapter(run, "final", actor)
     if state.best.step is None:
-        ui.warn(
-            "no evaluation passed the KL gate: there is no best/ adapter, final/ is the last one"
-        )
-    ui.say(f"done: {run} (adapters in best/ and final/, figures in {log.METRICS})")
+        ui.warn("no evaluation passed the KL gate: there is no best/ adapter, final/ is the last")
+    adapters = "final/" if state.best.step is None else "best/ and final/"
+    ui.say(f"done: {run} (adapters in {adapters}, figures in {log.METRICS})")
+    return True
 
 
 def iterate(
@@ -105,6 +106,7 @@ def iterate(
 ) -> tuple[RunState, dict[str, Any], list[Group], list[list[float]]]:
     """One iteration of GRPO: (next state, metrics, groups, raw rewards [P][K])."""
     config, roles, clock = session.config, session.roles, Clock()
+    mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
     progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
     indices = batch_indices(config.seed, state.iteration, config.batch_size, len(session.prompts))
     prompts = [session.prompts[i] for i in indices]

@@ -203,14 +203,15 @@ def _step(
     settings: UpdateSettings,
     stats: UpdateStats,
 ) -> None:
-    norm = loss
-    if math.isfinite(loss):
-        current = lora_parameters(stages.model)
-        updated, norm = adamw_step(optimizer, gradients, current, settings.max_grad_norm)
-        set_parameters(stages.model, updated)
+    current = lora_parameters(stages.model)
+    if not math.isfinite(loss):
+        stats.skipped_nonfinite += 1
+        return
+    updated, norm = adamw_step(optimizer, gradients, current, settings.max_grad_norm)
     if not math.isfinite(norm):
         stats.skipped_nonfinite += 1
         return
+    set_parameters(stages.model, updated)
     stats.loss += loss
     stats.grad_norm += norm
     stats.steps += 1

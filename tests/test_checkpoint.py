@@ -142,7 +142,7 @@ def test_the_newest_loads_without_complaint_even_if_the_pointer_is_lost(tmp_path
 
 
 def test_without_a_good_one_the_reasons_are_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is none.*without --resume"):
+    with pytest.raises(InputError, match=r"there is none.*start anew in another --output"):
         load_newest(tmp_path)
     flip(save(tmp_path, example(2), keep=1) / "state.json")
     with pytest.raises(InputError, match=r"no usable checkpoint .*step-000002/state\.json"):

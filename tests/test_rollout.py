@@ -4,7 +4,7 @@ from itertools import chain
 
 import mlx.core as mx
 import numpy as np
-from conftest import EOS, VOCABULARY
+from conftest import EOS, VOCABULARY, tiny_model
 
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
@@ -35,6 +35,33 @@ def test_tokens_do_not_depend_on_how_rows_are_batched(backbone: Backbone) -> Non
     in_waves = ids(draw(backbone, PROMPTS, Sampling(3, 24, decode_rows=3)))
     alone = [ids(draw(backbone, [p], Sampling(3, 24)))[0] for p in PROMPTS]
     assert together == in_waves == alone
+
+
+def test_sliding_windows_keep_rows_apart_too() -> None:
+    model = tiny_model("gemma3_text")
+    stages = Stages(model)
+    sampling, stop = Sampling(2, 20), frozenset({EOS})
+    together = rollout(model, _Decoder(), stop, PROMPTS, sampling, 1, "test")
+    for prompt, group in zip(PROMPTS, together, strict=True):
+        alone = rollout(model, _Decoder(), stop, [prompt], sampling, 1, "test")[0]
+        assert [c.token_ids for c in group.completions] == [c.token_ids for c in alone.completions]
+        for c in group.completions:
+            row = mx.array([c.token_ids])
+            again = token_logps(stages, mx.array([prompt.token_ids]), row, mx.ones(row.shape))
+            assert np.abs(np.array(c.logps) - np.array(again[0])).max() < 1e-4
+
+
+class _Decoder:
+    """A stand-in for a tokenizer: a rollout only decodes."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_a_prompt_that_comes_twice_gets_other_samples(backbone: Backbone) -> None:
+    first, second = ids(draw(backbone, [PROMPTS[1], PROMPTS[1]], Sampling(2, 12)))
+    assert first == ids(draw(backbone, [PROMPTS[1]], Sampling(2, 12)))[0]
+    assert not set(first) & set(second)
 
 
 def test_more_samples_of_a_prompt_keep_the_first_ones(backbone: Backbone) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.convert.quality import Cost, pair_cost, policy_cost
+from mlx_grpo.convert.quality import Cost, check_texts, pair_cost, policy_cost
 from mlx_grpo.convert.source import Source, locate
 from mlx_grpo.convert.weights import (
     Quantization,
@@ -42,7 +42,7 @@ from mlx_grpo.models.reward_model import (
     load_reward_model,
 )
 
-__all__ = ["Converted", "Quantization", "convert_rm", "convert_sft", "locate"]
+__all__ = ["Converted", "Quantization", "check_texts", "convert_rm", "convert_sft", "locate"]
 
 ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", REWARD_HEAD)
 
@@ -56,7 +56,7 @@ class Converted:
     bits_per_weight: float
     bytes: int
     cost: Cost
-    """What quantization changed; `Cost.none` where the source's own values were kept."""
+    """What quantization changed; or that the source's own values were kept."""
 
 
 def convert_sft(
@@ -81,7 +81,7 @@ def convert_sft(
         write_model(directory, source, model, config)
         del model
         load_backbone(directory)  # verify: it loads, and its tokenizer has a chat template
-        cost = Cost.none()
+        cost = Cost(kept=kept)
         if texts and not kept:
             cost = policy_cost(load_source(source)[0], directory, texts)
         row = _row(directory, out, cost)
@@ -130,7 +130,7 @@ def convert_rm(
         del model
         load_backbone(directory)
         kept = quantized is config
-        cost = Cost.none()
+        cost = Cost(kept=kept)
         if pairs and not kept:
             cost = pair_cost(backbone, config, head, directory, pairs)
         row = _row(directory, out, cost)
@@ -203,7 +203,7 @@ def _convert_reward_adapter(source: Source, out: Path, sft: Path, replace: bool)
         arrays = load_arrays(directory / "adapters.safetensors")
         size = (directory / "adapters.safetensors").stat().st_size
         count = sum(a.size for a in arrays.values())
-    return Converted(out, count, 8 * size / count, size, Cost.none())
+    return Converted(out, count, 8 * size / count, size, Cost(kept=True))
 
 
 def _keep_full(source: Source, out: Path, replace: bool) -> Converted:
@@ -211,7 +211,7 @@ def _keep_full(source: Source, out: Path, replace: bool) -> Converted:
     with atomic_directory(out, replace=replace) as directory:
         load_reward_model(source.path, load_backbone(source.path))
         shutil.copytree(source.path, directory, dirs_exist_ok=True)
-        row = _row(directory, out, Cost.none())
+        row = _row(directory, out, Cost(kept=True))
     return row
 
 

@@ -50,7 +50,7 @@ def tensor_types(path: Path) -> dict[str, int]:
     """ggml type number of every tensor, read from the file's header.
 
     Raises:
-        InputError: not a GGUF file of version 2 or 3, or cut short.
+        InputError: not a GGUF file, or its header is damaged or cut short.
     """
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":

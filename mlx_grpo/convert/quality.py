@@ -11,7 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_grpo.backend import apply_policy, choose_policy
-from mlx_grpo.data import answer_tokens, load_prompts
+from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl
+from mlx_grpo.errors import InputError
 from mlx_grpo.logprob import chunk_tokens
 from mlx_grpo.models.backbone import Backbone, load_backbone, parameter_count
 from mlx_grpo.models.reward_model import RewardModel, conversation_tokens, load_reward_model
@@ -30,11 +31,8 @@ class Cost:
     perplexity_after: float | None = None
     pearson: float | None = None
     agreement: float | None = None
-
-    @classmethod
-    def none(cls) -> "Cost":
-        """The source's values were kept, or nothing was measured."""
-        return cls()
+    kept: bool = False
+    """The source's own values were kept."""
 
     def describe(self) -> str:
         """For the table."""
@@ -43,7 +41,17 @@ class Cost:
             return f"KL {self.kl_per_token:.4f} nats/token, perplexity {change:+.1%}"
         if self.pearson is not None and self.agreement is not None:
             return f"score correlation {self.pearson:.3f}, pairwise agreement {self.agreement:.1%}"
-        return "values kept"
+        return "values kept" if self.kept else "not measured"
+
+
+def check_texts(texts: Path) -> None:
+    """Raise InputError unless the file has texts to measure on."""
+    count = sum(isinstance(row.get("response"), str) for _, row in read_jsonl(texts))
+    if count < 2:
+        raise InputError(
+            f"{texts}: {count} rows have a 'response', two are needed to measure what quantization "
+            "cost; give another --texts, or --no-verify"
+        )
 
 
 def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
@@ -60,7 +68,9 @@ def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
         width = chunk_tokens(hidden[0][0].vocabulary)
         for start in range(0, answer.size, width):
             part = slice(start, start + width)
-            old_TV, new_TV = (_log_softmax(s.head(h[:, part])[0]) for s, h in hidden)
+            old_TV, new_TV = (
+                _log_softmax(s.head(h[:, part].astype(mx.float32))[0]) for s, h in hidden
+            )
             picked = answer[0, part, None]
             sums = (
                 (mx.exp(old_TV) * (old_TV - new_TV)).sum(),
@@ -77,7 +87,8 @@ def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
 def _predicting(
     stages: Stages, prompt_ids: tuple[int, ...], answer: mx.array
 ) -> tuple[Stages, mx.array]:
-    return stages, shift_right(*stages.forward(mx.array([prompt_ids]), answer))
+    hidden = shift_right(*stages.forward(mx.array([prompt_ids]), answer))
+    return stages, hidden.astype(mx.float32)  # a bf16 head would round the logits
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

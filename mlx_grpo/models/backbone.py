@@ -44,10 +44,14 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
         )
     config = read_json(path / "config.json")
     try:
-        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
-        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except (FileNotFoundError, ValueError, RuntimeError, KeyError, OSError) as e:
+        # the configuration that comes back has the stop tokens of generation_config.json
+        model, config = load_model(path, lazy=True, model_config=rope_fields(config))
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: cannot load the model: {_one_line(e)}") from e
+    try:
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
+        raise InputError(f"{path}: cannot load the tokenizer: {_one_line(e)}") from e
     if not tokenizer.has_chat_template:
         raise InputError(
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model or "

@@ -13,8 +13,7 @@ from mlx_grpo.models.stages import Stages
 
 @dataclass(frozen=True)
 class Roles:
-    """Module trees over the same arrays; actor and reward model each add small ones of their "
-    "own."""
+    """Module trees over the same arrays; actor and reward model add small ones of their own."""
 
     backbone: Backbone
     actor: Stages

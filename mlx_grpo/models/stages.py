@@ -130,12 +130,9 @@ class Stages:
         self.blocks: list[nn.Module] = list(model.layers)
         owner_name, self._owner = _owner_of_blocks(model)
         self.block_names = [f"{owner_name}.layers.{i}" for i in range(len(self.blocks))]
-        self.hidden_size: int = self._record(mx.zeros((1, 1), mx.int32), self._placeholders(1))[
-            0
-        ].shape[-1]
-        self.vocabulary: int = model(mx.zeros((1, 1), mx.int32)).shape[
-            -1
-        ]  # lazy: the shape costs no arithmetic
+        token = mx.zeros((1, 1), mx.int32)
+        self.hidden_size: int = self.embed(token, token).h_rows.shape[-1]
+        self.vocabulary: int = model(token).shape[-1]  # lazy: a shape costs no arithmetic
 
     def embed(self, prompt_1S: mx.array, rows_KT: mx.array) -> Embedded:
         """Embed a prompt, int [1, S], and its completions, int [K, T], padded on the right."""

@@ -1,0 +1,135 @@
+"""The update: early stop, finite guard, gradient clipping, passes of fewer rows."""
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from test_stages import actor_of, group_of
+
+from mlx_grpo.backend import ComputePolicy, apply_policy
+from mlx_grpo.grpo import Clip
+from mlx_grpo.logprob import token_logps
+from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.types import ScoredGroup
+from mlx_grpo.update import UpdateSettings, adamw_step, new_optimizer, update
+
+SETTINGS = UpdateSettings(
+    clip=Clip(),
+    aggregation="sequence",
+    temperature=1.0,
+    max_tokens=16,
+    max_grad_norm=0.5,
+    minibatch_size=1,
+    epochs=1,
+    kl_stop=math.inf,
+)
+
+
+def on_policy(stages: Stages, seed: int) -> ScoredGroup:
+    """A group whose old log-probs are the policy's own."""
+    group = group_of(seed)
+    old = token_logps(stages, mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
+    return replace(group, old_logp_KT=old)
+
+
+def snapshot(stages: Stages) -> dict[str, list]:
+    return {n: v.tolist() for n, v in lora_parameters(stages.model).items()}
+
+
+def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
+    stages = Stages(actor_of("llama"))
+    scored = [on_policy(stages, seed) for seed in range(groups)]
+    stats = update(stages, new_optimizer(1e-2, 0.0), scored, settings)
+    return lora_parameters(stages.model), stats
+
+
+def test_one_row_a_pass_gives_the_update_of_whole_groups() -> None:
+    whole, stats = updated(SETTINGS)
+    rows, row_stats = updated(replace(SETTINGS, rows_per_pass=1))
+    assert max(mx.abs(whole[n] - rows[n]).max().item() for n in whole) < 1e-5
+    assert stats.tokens == row_stats.tokens == 28  # type: ignore[attr-defined]
+    assert stats.loss == pytest.approx(row_stats.loss, abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_the_ratio_moves_away_from_one_within_an_iteration_and_the_clip_works() -> None:
+    _, first = updated(replace(SETTINGS, minibatch_size=2))
+    _, later = updated(replace(SETTINGS, minibatch_size=2, epochs=4))
+    assert first.approx_kl == pytest.approx(0, abs=1e-6)  # type: ignore[attr-defined]
+    assert first.clipped == 0  # type: ignore[attr-defined]
+    assert later.steps == 4 and later.clipped > 0  # type: ignore[attr-defined]
+
+
+def test_the_rest_of_an_iteration_is_skipped_once_the_kl_passes_its_limit() -> None:
+    _, stats = updated(replace(SETTINGS, kl_stop=1e-5, epochs=5))
+    assert stats.stopped_early  # type: ignore[attr-defined]
+    assert 0 < stats.steps < 10  # type: ignore[attr-defined]
+
+
+def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -> None:
+    stages = Stages(actor_of("llama"))
+    live = on_policy(stages, 1)
+    dead = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
+    before = snapshot(stages)
+    assert update(stages, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
+    assert snapshot(stages) == before
+    both = update(
+        stages, new_optimizer(1e-2, 0.0), [live, dead], replace(SETTINGS, minibatch_size=2)
+    )
+    alone = update(Stages(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS))
+    assert both.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-4)
+
+
+def test_values_that_are_not_finite_never_reach_the_weights() -> None:
+    stages = Stages(actor_of("llama"))
+    group = on_policy(stages, 1)
+    poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
+    before, optimizer = snapshot(stages), new_optimizer(1e-2, 0.0)
+    stats = update(stages, optimizer, [poisoned], SETTINGS)
+    assert stats.skipped_nonfinite == 1 and stats.steps == 0
+    assert snapshot(stages) == before
+
+
+def test_the_gradient_is_clipped_to_the_global_norm() -> None:
+    parameters = {"layers.0.a": mx.zeros((2,)), "layers.0.b": mx.zeros((1,))}
+    gradients = {"layers.0.a": mx.array([3.0, 0.0]), "layers.0.b": mx.array([4.0])}
+    optimizer = new_optimizer(1.0, 0.0)
+    _, norm = adamw_step(optimizer, gradients, parameters, 0.5)
+    assert norm == pytest.approx(5.0)
+    moments = optimizer.state["layers"][0]
+    # Adam's first moment after one step is (1 - beta1) times the clipped gradient
+    assert moments["a"]["m"].tolist() == pytest.approx([0.1 * 0.3, 0.0], rel=1e-4)
+    assert moments["b"]["m"].tolist() == pytest.approx([0.1 * 0.4], rel=1e-4)
+
+
+def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
+    import mlx.nn as nn
+    from conftest import tiny_model
+
+    def stages_with(policy: ComputePolicy) -> Stages:
+        model = tiny_model("llama")
+        model.set_dtype(mx.bfloat16)
+        nn.quantize(model, group_size=32, bits=4)
+        apply_policy(model, policy)
+        model.freeze()
+        actor = add_lora(model, rank=4, scale=2.0, seed=1)
+        moved = {n: v + 0.05 for n, v in lora_parameters(actor).items()}
+        set_parameters(actor, moved)
+        return Stages(actor)
+
+    packed = stages_with(ComputePolicy("cpu", dense=False, dtype=mx.bfloat16))
+    dense = stages_with(ComputePolicy("cpu", dense=True, dtype=mx.float32))
+    quantized = packed.model.layers[0].mlp.up_proj.linear
+    assert quantized.scales.dtype == mx.bfloat16 and quantized.weight.dtype == mx.uint32
+    group = on_policy(dense, 1)
+    prompt = mx.array([group.prompt_ids])
+    logps = token_logps(packed, prompt, group.tokens_KT, group.mask_KT)
+    assert logps.dtype == mx.float32
+    assert mx.abs(logps - group.old_logp_KT).max().item() < 0.1
+    stats = [
+        update(stages, new_optimizer(1e-3, 0.0), [on_policy(stages, 1)], SETTINGS)
+        for stages in (packed, dense)
+    ]
+    assert stats[0].steps == 1
+    assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=0.1)
