@@ -12,7 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.roles import assign_roles
+from mlx_grpo.models.reward_model import load_reward_model
+from mlx_grpo.models.roles import Roles, new_actor
+from mlx_grpo.models.stages import Stages
 
 
 def main() -> None:
@@ -26,9 +28,10 @@ def main() -> None:
     backbone = load_backbone(args.model)
     mx.clear_cache()
     alone = mx.get_active_memory()
-    roles = assign_roles(backbone, args.rm, args.rank, 2.0, 0)
-    assert roles.reward_model is not None
-    mx.eval(roles.actor.model.parameters(), roles.reward_model.stages.model.parameters())
+    actor = new_actor(backbone, args.rank, 2.0, 0)
+    reward_model = load_reward_model(args.rm, backbone)
+    roles = Roles(backbone, actor, Stages(backbone.model))
+    mx.eval(roles.actor.model.parameters(), reward_model.stages.model.parameters())
     mx.clear_cache()
     together = mx.get_active_memory()
     print(f"backbone alone:                           {alone / 1e6:8.1f} MB")

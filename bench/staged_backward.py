@@ -1,22 +1,25 @@
 """Staged backward against plain value_and_grad: gradients, peak memory above the weights, seconds.
 
-usage: python bench/staged_backward.py [--shape smollm2-135m|tiny] [--prompt 64] [--completion 64]
-[--K 6]
+usage: python bench/staged_backward.py [--shape smollm2-135m|families] [--prompt 64]
+           [--completion 64] [--K 6]
 
-Random weights of the given shape, LoRA 16 on all linear layers, one group. `plain` runs K whole
-sequences through `mx.value_and_grad`, as other trainers do; `checkpointed` is the same with
-mlx-lm's gradient checkpointing. The first of two runs of each is dropped (MLX compiles for the CPU
-at run time).
+Random weights, LoRA 16 on all linear layers, one group. `smollm2-135m` is that model's shape;
+`families` are nine families at width 256. `plain` runs K whole sequences through
+`mx.value_and_grad`, as other trainers do; `checkpointed` is the same with mlx-lm's gradient
+checkpointing. The first of two runs of each is dropped (MLX compiles for the CPU at run time).
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import llama
+import mlx.nn as nn
+from families import FAMILIES, family_config
 from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.utils import _get_classes
 
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
@@ -25,32 +28,24 @@ from mlx_grpo.rng import key
 from mlx_grpo.types import ScoredGroup
 from mlx_grpo.update import group_gradients
 
-SHAPES = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e5,
 }
 
 
-def random_actor(shape: str) -> llama.Model:
+def random_actor(config: dict[str, Any]) -> nn.Module:
     """A model of the shape with random weights and a LoRA that has left its starting point."""
     mx.random.seed(0)
-    model = llama.Model(
-        llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, rope_theta=1e5, **SHAPES[shape])
-    )
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
     mx.eval(model.parameters())
     model.freeze()
     actor = add_lora(model, rank=16, scale=2.0, seed=0)
@@ -74,7 +69,7 @@ def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> Score
     return ScoredGroup(tuple(ids), tokens_KT, mask_KT, old_KT, old_KT, advantages_K)
 
 
-def plain_gradients(actor: llama.Model, group: ScoredGroup, weights_KT: mx.array) -> Parameters:
+def plain_gradients(actor: nn.Module, group: ScoredGroup, weights_KT: mx.array) -> Parameters:
     """The textbook way: K whole sequences in one graph."""
     k, prompt = group.tokens_KT.shape[0], len(group.prompt_ids)
     prompts = mx.broadcast_to(mx.array([group.prompt_ids]), (k, prompt))
@@ -106,37 +101,52 @@ def measured(compute: Callable[[], Parameters]) -> tuple[Parameters, float, floa
     return gradients, (peak - held) / 1e6, seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--completion", type=int, default=64)
-    parser.add_argument("--K", type=int, default=6)
-    args = parser.parse_args()
-    actor = random_actor(args.shape)
-    group = random_group(args.K, args.prompt, args.completion, SHAPES[args.shape]["vocab_size"])
-    weights_KT = token_weights(
-        group.mask_KT, "sequence", args.K, args.K * args.completion, args.completion
-    )
+def compare(name: str, config: dict[str, Any], args: argparse.Namespace) -> None:
+    """Measure one shape and print a line per way."""
+    actor = random_actor(config)
+    group = random_group(args.K, args.prompt, args.completion, config["vocab_size"])
+    tokens = args.K * args.completion
+    weights_KT = token_weights(group.mask_KT, "sequence", args.K, tokens, args.completion)
     stages = Stages(actor)
-    rows = {
-        "plain": lambda: plain_gradients(actor, group, weights_KT),
-        "staged": lambda: group_gradients(stages, group, weights_KT, Clip(), 1.0)[0],
+
+    def plain() -> Parameters:
+        return plain_gradients(actor, group, weights_KT)
+
+    results = {
+        "plain": measured(plain),
+        "staged": measured(lambda: group_gradients(stages, group, weights_KT, Clip(), 1.0)[0]),
     }
-    results = {name: measured(compute) for name, compute in rows.items()}
-    grad_checkpoint(actor.layers[0])  # patches the class for good, so it comes last
-    results["checkpointed"] = measured(rows["plain"])
+    block = type(actor.layers[0])
+    call = block.__call__
+    grad_checkpoint(actor.layers[0])  # patches the class, for every instance
+    results["checkpointed"] = measured(plain)
+    block.__call__ = call
     expected = results["plain"][0]
-    for name, (gradients, peak, seconds) in results.items():
+    for way, (gradients, peak, seconds) in results.items():
         worst = max(
             (mx.abs(gradients[n] - g).max() / mx.abs(g).max()).item() for n, g in expected.items()
         )
         print(
-            f"{name:12s} peak above the weights {peak:6.0f} MB  {seconds:6.2f} s  "
-            f"largest relative gradient difference to plain {worst:.1e}"
+            f"{name:13s} {way:13s} peak above the weights {peak:6.0f} MB  {seconds:6.2f} s  "
+            f"largest relative gradient difference to plain {worst:.1e}",
+            flush=True,
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=("smollm2-135m", "families"), default="smollm2-135m")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--completion", type=int, default=64)
+    parser.add_argument("--K", type=int, default=6)
+    args = parser.parse_args()
+    if args.shape == "smollm2-135m":
+        compare(args.shape, SMOLLM2, args)
+    else:
+        for family in FAMILIES:
+            compare(family, family_config(family, 256, 8192), args)
 
 
 if __name__ == "__main__":

@@ -229,8 +229,9 @@ def train(
         started = is_run(c.run_directory)
         if resume and started and config is None:
             # the run knows its own settings; flags that contradict them are refused later
-            own = {**flags, "output": c.output, "seed": c.seed}
-            c = build_config(c.run_directory / CONFIG, set or (), own)
+            given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
+            c = build_config(c.run_directory / CONFIG, set or (), given)
+        # of several seeds, those not started yet start now
         finished = run(c, Console(quiet), resume and (started or len(configs) == 1), dry_run)
         if not finished:
             break

@@ -13,7 +13,7 @@ from mlx_grpo.models.roles import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.rubric import judge
 from mlx_grpo.run_directory import CONFIG, is_run
-from mlx_grpo.session import open_session
+from mlx_grpo.session import open_evaluator
 from mlx_grpo.types import Completion
 
 SHOWN = 3
@@ -48,8 +48,8 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
             "finished?"
         )
     with ui.working("loading"):
-        session = open_session(config, ui)
-        backbone, evaluator = session.roles.backbone, session.evaluator
+        evaluator = open_evaluator(config, ui)
+        backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
     ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")
     with ui.working("evaluating the SFT model"):

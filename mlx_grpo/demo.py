@@ -30,7 +30,7 @@ DEMO = TrainConfig(
     max_completion_length=48,
     learning_rate=1.2e-4,
     kl_schedule="constant",
-    kl_targets=(0.05,),
+    kl_targets=(0.08,),
     eval_limit=12,
     checkpoint_every=5,
 )

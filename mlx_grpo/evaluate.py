@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
 from mlx_grpo.logprob import token_logps
+from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import RewardMix
@@ -58,13 +59,12 @@ class Evaluation:
 class Evaluator:
     """Everything an evaluation needs but the policy."""
 
-    tokenizer: Any
-    stop_ids: frozenset[int]
+    backbone: Backbone
+    reference: Stages
     prompts: tuple[Prompt, ...]
     answers: Answers
     """Reference answers by prompt id, for the perplexity."""
     rewards: RewardMix
-    reference: Stages
     sampling: Sampling
     seed: int
 
@@ -74,8 +74,8 @@ class Evaluator:
         """Evaluate a policy; `sampler` is its model for decoding, perhaps merged."""
         groups = rollout(
             sampler,
-            self.tokenizer,
-            self.stop_ids,
+            self.backbone.tokenizer,
+            self.backbone.stop_ids,
             self.prompts,
             self.sampling,
             self.seed,

@@ -16,8 +16,10 @@ from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.roles import Roles, assign_roles
-from mlx_grpo.rewards import RewardMix, ScoreNormalizer, load_reward
+from mlx_grpo.models.reward_model import load_reward_model
+from mlx_grpo.models.roles import Roles, new_actor
+from mlx_grpo.models.stages import Stages
+from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group, Prompt
@@ -42,27 +44,51 @@ def open_session(config: TrainConfig, ui: Console) -> Session:
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom = tuple(
-        load_reward(spec, weight)
-        for spec, weight in zip(
-            config.reward, config.reward_weights or (1.0,) * len(config.reward), strict=True
-        )
-    )
-    names = [reward.name for reward in custom]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
+    evaluator = open_evaluator(config, ui)
+    backbone = evaluator.backbone
+    prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
+    actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed)
+    roles = Roles(backbone, actor, evaluator.reference)
+    optimizer = new_optimizer(config.learning_rate, config.weight_decay)
+    return Session(config, roles, evaluator.rewards, prompts, evaluator, optimizer)
+
+
+def open_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
+    """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
+
+    Raises:
+        InputError: any of the inputs is missing or wrong.
+    """
+    custom = _custom_rewards(config)
     backbone = load_backbone(Path(config.actor_model))
     raise_wired_limit()
-    prompts, held_out = (
-        _prompts(file, backbone, config.max_prompt_length, ui)
-        for file in (config.prompts, config.eval_prompts)
+    held_out = _prompts(config.eval_prompts, backbone, config.max_prompt_length, ui)
+    rm = None if config.rm_model == "none" else load_reward_model(Path(config.rm_model), backbone)
+    one_each = sampling(config, 1)
+
+    def ask(missing: Sequence[Prompt]) -> list[Group]:
+        model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
+        return rollout(model, tokenizer, stop_ids, missing, one_each, config.seed, "references")
+
+    prompts = held_out[: config.eval_limit or None]
+    return Evaluator(
+        backbone=backbone,
+        reference=Stages(backbone.model),
+        prompts=tuple(prompts),
+        answers=reference_answers(backbone.tokenizer, prompts, ask),
+        rewards=RewardMix(rm, config.rm_weight, custom),
+        sampling=one_each,
+        seed=config.seed,
     )
-    rm = None if config.rm_model == "none" else Path(config.rm_model)
-    roles = assign_roles(backbone, rm, config.lora_rank, config.lora_scale, config.seed)
-    rewards = RewardMix(roles.reward_model, config.rm_weight, custom)
-    evaluator = _evaluator(config, roles, rewards, held_out[: config.eval_limit or None])
-    optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return Session(config, roles, rewards, prompts, evaluator, optimizer)
+
+
+def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
+    weights = config.reward_weights or (1.0,) * len(config.reward)
+    rewards = tuple(map(load_reward, config.reward, weights))
+    names = [reward.name for reward in rewards]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
+    return rewards
 
 
 def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:
@@ -70,34 +96,6 @@ def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Pro
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
     return prompts
-
-
-def _evaluator(
-    config: TrainConfig, roles: Roles, rewards: RewardMix, held_out: list[Prompt]
-) -> Evaluator:
-    backbone = roles.backbone
-
-    def ask(missing: Sequence[Prompt]) -> list[Group]:
-        return rollout(
-            backbone.model,
-            backbone.tokenizer,
-            backbone.stop_ids,
-            missing,
-            sampling(config, 1),
-            config.seed,
-            "reference answers",
-        )
-
-    return Evaluator(
-        tokenizer=backbone.tokenizer,
-        stop_ids=backbone.stop_ids,
-        prompts=tuple(held_out),
-        answers=reference_answers(backbone.tokenizer, held_out, ask),
-        rewards=rewards,
-        reference=roles.reference,
-        sampling=sampling(config, 1),
-        seed=config.seed,
-    )
 
 
 def first_state(config: TrainConfig) -> RunState:

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
+from bench.families import family_config
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.rng import key
 
@@ -23,54 +24,12 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-COMMON = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "qwen2": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen3": {
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": True,
-    },
-    "mistral": {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "gemma": {"num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8},
-    "gemma2": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8},
-    "gemma3_text": {
-        "num_hidden_layers": 7,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "sliding_window": 8,
-    },
-    "phi3": {"num_hidden_layers": 2, "num_key_value_heads": 2},
-    "granite": {
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "logits_scaling": 8.0,
-        "attention_multiplier": 0.3,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-    },
-}
 
 
 def tiny_config(family: str) -> dict[str, Any]:
-    """config.json of a tiny model; mistral is mlx-lm's llama, as its own table says."""
-    return {"model_type": family, **COMMON, **FAMILIES[family]}
+    """config.json of a tiny model."""
+    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    return family_config(family, hidden_size=32, vocab_size=VOCABULARY, **tokens)
 
 
 def tiny_model(family: str = "llama", seed: int = 0) -> Any:

@@ -198,7 +198,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     "a tokenizer without chat template": ((*TRAIN, "--actor-model", "{bare}"), NO_TEMPLATE),
     "all prompts too long": (
         (*TRAIN, "--max-prompt-length", "3"),
-        r"train\.jsonl: all 8 prompts are longer than 3 tokens; see --max-prompt-length",
+        r"eval\.jsonl: all 3 prompts are longer than 3 tokens; see --max-prompt-length",
     ),
     "a reward model for another backbone": (
         (*TRAIN, "--actor-model", "{other}"),

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, COMMON, tiny_config, tiny_model, write_tokenizer
+from conftest import BOS, CHAT_TEMPLATE, EOS, PAD, tiny_config, tiny_model, write_tokenizer
 from gguf_writer import write_gguf
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import pre_tokenizers
@@ -57,9 +57,9 @@ def metadata(**changes: Any) -> dict[str, Any]:
         "tokenizer.ggml.tokens": VOCABULARY,
         "tokenizer.ggml.token_type": [1] * 256 + [3] * 4,
         "tokenizer.ggml.merges": [],
-        "tokenizer.ggml.bos_token_id": COMMON["bos_token_id"],
-        "tokenizer.ggml.eos_token_id": COMMON["eos_token_id"],
-        "tokenizer.ggml.padding_token_id": COMMON["pad_token_id"],
+        "tokenizer.ggml.bos_token_id": BOS,
+        "tokenizer.ggml.eos_token_id": EOS,
+        "tokenizer.ggml.padding_token_id": PAD,
         "tokenizer.chat_template": CHAT_TEMPLATE,
     }
     return {k: v for k, v in {**values, **changes}.items() if v is not None}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EOS, write_jsonl
+from conftest import CHAT_TEMPLATE, EOS, PAD, write_jsonl, write_tokenizer
+from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.data import (
     answer_tokens,
@@ -215,3 +216,14 @@ def test_no_two_shipped_prompts_say_the_same(shipped: dict[str, list[dict[str, A
         if overlap(a[1], b[1]) >= 0.5 or overlap(a[2], b[2]) >= 0.6
     ]
     assert near == []
+
+
+def test_an_answer_is_closed_by_the_stop_token_of_the_template(tmp_path: Path) -> None:
+    # Gemma ends a turn with a token that is not the tokenizer's eos
+    template = CHAT_TEMPLATE.replace("</s>", "<pad>")
+    write_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, eos_token_ids=[EOS, PAD])
+    assert answer_tokens(tokenizer, "ab")[-1] == PAD
+    assert len(answer_tokens(tokenizer, "ab", "length")) == 2
+    write_tokenizer(tmp_path)
+    assert answer_tokens(load_tokenizer(tmp_path, eos_token_ids=[EOS, PAD]), "ab")[-1] == EOS

@@ -139,8 +139,7 @@ def test_perplexity_weighs_every_token_alike(backbone: Backbone) -> None:
 def evaluator(backbone: Backbone) -> Evaluator:
     length = CustomReward("length", lambda completion_ids: [len(c) for c in completion_ids])
     return Evaluator(
-        tokenizer=backbone.tokenizer,
-        stop_ids=backbone.stop_ids,
+        backbone=backbone,
         prompts=(prompt("one"), prompt("two")),
         answers={"one": (65, 66), "two": (70,)},
         rewards=RewardMix(None, 1.0, (length,)),

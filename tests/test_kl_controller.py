@@ -112,3 +112,9 @@ def test_without_an_actuator_nothing_moves() -> None:
 def test_only_the_reward_actuator_penalises_the_reward() -> None:
     penalties = {a: controller(a).penalty for a in ("reward", "lr", "none")}
     assert penalties == {"reward": 10.0, "lr": 0.0, "none": 0.0}
+
+
+@pytest.mark.parametrize("actuator", ["reward", "lr", "none"])
+@pytest.mark.parametrize("kl", [float("nan"), float("inf")])
+def test_a_kl_that_is_not_finite_moves_nothing(actuator: Actuator, kl: float) -> None:
+    assert controller(actuator).step(kl, 0.05) == controller(actuator)

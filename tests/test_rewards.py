@@ -198,3 +198,21 @@ def test_a_mix_without_a_reward_model_uses_the_functions_alone() -> None:
         [[1.0, 3.0]],
         {"length": [1.0, 3.0]},
     )
+
+
+def test_a_reward_model_that_returns_nan_is_stopped_before_the_normaliser_sees_it() -> None:
+    class Broken:
+        def score(self, group: Group) -> list[float]:
+            return [1.0, float("nan")]
+
+    with pytest.raises(InputError, match=r"scores .*nan.* are not finite"):
+        RewardMix(cast(RewardModel, Broken()), 1.0, ())([group("a", "b")])
+
+
+def test_a_reward_file_may_define_dataclasses(write: Callable[[str], str]) -> None:
+    path = write(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Mark:\n    value: float = 2.0\n"
+        "def marks(completions):\n    return [Mark().value for _ in completions]\n"
+    )
+    assert load_reward(f"{path}:marks")(group("a", "b")) == [2.0, 2.0]

@@ -2,8 +2,9 @@
 
 import mlx.core as mx
 import pytest
-from conftest import FAMILIES, VOCABULARY, tiny_model
+from conftest import VOCABULARY, tiny_model
 
+from bench.families import FAMILIES
 from mlx_grpo.errors import InputError
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.logprob import token_logps

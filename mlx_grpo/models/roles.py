@@ -1,24 +1,24 @@
-"""Actor, reference and reward model on one set of frozen weights."""
+"""Actor and reference on one set of frozen weights."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.nn as nn
 
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.lora import add_lora, merge
-from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.stages import Stages
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Module trees over the same arrays; actor and reward model add small ones of their own."""
+    """Module trees over the same arrays: the actor adds its LoRA, the reference adds nothing.
+
+    A reward adapter is a third tree over them (`reward_model.py`).
+    """
 
     backbone: Backbone
     actor: Stages
     reference: Stages
-    reward_model: RewardModel | None
 
     def sampler(self) -> nn.Module:
         """The actor in the form that decodes fastest under the compute policy."""
@@ -30,15 +30,8 @@ def sampler(backbone: Backbone, adapted: nn.Module) -> nn.Module:
     return merge(adapted) if backbone.policy.merge_lora else adapted
 
 
-def assign_roles(
-    backbone: Backbone, reward_model: Path | None, rank: int, scale: float, seed: int
-) -> Roles:
-    """Build all roles; weights that can be shared are shared.
-
-    Raises:
-        InputError: the reward model is missing or does not fit the backbone.
-    """
-    rm = load_reward_model(reward_model, backbone) if reward_model else None
+def new_actor(backbone: Backbone, rank: int, scale: float, seed: int) -> Stages:
+    """The backbone with a fresh LoRA, which starts as the backbone itself."""
     actor = add_lora(backbone.model, rank, scale, seed)
     actor.train()  # some model families have kernels without a gradient in eval mode
-    return Roles(backbone, Stages(actor), Stages(backbone.model), rm)
+    return Stages(actor)
