@@ -11,9 +11,9 @@ from mlx_grpo.evaluate import Evaluation, win_rate
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.roles import sampler
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.parts import load_evaluator
 from mlx_grpo.rubric import judge
 from mlx_grpo.run_directory import CONFIG, is_run
-from mlx_grpo.session import open_evaluator
 from mlx_grpo.types import Completion
 
 SHOWN = 3
@@ -48,7 +48,7 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
             "finished?"
         )
     with ui.working("loading"):
-        evaluator = open_evaluator(config, ui)
+        evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
     ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")

@@ -20,16 +20,16 @@ from mlx_grpo.data import batch_indices
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
 from mlx_grpo.metrics import Clock, iteration_metrics
-from mlx_grpo.rollout import rollout
-from mlx_grpo.scoring import score
-from mlx_grpo.session import (
-    Session,
+from mlx_grpo.parts import (
+    RunParts,
     first_state,
-    open_session,
+    load_parts,
     sampling,
     target_at,
     update_settings,
 )
+from mlx_grpo.rollout import rollout
+from mlx_grpo.scoring import score
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
 from mlx_grpo.update import update
@@ -47,23 +47,23 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
         run_directory.check_vacant(run, resume)
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {_reward_names(config)}, seed {config.seed}")
     with ui.working("loading"):
-        session = open_session(config, ui)
+        parts = load_parts(config, ui)
     state = first_state(config)
     if dry_run:
-        _, metrics, *_ = iterate(session, state, ui)
+        _, metrics, *_ = iterate(parts, state, ui)
         ui.iteration(metrics, config.num_iterations)
         ui.say("dry run: one iteration went through; nothing is kept")
         return True
     if resume:
-        actor = session.roles.actor.model
-        state, skipped = run_directory.restore(run, config, state, actor, session.optimizer)
+        actor = parts.roles.actor.model
+        state, skipped = run_directory.restore(run, config, state, actor, parts.optimizer)
         for reason in skipped:
             ui.warn(f"checkpoint skipped: {reason}")
         ui.say(f"resuming after iteration {state.iteration}")
     finished = False
     try:
         with _stop_signals(ui) as stop_requested:
-            finished = _loop(session, state, run, ui, stop_requested)
+            finished = _loop(parts, state, run, ui, stop_requested)
     finally:
         if not finished and run_directory.is_run(run):
             ui.warn(f"stopped early; go on with: mlx-grpo train --resume --output {run}")
@@ -71,21 +71,21 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
 
 
 def _loop(
-    session: Session, state: RunState, run: Path, ui: Console, stop_requested: list[int]
+    parts: RunParts, state: RunState, run: Path, ui: Console, stop_requested: list[int]
 ) -> bool:
-    config, actor = session.config, session.roles.actor.model
+    config, actor = parts.config, parts.roles.actor.model
     if state.iteration == 0:
-        state = _evaluate(session, state, run, ui)
+        state = _evaluate(parts, state, run, ui)
     while state.iteration < config.num_iterations and not stop_requested:
-        state, metrics, groups, raw_PK = iterate(session, state, ui)
+        state, metrics, groups, raw_PK = iterate(parts, state, ui)
         log.append(run / log.METRICS, metrics)
         run_directory.log_completions(run, state.iteration, groups, raw_PK)
         ui.iteration(metrics, config.num_iterations)
         last = state.iteration == config.num_iterations
         if last or state.iteration % config.eval_every == 0:
-            state = _evaluate(session, state, run, ui)
+            state = _evaluate(parts, state, run, ui)
         if last or stop_requested or state.iteration % config.checkpoint_every == 0:
-            run_directory.save(run, config, state, actor, session.optimizer)
+            run_directory.save(run, config, state, actor, parts.optimizer)
         if state.skipped_in_a_row >= config.max_skipped_steps:
             raise InputError(
                 f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not "
@@ -102,14 +102,14 @@ def _loop(
 
 
 def iterate(
-    session: Session, state: RunState, ui: Console
+    parts: RunParts, state: RunState, ui: Console
 ) -> tuple[RunState, dict[str, Any], list[Group], list[list[float]]]:
     """One iteration of GRPO: (next state, metrics, groups, raw rewards [P][K])."""
-    config, roles, clock = session.config, session.roles, Clock()
+    config, roles, clock = parts.config, parts.roles, Clock()
     mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
     progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
-    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(session.prompts))
-    prompts = [session.prompts[i] for i in indices]
+    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
+    prompts = [parts.prompts[i] for i in indices]
     target = target_at(config, state.iteration)
 
     with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
@@ -124,7 +124,7 @@ def iterate(
             state.iteration,
         )
     with clock.stage("reward"), ui.working(f"{progress}: reward"):
-        raw_PK, parts = session.rewards(groups)
+        raw_PK, by_source = parts.rewards(groups)
         state = replace(
             state, normalizer=state.normalizer.observe([r for row in raw_PK for r in row])
         )
@@ -140,11 +140,11 @@ def iterate(
             config.scale_advantages,
         )
     with clock.stage("update"), ui.working(f"{progress}: update"):
-        session.optimizer.learning_rate = state.controller.learning_rate
-        stats = update(roles.actor, session.optimizer, scored, update_settings(config, target))
+        parts.optimizer.learning_rate = state.controller.learning_rate
+        stats = update(roles.actor, parts.optimizer, scored, update_settings(config, target))
 
     metrics = {
-        **iteration_metrics(state, groups, raw_PK, parts, measures, stats, target),
+        **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
         **clock.iteration_metrics(measures.tokens, config.num_iterations - state.iteration - 1),
     }
     state = replace(
@@ -157,14 +157,14 @@ def iterate(
     return state, metrics, groups, raw_PK
 
 
-def _evaluate(session: Session, state: RunState, run: Path, ui: Console) -> RunState:
+def _evaluate(parts: RunParts, state: RunState, run: Path, ui: Console) -> RunState:
     """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
-    config, roles, step = session.config, session.roles, state.iteration
+    config, roles, step = parts.config, parts.roles, state.iteration
     # before the first update the actor is the reference, so its KL needs no measuring
     policy = roles.actor if step else roles.reference
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        evaluation = session.evaluator(roles.sampler(), policy, ui.progress)
+        evaluation = parts.evaluator(roles.sampler(), policy, ui.progress)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         run_directory.open_new(run, config)
     target = target_at(config, max(step - 1, 0))

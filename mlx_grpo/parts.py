@@ -27,7 +27,7 @@ from mlx_grpo.update import UpdateSettings, new_optimizer
 
 
 @dataclass(frozen=True)
-class Session:
+class RunParts:
     """What a run works with; only the actor's arrays and the optimizer's state change inside."""
 
     config: TrainConfig
@@ -38,22 +38,22 @@ class Session:
     optimizer: optim.AdamW
 
 
-def open_session(config: TrainConfig, ui: Console) -> Session:
+def load_parts(config: TrainConfig, ui: Console) -> RunParts:
     """Load weights once and build everything a run needs.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    evaluator = open_evaluator(config, ui)
+    evaluator = load_evaluator(config, ui)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return Session(config, roles, evaluator.rewards, prompts, evaluator, optimizer)
+    return RunParts(config, roles, evaluator.rewards, prompts, evaluator, optimizer)
 
 
-def open_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
+def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Raises:
