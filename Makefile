@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format openblas clean
+.PHONY: help demo test check format openblas clean
+
+help:
+	@echo "make demo    train a real model end to end and show what changed"
+	@echo "make test    pass the tests"
+	@echo "make check   lint and types"
 
 demo: $(VENV)/.demo openblas  ## train a real model end to end and show what changed
 	$(BIN)/mlx-grpo demo

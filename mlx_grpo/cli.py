@@ -271,7 +271,7 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
     ] = None,
-    adapter: Annotated[str, typer.Option(help="Which adapter: best or final.")] = "",
+    adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
     rubric: Annotated[
         bool, typer.Option("--rubric", help="Also judge by the rubric of the demo.")
     ] = False,

@@ -44,7 +44,7 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
     directory = next((d for d in candidates if d.is_dir()), None)
     if directory is None:
         raise InputError(
-            f"{run}: no adapter in {' or '.join(d.name for d in candidates)}/; has the run "
+            f"{run}: no adapter in {' or '.join(f'{d.name}/' for d in candidates)}; has the run "
             "finished?"
         )
     with ui.working("loading"):

@@ -31,7 +31,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as e:
             raise InputError(
-                f"{path}:{number}: not valid JSON ({e.msg} at column {e.colno})"
+                f"{path}:{number}: not valid JSON ({e.msg}; column {e.colno})"
             ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
@@ -72,9 +72,10 @@ def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prom
         reason = (
             f"all {too_long} prompts are longer than {max_tokens} tokens"
             if too_long
-            else "no prompts"
+            else "no prompts in it"
         )
-        raise InputError(f"{path}: {reason}; see --max-prompt-length")
+        remedy = "see --max-prompt-length" if too_long else "give one JSON object a line"
+        raise InputError(f"{path}: {reason}; {remedy}")
     return prompts, too_long
 
 
@@ -156,6 +157,8 @@ def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prefer
         answers = []
         for side in ("chosen", "rejected"):
             text, reason = row.get(side), row.get(f"{side}_finish_reason", "stop")
+            if text is None:
+                raise InputError(f"{place}: field '{side}' is missing")
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{place}: field '{side}' must be a text that is not empty")
             if reason not in ("stop", "length"):

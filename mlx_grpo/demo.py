@@ -5,6 +5,7 @@ the reward adapter and the prompts in this package or, in a checkout, beside it.
 """
 
 import importlib.util
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,9 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
     ui.say("1/3  convert SmolLM2-135M-Instruct and its reward model to MLX 4-bit")
     sft, rm = work / "weights" / "sft-4bit", work / "weights" / "rm-4bit"
     reward_source = locate(str(asset("weights/smollm2-rm")))
-    if not sft.exists():
+    if sft.exists():
+        ui.say(f"     {sft} is there already")
+    else:
         convert_sft(locate(str(smollm2_gguf())), sft, Quantization(), None)
     if fingerprint(sft) != reward_source.config.get("backbone_fingerprint"):
         raise InputError(f"{sft}: not the demo's model; give an empty directory with --work")
@@ -107,6 +110,5 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
     show_comparison(ui, compare_run(run, None, "", ui), rubric=True)
     adapter = next(run / name for name in ("best", "final") if (run / name).is_dir())
     ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
-    ui.say(
-        f"mlx_lm.generate --model {sft} --adapter-path {adapter} --prompt 'Why is the sky blue?'"
-    )
+    generate = Path(sys.executable).with_name("mlx_lm.generate")
+    ui.say(f"{generate} --model {sft} --adapter-path {adapter} --prompt 'Why is the sky blue?'")

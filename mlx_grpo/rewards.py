@@ -61,14 +61,16 @@ class CustomReward:
         """Score the completions of a group.
 
         The function gets those keyword arguments that it names: `prompt` (str), `messages`,
-        `completions` (list of str), `completion_ids`, `finish_reasons`, and the other fields of
-        the prompt's row. It returns a number per completion.
+        `completions` (list of str), `completion_ids`, `finish_reasons`, and the fields of the
+        prompt's row (`id`, `response` and any other). It returns a number per completion.
 
         Raises:
             InputError: it raises, returns another count, or something that is not a finite number.
         """
         arguments = {
             **group.prompt.fields,
+            "id": group.prompt.id,
+            "response": group.prompt.response,
             "prompt": group.prompt.messages[-1]["content"],
             "messages": list(group.prompt.messages),
             "completions": [c.text for c in group.completions],

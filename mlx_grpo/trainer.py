@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_grpo import log, run_directory
 from mlx_grpo.config import TrainConfig, check
-from mlx_grpo.console import Console
+from mlx_grpo.console import Console, duration
 from mlx_grpo.data import batch_indices
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
@@ -51,8 +51,11 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
     state = first_state(config)
     if dry_run:
         _, metrics, *_ = iterate(parts, state, ui)
-        ui.iteration(metrics, config.num_iterations)
-        ui.say("dry run: one iteration went through; nothing is kept")
+        ui.iteration({**metrics, "time/left": 0.0}, 1)
+        if metrics["frac_dead_groups"] == 1:
+            ui.warn("all answers of each prompt have the same reward: nothing would be learned")
+        whole = duration(metrics["time/iteration"] * config.num_iterations)
+        ui.say(f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}")
         return True
     if resume:
         actor = parts.roles.actor.model

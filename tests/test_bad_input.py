@@ -232,7 +232,7 @@ def test_a_command_with(case: str, process: Run, tmp_path: Path) -> None:
 
 def test_a_row_that_is_no_json(process: Run, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(GOOD_LINES + '{"prompt": "x",}\n')
-    complaint = r"^error: p\.jsonl:17: not valid JSON \(.* at column \d+\)"
+    complaint = r"^error: p\.jsonl:17: not valid JSON \(.*; column \d+\)"
     refused(process, tmp_path, (*TRAIN, "--prompts", "p.jsonl"), complaint)
 
 

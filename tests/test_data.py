@@ -141,7 +141,8 @@ def test_pairs_carry_prompt_and_both_answers_with_their_finish_reasons(
     ("changes", "complaint"),
     [
         ({"chosen": ""}, "field 'chosen' must be a text"),
-        ({"rejected": None}, "field 'rejected' must be a text"),
+        ({"rejected": None}, "field 'rejected' is missing"),
+        ({"rejected": 3}, "field 'rejected' must be a text"),
         ({"rejected": "yes"}, "'chosen' and 'rejected' are the same answer"),
         ({"chosen_finish_reason": "eos"}, "'chosen_finish_reason' must be 'stop' or 'length'"),
     ],

@@ -85,6 +85,8 @@ def test_a_reward_gets_everything_there_is_by_keyword() -> None:
         "completions": ["a", "bc"],
         "completion_ids": [[97], [98, 99]],
         "finish_reasons": ["stop", "stop"],
+        "id": "p1",
+        "response": None,
         "topic": "drinks",
     }
 
