@@ -32,7 +32,6 @@ class RunParts:
 
     config: TrainConfig
     roles: Roles
-    rewards: RewardMix
     prompts: list[Prompt]
     evaluator: Evaluator
     optimizer: optim.AdamW
@@ -50,7 +49,7 @@ def load_parts(config: TrainConfig, ui: Console) -> RunParts:
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return RunParts(config, roles, evaluator.rewards, prompts, evaluator, optimizer)
+    return RunParts(config, roles, prompts, evaluator, optimizer)
 
 
 def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:

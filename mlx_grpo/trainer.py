@@ -127,7 +127,7 @@ def iterate(
             state.iteration,
         )
     with clock.stage("reward"), ui.working(f"{progress}: reward"):
-        raw_PK, by_source = parts.rewards(groups)
+        raw_PK, by_source = parts.evaluator.rewards(groups)
         state = replace(
             state, normalizer=state.normalizer.observe([r for row in raw_PK for r in row])
         )

@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_grpo.backend import apply_policy, choose_policy
+from mlx_grpo.backend import apply_policy
 from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl
 from mlx_grpo.errors import InputError
 from mlx_grpo.logprob import chunk_tokens
-from mlx_grpo.models.backbone import Backbone, load_backbone, parameter_count
+from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import RewardModel, conversation_tokens, load_reward_model
 from mlx_grpo.models.stages import Stages, shift_right
 
@@ -68,9 +68,7 @@ def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
         width = chunk_tokens(hidden[0][0].vocabulary)
         for start in range(0, answer.size, width):
             part = slice(start, start + width)
-            old_TV, new_TV = (
-                _log_softmax(s.head(h[:, part].astype(mx.float32))[0]) for s, h in hidden
-            )
+            old_TV, new_TV = (_log_softmax(s.head(h[:, part])[0]) for s, h in hidden)
             picked = answer[0, part, None]
             sums = (
                 (mx.exp(old_TV) * (old_TV - new_TV)).sum(),
@@ -106,7 +104,7 @@ def pair_cost(
     """Correlation of scores and agreement on all pairs of texts, source against converted."""
     from mlx_grpo.convert.weights import model_from
 
-    new_backbone: Backbone = load_backbone(converted, choose_policy(parameter_count(converted)))
+    new_backbone = load_backbone(converted)
     new = load_reward_model(converted, new_backbone)
     source = model_from(config, {n: v.astype(mx.float32) for n, v in weights.items()})
     old = RewardModel(Stages(source), head["weight"], head.get("bias"), new_backbone.tokenizer)
