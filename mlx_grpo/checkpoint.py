@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, read_json, sha256, write_json, write_text
+from mlx_grpo.files import (
+    MANIFEST,
+    atomic_directory,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from mlx_grpo.models.lora import Parameters, load_arrays, save_arrays
 
-MANIFEST = "manifest.json"
 ARRAYS = ("adapter", "optimizer")
 
 
@@ -37,7 +44,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for name, arrays in contents.items():
             save_arrays(temporary / f"{name}.safetensors", arrays)
         write_json(temporary / "state.json", checkpoint.state)
-        write_json(temporary / MANIFEST, _manifest(temporary, contents))
+        write_manifest(temporary, {"tensors": _tensors(contents)})
     write_text(directory / "latest", target.name + "\n")
     # those beyond the one just written are of a run that was resumed from before them
     others = [d for d in step_directories(directory) if d.name < target.name]
@@ -47,14 +54,12 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def _manifest(directory: Path, contents: dict[str, Parameters]) -> dict[str, Any]:
-    files = {p.name: sha256(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
-    tensors = {
+def _tensors(contents: dict[str, Parameters]) -> dict[str, list[Any]]:
+    return {
         f"{group}/{name}": [list(value.shape), str(value.dtype)]
         for group, arrays in contents.items()
         for name, value in arrays.items()
     }
-    return {"files": files, "tensors": tensors}
 
 
 def step_directories(directory: Path) -> list[Path]:
@@ -68,23 +73,12 @@ def load(path: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing or differs from the manifest; the file is named.
     """
-    manifest = read_json(path / MANIFEST)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not {f"{n}.safetensors" for n in ARRAYS} <= files.keys():
-        raise InputError(f"{path / MANIFEST}: damaged: field 'files' does not list the arrays")
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            raise InputError(f"{file}: missing")
-        if sha256(file) != expected:
-            raise InputError(f"{file}: does not match the manifest (sha256); the file is damaged")
+    manifest = verify_manifest(path)
+    if not {f"{n}.safetensors" for n in ARRAYS} <= manifest.get("files", {}).keys():
+        raise InputError(f"{path / MANIFEST}: missing, or does not list the arrays")
     state = read_json(path / "state.json")
     adapter, optimizer = (load_arrays(path / f"{name}.safetensors") for name in ARRAYS)
-    found = {f"adapter/{n}": v for n, v in adapter.items()} | {
-        f"optimizer/{n}": v for n, v in optimizer.items()
-    }
-    described = {n: [list(v.shape), str(v.dtype)] for n, v in found.items()}
-    if described != manifest.get("tensors"):
+    if _tensors({"adapter": adapter, "optimizer": optimizer}) != manifest.get("tensors"):
         raise InputError(f"{path / MANIFEST}: tensors differ from the files")
     return Checkpoint(state["iteration"], adapter, optimizer, state)
 

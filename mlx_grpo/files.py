@@ -1,7 +1,7 @@
-"""Files that are either complete or absent: atomic directories, hashes, JSON.
+"""Files that are either complete or absent: atomic directories, manifests, JSON, disk space.
 
 Protocol for a directory: write into a temporary sibling, fsync every file, rename, fsync the
-parent.
+parent. `manifest.json` lists the sha256 of every file beside it: {"files": {name: sha256}}.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.errors import InputError
+
+MANIFEST = "manifest.json"
 
 
 def sha256(path: Path) -> str:
@@ -83,6 +85,35 @@ def swap_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def clear_debris(directory: Path) -> None:
+    """Finish what a process that died left in `directory`; only while no other process writes.
+
+    A directory moved aside gets its name back if its successor never took it; the rest goes.
+    """
+    for old in directory.glob(".*.old"):
+        target = directory / old.name[1 : -len(".old")]
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+    for unfinished in directory.glob(".*.tmp"):
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        else:
+            unfinished.unlink()
+
+
+def need_space(directory: Path, size: int, remedy: str) -> None:
+    """Raise InputError unless the disk that holds `directory` has `size` bytes free."""
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise InputError(
+            f"{directory}: {free / 1e6:,.0f} MB free on its disk, {size / 1e6:,.0f} MB needed; "
+            f"{remedy}"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file by `text` in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -93,7 +124,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON with a fixed key order."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -111,3 +146,61 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object")
     return value
+
+
+def write_manifest(directory: Path, about: dict[str, Any] | None = None) -> None:
+    """Write `manifest.json`: the sha256 of every file below `directory`, hidden ones left out.
+
+    Call it last, when the directory is complete.
+
+    Args:
+        about: further fields beside `files`.
+    """
+    listed = {name: sha256(directory / name) for name in _file_names(directory)}
+    write_json(directory / MANIFEST, {**(about or {}), "files": listed})
+
+
+def _file_names(directory: Path) -> list[str]:
+    relative = (p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
+    return sorted(
+        p.as_posix()
+        for p in relative
+        if p.as_posix() != MANIFEST and not any(part.startswith(".") for part in p.parts)
+    )
+
+
+def verify_manifest(directory: Path) -> dict[str, Any]:
+    """Check every file that `directory/manifest.json` lists; {} where there is no manifest.
+
+    Raises:
+        InputError: the manifest is damaged or leads out of the directory, a file is missing or
+            differs; the file is named.
+    """
+    place = directory / MANIFEST
+    if not place.is_file():
+        return {}
+    manifest = read_json(place)
+    files = manifest.get("files")
+    # it was written by `write_json`, so any other spelling of the same value is damage too
+    if not isinstance(files, dict) or place.read_bytes() != _json_text(manifest).encode():
+        raise InputError(f"{place}: damaged; fetch or make {directory} again")
+    for name, expected in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{place}: lists '{name}', which is outside of the directory")
+        if not (directory / name).is_file():
+            raise InputError(f"{directory / name}: missing, but {place.name} lists it")
+        if sha256(directory / name) != expected:
+            raise InputError(
+                f"{directory / name}: does not match {place.name} (sha256): damaged; if you "
+                f"changed it yourself, remove {place.name}"
+            )
+    return manifest
+
+
+def directory_digest(directory: Path) -> str:
+    """One digest of the names and contents of a directory's files, its manifest left out."""
+    manifest = read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
+    listed = manifest.get("files") or {
+        name: sha256(directory / name) for name in _file_names(directory)
+    }
+    return hashlib.sha256(_json_text(listed).encode()).hexdigest()

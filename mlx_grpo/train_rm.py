@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_grpo.config import RewardTrainConfig, check_ranges
 from mlx_grpo.data import load_pairs
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, write_json
+from mlx_grpo.files import atomic_directory, write_json, write_manifest
 from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
 from mlx_grpo.models.lora import (
@@ -188,6 +188,7 @@ def train_rm(
                 "training": asdict(config),
             },
         )
+        write_manifest(directory)
     return quality
 
 

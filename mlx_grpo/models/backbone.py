@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import read_json
+from mlx_grpo.files import read_json, verify_manifest
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
     """Load an mlx-lm directory, frozen and in the form of the compute policy.
 
     Raises:
-        InputError: no such directory, unreadable weights, or a tokenizer without a chat template.
+        InputError: no such directory, damaged or unreadable weights, or a tokenizer without a chat
+            template.
     """
     if not (path / "config.json").is_file():
         raise InputError(
             f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
         )
+    verify_manifest(path)
     config = read_json(path / "config.json")
     try:
         # the configuration that comes back has the stop tokens of generation_config.json

@@ -16,7 +16,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import fsync_path, read_json, write_json
+from mlx_grpo.files import fsync_path, read_json, verify_manifest, write_json
 from mlx_grpo.models.backbone import share
 from mlx_grpo.rng import key
 
@@ -130,7 +130,9 @@ def save_arrays(path: Path, arrays: Parameters) -> None:
     """Write a safetensors file in one step: `mx.save_safetensors` overwrites in place and may fail
     midway."""
     temporary = path.with_name(f".{path.stem}.tmp.safetensors")
-    mx.save_safetensors(str(temporary), arrays, metadata={"format": "mlx"})
+    with temporary.open("wb") as file:
+        # a Python file raises OSError with its reason where MLX's own says "unable to write"
+        mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
     fsync_path(temporary)
     temporary.replace(path)
 
@@ -156,6 +158,7 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
         InputError: a file is missing or damaged, a tensor is missing, unknown, mis-shaped or not
             finite.
     """
+    verify_manifest(directory)
     config = read_json(directory / "adapter_config.json")
     parameters = config.get("lora_parameters") or {}
     for name, fields in (("num_layers", config), ("rank", parameters), ("scale", parameters)):

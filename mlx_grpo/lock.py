@@ -1,0 +1,59 @@
+"""One run per directory: a lock that the operating system releases when its process dies."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from mlx_grpo.errors import InputError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold `directory/.lock` while the block runs.
+
+    The directory is made if need be, and removed again if the block left nothing in it.
+
+    Raises:
+        InputError: another process holds it; its number is named.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: not a directory; choose another --output")
+    made = [p for p in (directory, *directory.parents) if not p.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    file = _acquire(directory / LOCK)
+    try:
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)
+        file.close()
+        for place in made:
+            if not any(place.iterdir()):
+                place.rmdir()
+
+
+def _acquire(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "of an unknown number"
+            file.close()
+            raise InputError(
+                f"{path.parent}: in use by process {holder}; wait for its end or choose another "
+                "--output"
+            ) from None
+        # the holder before may have removed the file between our opening and our locking it
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
