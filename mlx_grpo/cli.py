@@ -206,7 +206,22 @@ def train(
         Path | None, typer.Option(help="TOML file with any of the fields below.")
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --output with its own settings, bit for bit. Free to change: "
+            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout; decode_rows and "
+            "rows_per_pass move the last bits; inputs may move to another path.",
+        ),
+    ] = False,
+    allow_config_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-config-change",
+            help="Resume although other settings, or the contents of inputs, have changed.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="One iteration; nothing is kept.")
     ] = False,
@@ -232,7 +247,8 @@ def train(
             given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
             c = build_config(c.run_directory / CONFIG, set or (), given)
         # of several seeds, those not started yet start now
-        finished = run(c, Console(quiet), resume and (started or len(configs) == 1), dry_run)
+        goes_on = resume and (started or len(configs) == 1)
+        finished = run(c, Console(quiet), goes_on, dry_run, allow_config_change)
         if not finished:
             break
 

@@ -1,6 +1,7 @@
 """Before and after, side by side: the SFT model and a run's adapter on held-out prompts."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,10 +53,11 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
     ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")
-    with ui.working("evaluating the SFT model"):
-        before = evaluator(backbone.model, evaluator.reference, ui.progress)
-    with ui.working("evaluating the adapter"):
-        after = evaluator(sampler(backbone, actor), Stages(actor), ui.progress)
+    with closing(evaluator.rewards):
+        with ui.working("evaluating the SFT model"):
+            before = evaluator(backbone.model, evaluator.reference, ui.progress)
+        with ui.working("evaluating the adapter"):
+            after = evaluator(sampler(backbone, actor), Stages(actor), ui.progress)
     return Comparison(before, after)
 
 

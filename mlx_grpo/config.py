@@ -3,9 +3,7 @@
 How files and flags become one: `config_sources.py`.
 """
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +75,8 @@ class TrainConfig:
     """Custom reward function, module:function or file.py:function; may be given several times."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the custom rewards, in their order; empty means 1 each."""
+    reward_timeout: float = 60.0
+    """Seconds a custom reward function may take for one prompt's completions; then the run ends."""
     rm_weight: float = 1.0
     """Weight of the reward model's score beside custom rewards."""
     reward_alpha: float = 0.99
@@ -114,20 +114,14 @@ class TrainConfig:
     checkpoint_every: int = 50
     """Iterations between checkpoints."""
     keep: int = 3
-    """Checkpoints kept."""
+    """Checkpoints kept, newest first."""
     max_skipped_steps: int = 5
-    """Stop after this many iterations in a row whose update met a value that is not finite."""
+    """Stop after this many iterations in a row that met a value that is not finite."""
 
     @property
     def run_directory(self) -> Path:
         """Where the run is written."""
         return Path(self.output or f"runs/seed-{self.seed}")
-
-    def digest(self) -> str:
-        """Hash of all that shapes the mathematics; a resumed run must agree on it."""
-        free = ("output", "keep", "checkpoint_every", "decode_rows")
-        shaping = {k: v for k, v in asdict(self).items() if k not in free}
-        return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -170,6 +164,7 @@ POSITIVE = {
     "max_grad_norm",
     "lora_scale",
     "reward_clip",
+    "reward_timeout",
     "kl_beta",
     "kl_gain",
 }

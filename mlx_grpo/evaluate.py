@@ -17,6 +17,7 @@ from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import RewardMix
 from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Group, Prompt
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
@@ -69,9 +70,18 @@ class Evaluator:
     seed: int
 
     def __call__(
-        self, sampler: nn.Module, policy: Stages, progress: Progress = lambda *_: None
+        self,
+        sampler: nn.Module,
+        policy: Stages,
+        progress: Progress = lambda *_: None,
+        safe_point: SafePoint = never_stop,
     ) -> Evaluation:
         """Evaluate a policy; `sampler` is its model for decoding, perhaps merged."""
+
+        def after_each(what: str, done: int, total: int) -> None:
+            progress(what, done, total)
+            safe_point()
+
         groups = rollout(
             sampler,
             self.backbone.tokenizer,
@@ -80,17 +90,18 @@ class Evaluator:
             self.sampling,
             self.seed,
             PURPOSE,
-            on_wave=lambda done, total: progress("held-out answers", done, total),
+            on_wave=lambda done, total: after_each("held-out answers", done, total),
+            safe_point=safe_point,
         )
         flat: list[float] = []
         for done, group in enumerate(groups, 1):
-            flat += self.rewards([group])[0][0]
-            progress("held-out rewards", done, len(groups))
+            flat += self.rewards([group], safe_point)[0][0]
+            after_each("held-out rewards", done, len(groups))
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),
-            kl=0.0 if policy is self.reference else self._kl(groups, policy, progress),
-            perplexity=perplexity(policy, self.prompts, self.answers, progress),
+            kl=0.0 if policy is self.reference else self._kl(groups, policy, after_each),
+            perplexity=perplexity(policy, self.prompts, self.answers, after_each),
             mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=tuple(flat),

@@ -1,37 +1,54 @@
-"""metrics.jsonl and completions.jsonl: one JSON object a line, appended, never rewritten; cut back
-only on resume.
+"""metrics.jsonl, completions.jsonl and skipped.jsonl: one JSON object a line, appended, never
+rewritten; cut back only on resume, to what they held at the checkpoint.
 
 Metric names are TRL's where TRL has one. Times are in seconds under `time/`, memory in bytes under
 `memory/`.
 """
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.files import fsync_path
+
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+SKIPPED = "skipped.jsonl"
+LOGS = (METRICS, COMPLETIONS, SKIPPED)
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:
     """Append objects as lines and hand them to the operating system at once."""
     with path.open("a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        f.write("".join(json.dumps(_nameable(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def truncate(path: Path, iteration: int) -> None:
-    """Keep the lines up to and including `iteration`; a torn last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
-    for line in whole:
-        if json.loads(line)["step"] > iteration:
-            break
-        kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+def _nameable(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no name for NaN and infinity: null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def sizes(run: Path) -> dict[str, int]:
+    """Bytes of each log of a run, 0 where there is none."""
+    files = {name: run / name for name in LOGS}
+    return {name: f.stat().st_size if f.exists() else 0 for name, f in files.items()}
+
+
+def flush(run: Path) -> None:
+    """Bring the logs of a run to disk."""
+    for name in LOGS:
+        if (run / name).exists():
+            fsync_path(run / name)
+
+
+def cut(path: Path, size: int) -> None:
+    """Drop all that was appended after a log had `size` bytes; a log of 0 bytes is removed."""
+    if not size:
+        path.unlink(missing_ok=True)
+    elif path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_grpo.backend import peak_memory
+from mlx_grpo.guard import Skip
 from mlx_grpo.scoring import Measures
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
@@ -76,7 +77,7 @@ def iteration_metrics(
         "policy/approx_kl": stats.approx_kl / seen,
         "policy/optimizer_steps": stats.steps,
         "policy/stopped_early": stats.stopped_early,
-        "policy/skipped_nonfinite": stats.skipped_nonfinite,
+        "policy/skipped_nonfinite": len(stats.skips),
         "learning_rate": state.controller.learning_rate,
         "kl": measures.kl,
         "kl/k1": measures.kl_k1,
@@ -92,3 +93,20 @@ def iteration_metrics(
         "normalizer/std": state.normalizer.std,
         "num_tokens": state.tokens_seen + sum(lengths),
     }
+
+
+def skipped_metrics(
+    state: RunState, groups: Sequence[Group], skip: Skip, clock: Clock
+) -> dict[str, Any]:
+    """The row of an iteration that ended before its update; `state` is the one it ran with."""
+    return {
+        "step": state.iteration + 1,
+        "skipped": skip.stage,
+        "num_tokens": state.tokens_seen + sampled_tokens(groups),
+        **clock.metrics(),
+    }
+
+
+def sampled_tokens(groups: Sequence[Group]) -> int:
+    """Completion tokens of a rollout."""
+    return sum(len(c.token_ids) for g in groups for c in g.completions)

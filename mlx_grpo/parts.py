@@ -83,11 +83,13 @@ def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
 
 def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
     weights = config.reward_weights or (1.0,) * len(config.reward)
-    rewards = tuple(map(load_reward, config.reward, weights))
-    names = [reward.name for reward in rewards]
+    names = [spec.rpartition(":")[2] for spec in config.reward]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
-    return rewards
+    return tuple(
+        load_reward(spec, weight, config.reward_timeout)
+        for spec, weight in zip(config.reward, weights, strict=True)
+    )
 
 
 def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:

@@ -1,21 +1,20 @@
 """Raw rewards of an iteration: reward model, custom functions, and the moving normaliser."""
 
-import importlib
-import importlib.util
-import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.reward_model import RewardModel
+from mlx_grpo.reward_process import RewardProcess
+from mlx_grpo.reward_worker import RewardError
+from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Group
 
 EPSILON = 1e-6
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[[dict[str, Any], SafePoint], list[float]]
+"""(keyword arguments, safe point) -> a number per completion; raises RewardError."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,10 @@ class CustomReward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+    file: str | None = None
+    """Where it was written."""
 
-    def __call__(self, group: Group) -> list[float]:
+    def __call__(self, group: Group, safe_point: SafePoint = never_stop) -> list[float]:
         """Score the completions of a group.
 
         The function gets those keyword arguments that it names: `prompt` (str), `messages`,
@@ -65,7 +66,7 @@ class CustomReward:
         prompt's row (`id`, `response` and any other). It returns a number per completion.
 
         Raises:
-            InputError: it raises, returns another count, or something that is not a finite number.
+            InputError: it raises, hangs, or returns another count or something that is no number.
         """
         arguments = {
             **group.prompt.fields,
@@ -77,65 +78,23 @@ class CustomReward:
             "completion_ids": [list(c.token_ids) for c in group.completions],
             "finish_reasons": [c.finish_reason for c in group.completions],
         }
-        parameters = inspect.signature(self.function).parameters.values()
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
         try:
-            scores = [float(s) for s in self.function(**arguments)]
-        except (
-            Exception
-        ) as e:  # a user's code may raise anything; the run ends with one line either way
+            return self.function(arguments, safe_point)
+        except RewardError as e:
             raise InputError(
                 f"reward '{self.name}' failed on prompt '{group.prompt.id}': "
-                f"{type(e).__name__}: {e}"
+                f"{' '.join(str(e).split())}"
             ) from e
-        if len(scores) != len(group.completions):
-            raise InputError(
-                f"reward '{self.name}' returned {len(scores)} scores for "
-                f"{len(group.completions)} completions"
-            )
-        if not all(map(math.isfinite, scores)):
-            raise InputError(
-                f"reward '{self.name}' returned {scores} on prompt '{group.prompt.id}'; return "
-                "finite numbers"
-            )
-        return scores
 
 
-def load_reward(spec: str, weight: float = 1.0) -> CustomReward:
-    """Load `module:function` or `path/file.py:function`.
+def load_reward(spec: str, weight: float = 1.0, timeout: float = 60.0) -> CustomReward:
+    """Load `module:function` or `path/file.py:function` in a process of its own.
 
     Raises:
         InputError: no such module, file or function.
     """
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
-        raise InputError(f"--reward {spec}: write it as module:function or file.py:function")
-    try:
-        if source.endswith(".py"):
-            module = _load_file(Path(source))
-        else:
-            if "" not in sys.path and str(Path.cwd()) not in sys.path:
-                sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
-            module = importlib.import_module(source)
-    except Exception as e:  # importing runs the user's code, which may raise anything
-        reason = f"{type(e).__name__}: {e}"
-        raise InputError(f"--reward {spec}: cannot import '{source}' ({reason})") from e
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"--reward {spec}: '{source}' has no function '{name}'")
-    return CustomReward(name, function, weight)
-
-
-def _load_file(path: Path) -> Any:
-    # a name of its own: a file called json.py must not take the place of the real module
-    spec = importlib.util.spec_from_file_location(f"mlx_grpo_reward_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError("no such file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    process = RewardProcess(spec, timeout)
+    return CustomReward(spec.rpartition(":")[2], process, weight, process.file)
 
 
 @dataclass(frozen=True)
@@ -146,26 +105,40 @@ class RewardMix:
     model_weight: float
     custom: tuple[CustomReward, ...]
 
-    def __call__(self, groups: Sequence[Group]) -> tuple[list[list[float]], dict[str, list[float]]]:
-        """(raw rewards [P][K], each source's own scores, flat)."""
+    def __call__(
+        self, groups: Sequence[Group], safe_point: SafePoint = never_stop
+    ) -> tuple[list[list[float]], dict[str, list[float]]]:
+        """(raw rewards [P][K], each source's own scores, flat); the caller looks for NaN."""
         totals: list[list[float]] = []
         parts: dict[str, list[float]] = {}
         for group in groups:
+            safe_point()
             total = [0.0] * len(group.completions)
-            for name, weight, scores in self._sources(group):
+            for name, weight, scores in self._sources(group, safe_point):
                 parts.setdefault(name, []).extend(scores)
                 total = [t + weight * s for t, s in zip(total, scores, strict=True)]
             totals.append(total)
         return totals, parts
 
-    def _sources(self, group: Group) -> Iterator[tuple[str, float, list[float]]]:
+    def _sources(
+        self, group: Group, safe_point: SafePoint
+    ) -> Iterator[tuple[str, float, list[float]]]:
         if self.model:
-            scores = self.model.score(group)
+            yield "reward_model", self.model_weight, self.model.score(group)
+        for reward in self.custom:
+            yield reward.name, reward.weight, reward(group, safe_point)
+
+    def check_finite(self, group: Group) -> None:
+        """Raise InputError that names the source whose score of this group is not finite."""
+        for name, _, scores in self._sources(group, never_stop):
             if not all(map(math.isfinite, scores)):
                 raise InputError(
-                    f"reward model: scores {scores} on prompt '{group.prompt.id}' are not finite; "
-                    "check the reward model with 'mlx-grpo convert'"
+                    f"reward '{name}' returned {scores} on prompt '{group.prompt.id}'; a reward "
+                    "must be a finite number"
                 )
-            yield "reward_model", self.model_weight, scores
+
+    def close(self) -> None:
+        """End the processes of the custom functions."""
         for reward in self.custom:
-            yield reward.name, reward.weight, reward(group)
+            if isinstance(reward.function, RewardProcess):
+                reward.function.close()

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_grpo.backend import exp_rows
 from mlx_grpo.rng import uniforms
+from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Completion, FinishReason, Group, Prompt
 
 SAMPLER_BLOCK = 256
@@ -48,6 +49,7 @@ def rollout(
     purpose: str,
     iteration: int = 0,
     on_wave: Callable[[int, int], None] = lambda done, total: None,
+    safe_point: SafePoint = never_stop,
 ) -> list[Group]:
     """One group per prompt, in order.
 
@@ -55,6 +57,7 @@ def rollout(
         seed, purpose, iteration: choose the random numbers, with the prompt's id, the sample and
             the position.
         on_wave: told (finished prompts, all prompts) after each batch of rows.
+        safe_point: called at each token; it may stop the rollout.
     """
     per_wave = max(1, sampling.decode_rows // sampling.k) if sampling.decode_rows else len(prompts)
     groups: list[Group] = []
@@ -67,7 +70,7 @@ def rollout(
             first = sampling.k * seen[prompt.id]
             seen[prompt.id] += 1
             paths += [(purpose, iteration, prompt.id, first + i) for i in range(sampling.k)]
-        drawn = _decode(model, stop_ids, wave, sampling, seed, paths)
+        drawn = _decode(model, stop_ids, wave, sampling, seed, paths, safe_point)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
         groups += [
             Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))
@@ -93,10 +96,11 @@ def _decode(
     sampling: Sampling,
     seed: int,
     paths: Sequence[tuple[str | int, ...]],
+    safe_point: SafePoint,
 ) -> list[tuple[list[int], list[float]]]:
     """Token ids and log-probs of every row; a step is queued before the last one is read."""
     rows, length = len(paths), sampling.max_tokens
-    caches = _prefill(model, prompts, sampling)
+    caches = _prefill(model, prompts, sampling, safe_point)
     u_BT = uniforms(seed, [(*path, t) for path in paths for t in range(length)]).reshape(
         rows, length
     )
@@ -113,6 +117,7 @@ def _decode(
     last_B = mx.array([prompt.token_ids[-1] for prompt in prompts for _ in range(sampling.k)])
     pending = step(last_B, 0)
     for t in range(length):
+        safe_point()
         following = step(pending[0], t + 1) if t + 1 < length else pending
         for row, token, logp in zip(active, pending[0].tolist(), pending[1].tolist(), strict=True):
             if row not in finished:
@@ -133,10 +138,13 @@ def _decode(
     return result
 
 
-def _prefill(model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling) -> list[Any]:
+def _prefill(
+    model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, safe_point: SafePoint
+) -> list[Any]:
     """Batch caches holding every prompt but its last token, each repeated K times."""
     per_prompt = []
     for prompt in prompts:
+        safe_point()
         caches = make_prompt_cache(model)
         if len(prompt.token_ids) > 1:
             model(

@@ -1,25 +1,65 @@
 """A run on disk: configuration, logs, checkpoints, adapters; opened, saved, restored."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo import checkpoint, log
+from mlx_grpo import checkpoint, log, provenance
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.config_sources import to_toml
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, sha256, write_text
-from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
+from mlx_grpo.evaluate import Best
+from mlx_grpo.files import (
+    atomic_directory,
+    clear_debris,
+    need_space,
+    write_manifest,
+    write_text,
+)
+from mlx_grpo.guard import Skip
+from mlx_grpo.lock import LOCK
+from mlx_grpo.models.lora import Parameters, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
+SPARE_BYTES = 32 << 20
+"""Disk space beyond the arrays: logs, manifests, what else runs on the machine."""
+LOG_BYTES_PER_TOKEN = 8
+"""Generous: completions.jsonl holds every sampled token as text."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two stages, to go back to; MLX arrays are immutable, so these are references.
+
+    Held through an iteration, so that one that is given up leaves no trace. Its price is memory:
+    the old adapter and AdamW's two moments live until the iteration ends, three times the adapter.
+    """
+
+    adapter: Parameters
+    optimizer: Parameters
+    logs: dict[str, int]
+    """Bytes of each log."""
+
+    @classmethod
+    def of(cls, run: Path, actor: nn.Module, optimizer: optim.Optimizer) -> "Snapshot":
+        """As it is now."""
+        state = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
+        ordered = dict(sorted(state.items()))  # equal states make equal files
+        return cls(lora_parameters(actor), ordered, log.sizes(run))
+
+    def put_back(self, actor: nn.Module, optimizer: optim.Optimizer) -> None:
+        """Give actor and optimizer these arrays."""
+        set_parameters(actor, self.adapter)
+        optimizer.state = tree_unflatten(list(self.optimizer.items()))
 
 
 def check_vacant(run: Path, resume: bool) -> None:
@@ -30,7 +70,7 @@ def check_vacant(run: Path, resume: bool) -> None:
     """
     if resume and not is_run(run):
         raise InputError(f"{run}: no run to resume here; start without --resume")
-    if not resume and run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if not resume and run.is_dir() and any(p.name != LOCK for p in run.iterdir()):
         raise InputError(f"{run}: not empty; continue with --resume or choose another --output")
 
 
@@ -45,63 +85,127 @@ def open_new(run: Path, config: TrainConfig) -> None:
     write_text(run / CONFIG, to_toml(config))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what shapes the numbers."""
-    return {name: version(name) for name in ("mlx-grpo", "mlx", "mlx-lm", "numpy", "transformers")}
+def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
+    """Refuse to start where the disk cannot hold what the run will write.
+
+    Raises:
+        InputError: with the bytes free and needed.
+    """
+    adapter = _adapter_bytes(actor)
+    # while a checkpoint is written the oldest is still there; best/ and final/ are one adapter each
+    arrays = 3 * adapter * (config.keep + 1) + 2 * adapter
+    completions = config.num_iterations * config.batch_size * config.K
+    logs = LOG_BYTES_PER_TOKEN * completions * config.max_completion_length
+    need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
+
+
+def _adapter_bytes(actor: nn.Module) -> int:
+    return sum(v.nbytes for v in lora_parameters(actor).values())
 
 
 def save(
-    run: Path, config: TrainConfig, state: RunState, actor: nn.Module, optimizer: optim.Optimizer
+    run: Path, config: TrainConfig, state: RunState, now: Snapshot, about: dict[str, Any]
 ) -> None:
-    """Write a checkpoint after the iterations done so far."""
-    arrays = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
-    about = {
-        "config_digest": config.digest(),
-        "prompts_sha256": sha256(Path(config.prompts)),
-        "versions": versions(),
-    }
-    saved = checkpoint.Checkpoint(
-        state.iteration, lora_parameters(actor), arrays, {**state.to_json(), **about}
+    """Write a checkpoint after the iterations done so far.
+
+    Args:
+        about: the run's provenance, see `provenance.recorded`.
+
+    Raises:
+        InputError: the disk is too full; the checkpoints before are untouched.
+    """
+    size = sum(v.nbytes for part in (now.adapter, now.optimizer) for v in part.values())
+    need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
+    log.flush(run)
+    saved = {**state.to_json(), **about, "logs": now.logs}
+    checkpoint.save(
+        run / CHECKPOINTS,
+        checkpoint.Checkpoint(state.iteration, now.adapter, now.optimizer, saved),
+        config.keep,
     )
-    checkpoint.save(run / CHECKPOINTS, saved, config.keep)
 
 
 def restore(
-    run: Path, config: TrainConfig, state: RunState, actor: nn.Module, optimizer: optim.Optimizer
+    run: Path,
+    config: TrainConfig,
+    state: RunState,
+    actor: nn.Module,
+    optimizer: optim.Optimizer,
+    about: dict[str, Any],
+    allow_change: bool = False,
 ) -> tuple[RunState, list[str]]:
     """Load the newest good checkpoint into actor and optimizer, and cut the logs back to it.
 
     A run that ended before its first checkpoint starts again.
 
+    Args:
+        about: today's provenance; what changed since the checkpoint is refused or, with
+            `allow_change`, told.
+
     Returns:
-        (the state to go on from, one line for each newer checkpoint that did not verify).
+        (the state to go on from, warnings).
 
     Raises:
-        InputError: no usable checkpoint, or one of another configuration.
+        InputError: no usable checkpoint, or one of other settings or inputs.
     """
+    for place in (run, run / CHECKPOINTS):
+        clear_debris(place)
     if not checkpoint.step_directories(run / CHECKPOINTS):
-        for name in (log.METRICS, log.COMPLETIONS):
-            (run / name).unlink(missing_ok=True)
+        for name in log.LOGS:
+            log.cut(run / name, 0)
         write_text(run / CONFIG, to_toml(config))
         return state, []
     saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
-    if saved.state["config_digest"] != config.digest():
+    warnings = [f"checkpoint skipped: {reason}" for reason in skipped]
+    changes = provenance.differences(saved.state, about)
+    if changes and not allow_change:
         raise InputError(
-            f"{run}: the flags differ from those of the run; resume with --config {run / CONFIG}"
+            f"{run}: not what the run was started with: {'; '.join(changes)}; put it back, or go "
+            "on with it by --allow-config-change"
         )
-    if saved.state["prompts_sha256"] != sha256(Path(config.prompts)):
-        raise InputError(f"{config.prompts}: changed since the run started; put the old file back")
-    set_parameters(actor, saved.adapter)
-    optimizer.state = tree_unflatten(list(saved.optimizer.items()))
-    for name in (log.METRICS, log.COMPLETIONS):
-        log.truncate(run / name, saved.iteration)
-    return state.with_json(saved.state), skipped
+    warnings += [f"changed since the checkpoint: {change}" for change in changes]
+    hints = provenance.hints(saved.state, about)
+    warnings += [f"changed since the checkpoint, last bits may differ: {hint}" for hint in hints]
+    _check_shapes(run, saved.adapter, actor)
+    logs = saved.state["logs"]
+    Snapshot(saved.adapter, saved.optimizer, logs).put_back(actor, optimizer)
+    for name in log.LOGS:
+        log.cut(run / name, logs[name])
+    write_text(run / CONFIG, to_toml(config))
+    restored = state.with_json(saved.state)
+    if restored.skipped_in_a_row >= config.max_skipped_steps:  # it ended there; count anew
+        restored = replace(restored, skipped_in_a_row=0)
+    changed = provenance.changed_fields(saved.state, about)
+    return _with_changes(restored, state, changed), warnings
+
+
+def _check_shapes(run: Path, adapter: Parameters, actor: nn.Module) -> None:
+    shapes = {n: v.shape for n, v in lora_parameters(actor).items()}
+    if {n: v.shape for n, v in adapter.items()} != shapes:
+        raise InputError(
+            f"{run}: its adapter does not fit --actor-model and --lora-rank; they cannot change "
+            "within a run"
+        )
+
+
+def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -> RunState:
+    """Settings that the state carries along take their new values."""
+    controller = restored.controller
+    if "learning_rate" in changed:
+        controller = replace(controller, learning_rate=fresh.controller.learning_rate)
+    if "kl_beta" in changed:
+        controller = replace(controller, beta=fresh.controller.beta)
+    best = Best() if "eval_limit" in changed else restored.best
+    return replace(restored, controller=controller, best=best)
 
 
 def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:
     """Write `best/` or `final/`, an adapter in mlx-lm's format, in one step."""
+    size = _adapter_bytes(actor)
+    need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
     with atomic_directory(run / name, replace=True) as temporary:
         save_adapter(temporary, actor)
+        write_manifest(temporary)
 
 
 def log_completions(
@@ -121,3 +225,9 @@ def log_completions(
         for c, reward in zip(group.completions, rewards, strict=True)
     ]
     log.append(run / log.COMPLETIONS, *rows)
+
+
+def log_skips(run: Path, step: int, groups: Sequence[Group], skips: Sequence[Skip]) -> None:
+    """Append what an iteration left out because a value was not finite."""
+    if skips:
+        log.append(run / log.SKIPPED, *(skip.row(step, groups) for skip in skips))

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
+from mlx_grpo.guard import check_finite
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import ScoreNormalizer
+from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Group, ScoredGroup
 
 
@@ -37,18 +39,26 @@ def score(
     kl_penalty: float,
     temperature: float,
     scale: AdvantageScale,
+    safe_point: SafePoint = never_stop,
 ) -> tuple[list[ScoredGroup], Measures]:
-    """Recompute log-probs under both, shape rewards (z - penalty * KL), take advantages."""
+    """Recompute log-probs under both, shape rewards (z - penalty * KL), take advantages.
+
+    Raises:
+        NotFinite: log-probs of some groups are not finite.
+    """
     scored: list[ScoredGroup] = []
     tokens = dead = 0
     k1 = k3 = gap = 0.0
+    sums_PK: list[list[float]] = []
     for group, raw_K in zip(groups, raw_PK, strict=True):
+        safe_point()
         prompt_1S = mx.array([group.prompt.token_ids])
         tokens_KT, mask_KT = completion_arrays(group)
         old_KT, ref_KT = (
             token_logps(stages, prompt_1S, tokens_KT, mask_KT, temperature)
             for stages in (actor, reference)
         )
+        sums_PK.append((old_KT + ref_KT).sum(axis=-1).tolist())
         kl_K = kl_k1(old_KT, ref_KT, mask_KT)
         shaped_K = mx.array([normalizer(r) for r in raw_K]) - kl_penalty * kl_K
         advantages_K = group_advantages(shaped_K[None], scale)[0]
@@ -61,6 +71,7 @@ def score(
         k3 += kl_k3_sum(old_KT, ref_KT, mask_KT).item()
         gap = max(gap, _logp_gap(group, old_KT))
         dead += not (advantages_K != 0).any().item()
+    check_finite("logprob", sums_PK)
     return scored, Measures(tokens, k3 / tokens, k1 / tokens, gap, dead)
 
 

@@ -21,7 +21,18 @@ class RunState:
     tokens_seen: int = 0
     """Completion tokens sampled so far."""
     skipped_in_a_row: int = 0
-    """Latest iterations whose update met a value that is not finite."""
+    """Latest iterations that met a value that is not finite."""
+    evaluated: int = -1
+    """Iterations done at the last evaluation; -1 before the first."""
+
+    def skipping(self, tokens: int) -> "RunState":
+        """After an iteration that taught nothing: normaliser and controller stay as they are."""
+        return replace(
+            self,
+            iteration=self.iteration + 1,
+            tokens_seen=self.tokens_seen + tokens,
+            skipped_in_a_row=self.skipped_in_a_row + 1,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For `state.json`; Python writes floats so that they read back as the same bits."""
@@ -37,6 +48,7 @@ class RunState:
             },
             "tokens_seen": self.tokens_seen,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluated": self.evaluated,
         }
 
     def with_json(self, saved: dict[str, Any]) -> "RunState":
@@ -51,4 +63,5 @@ class RunState:
             iteration=saved["iteration"],
             tokens_seen=saved["tokens_seen"],
             skipped_in_a_row=saved["skipped_in_a_row"],
+            evaluated=saved["evaluated"],
         )

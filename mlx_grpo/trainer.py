@@ -3,12 +3,11 @@
 `iterate` is the algorithm, one stage after the other; `train` is the run around it.
 """
 
-import signal
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,9 @@ from mlx_grpo.console import Console, duration
 from mlx_grpo.data import batch_indices
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
-from mlx_grpo.metrics import Clock, iteration_metrics
+from mlx_grpo.guard import NotFinite, Skip, check_finite
+from mlx_grpo.lock import locked
+from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.parts import (
     RunParts,
     first_state,
@@ -28,45 +29,84 @@ from mlx_grpo.parts import (
     target_at,
     update_settings,
 )
+from mlx_grpo.provenance import input_digests, recorded
 from mlx_grpo.rollout import rollout
+from mlx_grpo.run_directory import Snapshot
 from mlx_grpo.scoring import score
 from mlx_grpo.state import RunState
+from mlx_grpo.stopping import SafePoint, StopRequested, never_stop, stop_signals
 from mlx_grpo.types import Group
 from mlx_grpo.update import update
 
 
-def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> bool:
+def train(
+    config: TrainConfig,
+    ui: Console,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_change: bool = False,
+) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
+
+    Args:
+        allow_change: resume although settings or inputs that shape the numbers have changed.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
+    if dry_run:
+        with _loaded(config, ui) as parts:
+            _dry_run(parts, ui)
+        return True
     run = config.run_directory
-    if not dry_run:
+    with locked(run):
         run_directory.check_vacant(run, resume)
-    ui.say(f"mlx-grpo: {config.actor_model}, rewards: {_reward_names(config)}, seed {config.seed}")
+        with _loaded(config, ui) as parts:
+            return _run(parts, run, ui, resume, allow_change)
+
+
+@contextmanager
+def _loaded(config: TrainConfig, ui: Console) -> Iterator[RunParts]:
+    names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
+    ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
         parts = load_parts(config, ui)
+    try:
+        yield parts
+    finally:
+        parts.evaluator.rewards.close()
+
+
+def _dry_run(parts: RunParts, ui: Console) -> None:
+    config = parts.config
+    done = iterate(parts, first_state(config), ui)
+    if done.skips and "kl" not in done.metrics:
+        ui.warn(f"the {done.skips[0].stage} is not finite: nothing would be learned")
+        return
+    ui.iteration({**done.metrics, "time/left": 0.0}, 1)
+    if done.metrics["frac_dead_groups"] == 1:
+        ui.warn("all answers of each prompt have the same reward: nothing would be learned")
+    whole = duration(done.metrics["time/iteration"] * config.num_iterations)
+    ui.say(f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}")
+
+
+def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
+    config, actor = parts.config, parts.roles.actor.model
+    about = recorded(config, input_digests(config, parts.evaluator.rewards.custom))
     state = first_state(config)
-    if dry_run:
-        _, metrics, *_ = iterate(parts, state, ui)
-        ui.iteration({**metrics, "time/left": 0.0}, 1)
-        if metrics["frac_dead_groups"] == 1:
-            ui.warn("all answers of each prompt have the same reward: nothing would be learned")
-        whole = duration(metrics["time/iteration"] * config.num_iterations)
-        ui.say(f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}")
-        return True
+    run_directory.check_space(run, config, actor)
     if resume:
-        actor = parts.roles.actor.model
-        state, skipped = run_directory.restore(run, config, state, actor, parts.optimizer)
-        for reason in skipped:
-            ui.warn(f"checkpoint skipped: {reason}")
+        state, warnings = run_directory.restore(
+            run, config, state, actor, parts.optimizer, about, allow_change
+        )
+        for warning in warnings:
+            ui.warn(warning)
         ui.say(f"resuming after iteration {state.iteration}")
     finished = False
     try:
-        with _stop_signals(ui) as stop_requested:
-            finished = _loop(parts, state, run, ui, stop_requested)
+        with stop_signals() as safe_point:
+            finished = _loop(parts, state, run, ui, about, safe_point)
     finally:
         if not finished and run_directory.is_run(run):
             ui.warn(f"stopped early; go on with: mlx-grpo train --resume --output {run}")
@@ -74,28 +114,44 @@ def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool 
 
 
 def _loop(
-    parts: RunParts, state: RunState, run: Path, ui: Console, stop_requested: list[int]
+    parts: RunParts,
+    state: RunState,
+    run: Path,
+    ui: Console,
+    about: dict[str, Any],
+    safe_point: SafePoint,
 ) -> bool:
-    config, actor = parts.config, parts.roles.actor.model
-    if state.iteration == 0:
-        state = _evaluate(parts, state, run, ui)
-    while state.iteration < config.num_iterations and not stop_requested:
-        state, metrics, groups, raw_PK = iterate(parts, state, ui)
-        log.append(run / log.METRICS, metrics)
-        run_directory.log_completions(run, state.iteration, groups, raw_PK)
-        ui.iteration(metrics, config.num_iterations)
-        last = state.iteration == config.num_iterations
-        if last or state.iteration % config.eval_every == 0:
-            state = _evaluate(parts, state, run, ui)
-        if last or stop_requested or state.iteration % config.checkpoint_every == 0:
-            run_directory.save(run, config, state, actor, parts.optimizer)
-        if state.skipped_in_a_row >= config.max_skipped_steps:
-            raise InputError(
-                f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not "
-                "finite; start again in another --output with a lower --learning-rate"
-            )
-    if state.iteration < config.num_iterations:
-        return False
+    """Evaluate, save, iterate; False if a stop was asked for.
+
+    Each turn does one of the three. If it does not end well, the state before it is saved, unless
+    it was the saving that failed.
+    """
+    config, actor, optimizer = parts.config, parts.roles.actor.model, parts.optimizer
+    saved = state.iteration
+    while True:
+        before = Snapshot.of(run, actor, optimizer)
+        done = state.iteration == config.num_iterations
+        try:
+            if _evaluation_due(state, config):
+                state = _evaluate(parts, state, run, ui, safe_point)
+            elif state.iteration > saved and (
+                done or state.iteration % config.checkpoint_every == 0
+            ):
+                saved = state.iteration
+                run_directory.save(run, config, state, before, about)
+            elif done:
+                break
+            else:
+                safe_point()
+                _check_skips(run, state, config)
+                state = _iterate_and_log(parts, state, run, ui, safe_point)
+        except Exception as reason:
+            before.put_back(actor, optimizer)
+            if state.iteration > saved:
+                run_directory.save(run, config, state, before, about)
+            if isinstance(reason, StopRequested):
+                return False
+            raise
     run_directory.save_named_adapter(run, "final", actor)
     if state.best.step is None:
         ui.warn("no evaluation passed the KL gate: there is no best/ adapter, final/ is the last")
@@ -104,10 +160,54 @@ def _loop(
     return True
 
 
+def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
+    last = state.iteration == config.num_iterations
+    return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
+
+
+def _check_skips(run: Path, state: RunState, config: TrainConfig) -> None:
+    if state.skipped_in_a_row >= config.max_skipped_steps:
+        raise InputError(
+            f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not finite "
+            f"(see {run / log.SKIPPED}); check the reward, or resume with a lower --learning-rate "
+            "and --allow-config-change"
+        )
+
+
+def _iterate_and_log(
+    parts: RunParts, state: RunState, run: Path, ui: Console, safe_point: SafePoint
+) -> RunState:
+    done = iterate(parts, state, ui, safe_point)
+    step = done.state.iteration
+    log.append(run / log.METRICS, done.metrics)
+    run_directory.log_completions(run, step, done.groups, done.raw_PK)
+    run_directory.log_skips(run, step, done.groups, done.skips)
+    if "skipped" not in done.metrics:
+        ui.iteration(done.metrics, parts.config.num_iterations)
+    for skip in done.skips:
+        ui.warn(f"iteration {step}: {skip.stage} not finite, left out; see {run / log.SKIPPED}")
+    return done.state
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration leaves."""
+
+    state: RunState
+    metrics: dict[str, Any]
+    groups: list[Group]
+    raw_PK: list[list[float]]
+    skips: list[Skip]
+
+
 def iterate(
-    parts: RunParts, state: RunState, ui: Console
-) -> tuple[RunState, dict[str, Any], list[Group], list[list[float]]]:
-    """One iteration of GRPO: (next state, metrics, groups, raw rewards [P][K])."""
+    parts: RunParts, state: RunState, ui: Console, safe_point: SafePoint = never_stop
+) -> Iteration:
+    """One iteration of GRPO.
+
+    Raises:
+        StopRequested: at a safe point; adapter and optimizer may have moved by then.
+    """
     config, roles, clock = parts.config, parts.roles, Clock()
     mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
     progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
@@ -125,26 +225,33 @@ def iterate(
             config.seed,
             "rollout",
             state.iteration,
+            safe_point=safe_point,
         )
     with clock.stage("reward"), ui.working(f"{progress}: reward"):
-        raw_PK, by_source = parts.evaluator.rewards(groups)
-        state = replace(
-            state, normalizer=state.normalizer.observe([r for row in raw_PK for r in row])
-        )
-    with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
-        scored, measures = score(
-            groups,
-            raw_PK,
-            roles.actor,
-            roles.reference,
-            state.normalizer,
-            state.controller.penalty,
-            config.temperature,
-            config.scale_advantages,
-        )
+        raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
+    try:
+        check_finite("reward", raw_PK)
+        normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
+        with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
+            scored, measures = score(
+                groups,
+                raw_PK,
+                roles.actor,
+                roles.reference,
+                normalizer,
+                state.controller.penalty,
+                config.temperature,
+                config.scale_advantages,
+                safe_point,
+            )
+    except NotFinite as e:
+        metrics = skipped_metrics(state, groups, e.skip, clock)
+        return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
+    state = replace(state, normalizer=normalizer)
     with clock.stage("update"), ui.working(f"{progress}: update"):
         parts.optimizer.learning_rate = state.controller.learning_rate
-        stats = update(roles.actor, parts.optimizer, scored, update_settings(config, target))
+        settings = update_settings(config, target)
+        stats = update(roles.actor, parts.optimizer, scored, settings, safe_point)
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
@@ -155,22 +262,28 @@ def iterate(
         iteration=state.iteration + 1,
         controller=state.controller.step(measures.kl, target),
         tokens_seen=state.tokens_seen + measures.tokens,
-        skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skipped_nonfinite else 0,
+        skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
     )
-    return state, metrics, groups, raw_PK
+    return Iteration(state, metrics, groups, raw_PK, stats.skips)
 
 
-def _evaluate(parts: RunParts, state: RunState, run: Path, ui: Console) -> RunState:
+def _evaluate(
+    parts: RunParts, state: RunState, run: Path, ui: Console, safe_point: SafePoint
+) -> RunState:
     """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
     config, roles, step = parts.config, parts.roles, state.iteration
     # before the first update the actor is the reference, so its KL needs no measuring
     policy = roles.actor if step else roles.reference
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        evaluation = parts.evaluator(roles.sampler(), policy, ui.progress)
+        evaluation = parts.evaluator(roles.sampler(), policy, ui.progress, safe_point)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
+        for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
+            if not math.isfinite(reward):
+                parts.evaluator.rewards.check_finite(group)
         run_directory.open_new(run, config)
     target = target_at(config, max(step - 1, 0))
+    state = replace(state, evaluated=step)
     passed = bool(step) and state.best.passed_by(evaluation, target)
     if passed:
         state = replace(state, best=Best(step, evaluation.perplexity))
@@ -182,26 +295,3 @@ def _evaluate(parts: RunParts, state: RunState, run: Path, ui: Console) -> RunSt
     )
     ui.evaluation(step, metrics, "" if step == 0 else "-> best" if passed else f"({above})")
     return state
-
-
-def _reward_names(config: TrainConfig) -> str:
-    return ", ".join([*([] if config.rm_model == "none" else [config.rm_model]), *config.reward])
-
-
-@contextmanager
-def _stop_signals(ui: Console) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM ask for a stop after the running iteration; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        ui.warn("stopping after this iteration, with a checkpoint; again to stop at once")
-
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,7 +3,7 @@ AdamW step a minibatch."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -18,10 +18,12 @@ from mlx_grpo.grpo import (
     kl_k3_sum,
     token_weights,
 )
+from mlx_grpo.guard import Skip
 from mlx_grpo.logprob import head_gradient, hidden_logps
 from mlx_grpo.models import backward
 from mlx_grpo.models.lora import Parameters, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import ScoredGroup
 
 
@@ -53,7 +55,8 @@ class UpdateStats:
     approx_kl: float = 0.0
     grad_norm: float = 0.0
     steps: int = 0
-    skipped_nonfinite: int = 0
+    skips: list[Skip] = field(default_factory=list)
+    """Minibatches left out because their loss or gradient was not finite."""
     stopped_early: bool = False
 
 
@@ -68,12 +71,19 @@ def live_groups(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
 
 
 def update(
-    stages: Stages, optimizer: optim.AdamW, groups: Sequence[ScoredGroup], settings: UpdateSettings
+    stages: Stages,
+    optimizer: optim.AdamW,
+    groups: Sequence[ScoredGroup],
+    settings: UpdateSettings,
+    safe_point: SafePoint = never_stop,
 ) -> UpdateStats:
     """All optimizer steps of one iteration, in the order the groups come in.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
     preference weighs as zero and does not make the others heavier.
+
+    Args:
+        safe_point: called before each pass; it may stop the update halfway.
     """
     stats = UpdateStats()
     size = settings.minibatch_size
@@ -82,16 +92,23 @@ def update(
             minibatch = groups[start : start + size]
             if not live_groups(minibatch):
                 continue
-            gradients, loss, approx_kl = _minibatch_gradients(stages, minibatch, settings, stats)
+            gradients, loss, approx_kl = _minibatch_gradients(
+                stages, minibatch, settings, stats, safe_point
+            )
             if approx_kl > settings.kl_stop:
                 stats.stopped_early = True
                 return stats
-            _step(stages, optimizer, gradients, loss, settings, stats)
+            positions = tuple(range(start, start + len(minibatch)))
+            _step(stages, optimizer, gradients, loss, settings, stats, positions)
     return stats
 
 
 def _minibatch_gradients(
-    stages: Stages, minibatch: Sequence[ScoredGroup], settings: UpdateSettings, stats: UpdateStats
+    stages: Stages,
+    minibatch: Sequence[ScoredGroup],
+    settings: UpdateSettings,
+    stats: UpdateStats,
+    safe_point: SafePoint,
 ) -> tuple[Parameters, float, float]:
     completions = sum(g.tokens_KT.shape[0] for g in minibatch)
     tokens = int(sum(g.mask_KT.sum().item() for g in minibatch))
@@ -102,6 +119,7 @@ def _minibatch_gradients(
             group.mask_KT, settings.aggregation, completions, tokens, settings.max_tokens
         )
         for part, weights in _passes(group, weights_KT, settings.rows_per_pass):
+            safe_point()
             gradients, logp_KT = group_gradients(
                 stages, part, weights, settings.clip, settings.temperature
             )
@@ -202,14 +220,16 @@ def _step(
     loss: float,
     settings: UpdateSettings,
     stats: UpdateStats,
+    positions: tuple[int, ...],
 ) -> None:
+    """One optimizer step, or none where loss or gradient is not finite."""
     current = lora_parameters(stages.model)
     if not math.isfinite(loss):
-        stats.skipped_nonfinite += 1
+        stats.skips.append(Skip("loss", positions, (loss,)))
         return
     updated, norm = adamw_step(optimizer, gradients, current, settings.max_grad_norm)
     if not math.isfinite(norm):
-        stats.skipped_nonfinite += 1
+        stats.skips.append(Skip("gradient", positions, (norm,)))
         return
     set_parameters(stages.model, updated)
     stats.loss += loss

@@ -13,6 +13,7 @@ from conftest import write_jsonl, write_model, write_tokenizer
 
 from mlx_grpo.cli import main
 
+REPOSITORY = Path(__file__).parent.parent
 GOOD_LINES = "".join(f'{{"prompt": "say {i}"}}\n' for i in range(16))
 NO_TEMPLATE = r"^error: \S*bare/tokenizer_config\.json: no chat template; use an instruction-tuned"
 WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'
@@ -35,7 +36,8 @@ def process(inputs: dict[str, str], tmp_path: Path) -> Run:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         given = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "LD_PRELOAD")}
-        site = {"PYTHONPATH": inputs["site"], "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        path = f"{inputs['site']}{os.pathsep}{REPOSITORY}"
+        site = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "mlx_grpo", *(a.format(**inputs) for a in arguments)],
             cwd=tmp_path,
@@ -150,8 +152,14 @@ def test_a_configuration_file_with(case: str, entry_point: Run, tmp_path: Path) 
 REWARDS = {
     "no file": ("missing.py:f", r"--reward missing\.py:f: cannot import 'missing\.py'"),
     "no function": ("r.py:missing", r"--reward r\.py:missing: 'r\.py' has no function 'missing'"),
-    "NaN": ("r.py:nan", r"reward 'nan' returned \[nan.*\] on prompt '\w+'; return finite numbers"),
-    "a wrong count": ("r.py:short", r"reward 'short' returned 0 scores for \d completions"),
+    "NaN": (
+        "r.py:nan",
+        r"reward 'nan' returned \[nan.*\] on prompt '\w+'; a reward must be a finite",
+    ),
+    "a wrong count": (
+        "r.py:short",
+        r"reward 'short' failed on prompt '\w+': it returned 0 scores for 1 completions",
+    ),
 }
 REWARD_FILE = """
 def raises(completions):

@@ -81,7 +81,11 @@ def test_resume_refuses_a_flag_that_contradicts_the_run(
     assert command(monkeypatch, "train", "--quiet", *flags) == 0
     again = ("train", "--resume", "--output", str(tmp_path / "runs"), "--clip-range", "0.1")
     assert command(monkeypatch, *again) == 2
-    assert "the flags differ from those of the run" in capsys.readouterr().err
+    complaint = capsys.readouterr().err
+    assert "not what the run was started with: --clip-range 0.2 -> 0.1" in complaint
+    assert "--allow-config-change" in complaint
+    assert command(monkeypatch, *again, "--allow-config-change") == 0
+    assert "clip_range = 0.1" in (tmp_path / "runs" / "config.toml").read_text()
 
 
 def test_version_and_help(

@@ -137,7 +137,7 @@ def test_perplexity_weighs_every_token_alike(backbone: Backbone) -> None:
 
 @pytest.fixture
 def evaluator(backbone: Backbone) -> Evaluator:
-    length = CustomReward("length", lambda completion_ids: [len(c) for c in completion_ids])
+    length = CustomReward("length", lambda given, _: [len(c) for c in given["completion_ids"]])
     return Evaluator(
         backbone=backbone,
         prompts=(prompt("one"), prompt("two")),

@@ -28,38 +28,42 @@ def test_appending_leaves_earlier_bytes_alone(path: Path) -> None:
     assert path.read_bytes().startswith(before)
 
 
-@pytest.mark.parametrize("iteration", [0, 1, 3, 5, 9])
-def test_truncating_keeps_the_lines_up_to_an_iteration(path: Path, iteration: int) -> None:
-    log.append(path, *ROWS)
-    log.truncate(path, iteration)
-    assert log.read(path) == ROWS[:iteration]
+def test_cutting_brings_back_what_was_there(path: Path) -> None:
+    log.append(path, *ROWS[:3])
+    size = log.sizes(path.parent)[log.METRICS]
+    log.append(path, *ROWS[3:])
+    with path.open("a") as f:
+        f.write('{"step": 2, "rew')  # torn
+    log.cut(path, size)
+    assert log.read(path) == ROWS[:3]
     assert [p.name for p in path.parent.iterdir()] == [log.METRICS]
 
 
-def test_several_rows_of_one_iteration_stay_together(path: Path) -> None:
-    log.append(path, {"step": 1}, {"step": 2, "a": 1}, {"step": 2, "b": 1}, {"step": 3})
-    log.truncate(path, 2)
-    assert log.read(path) == [{"step": 1}, {"step": 2, "a": 1}, {"step": 2, "b": 1}]
-
-
-def test_a_torn_last_line_goes(path: Path) -> None:
-    log.append(path, *ROWS[:2])
-    with path.open("a") as f:
-        f.write('{"step": 2, "rew')
-    log.truncate(path, 9)
-    assert log.read(path) == ROWS[:2]
-
-
-def test_a_log_that_is_not_there_is_not_made(path: Path) -> None:
-    log.truncate(path, 3)
+def test_cutting_to_nothing_removes_the_file(path: Path) -> None:
+    log.append(path, ROWS[0])
+    log.cut(path, 0)
     assert not path.exists()
+
+
+def test_a_log_that_is_shorter_or_missing_is_left_alone(path: Path) -> None:
+    log.cut(path, 10)
+    assert not path.exists()
+    log.append(path, ROWS[0])
+    log.cut(path, 10_000)
+    assert log.read(path) == ROWS[:1]
+    log.flush(path.parent)
+    assert log.sizes(path.parent) == dict.fromkeys(log.LOGS, 0) | {log.METRICS: path.stat().st_size}
+
+
+def test_numbers_without_a_name_in_json_become_null(path: Path) -> None:
+    log.append(path, {"step": 1, "kl": float("nan"), "loss": float("-inf"), "reward": 0.5})
+    assert log.read(path) == [{"step": 1, "kl": None, "loss": None, "reward": 0.5}]
 
 
 @pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
 def test_a_completion_may_hold_any_line_separator(path: Path, separator: str) -> None:
     rows = [{"step": 1, "text": f"one{separator}two"}, {"step": 2, "text": "three"}]
     log.append(path, *rows)
-    log.truncate(path, 2)
     assert log.read(path) == rows
 
 

@@ -2,6 +2,7 @@
 line."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.reward_model import RewardModel
+from mlx_grpo.reward_worker import call
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.types import Completion, Group, Prompt
 
@@ -20,6 +22,11 @@ def group(*texts: str, **fields: Any) -> Group:
     prompt = Prompt("p1", messages, (1, 2), fields=fields)
     answers = [Completion(tuple(t.encode()), t, "stop", (0.0,) * len(t)) for t in texts]
     return Group(prompt, tuple(answers))
+
+
+def here(name: str, function: Callable[..., Any], weight: float = 1.0) -> CustomReward:
+    """A reward function called as its worker would, in this process."""
+    return CustomReward(name, lambda arguments, _: call(function, arguments), weight)
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def test_a_reward_gets_everything_there_is_by_keyword() -> None:
         seen.update(arguments)
         return [0.0, 1.0]
 
-    CustomReward("spy", spy)(group("a", "bc", topic="drinks"))
+    here("spy", spy)(group("a", "bc", topic="drinks"))
     assert seen == {
         "prompt": "say tea",
         "messages": list(group().prompt.messages),
@@ -95,7 +102,7 @@ def test_a_reward_may_ask_for_some_arguments_only() -> None:
     def longest(completions: list[str], topic: str) -> list[int]:
         return [len(c) + len(topic) for c in completions]
 
-    assert CustomReward("longest", longest)(group("a", "bc", topic="xyz")) == [4.0, 5.0]
+    assert here("longest", longest)(group("a", "bc", topic="xyz")) == [4.0, 5.0]
 
 
 def raises(completions: list[str]) -> list[float]:
@@ -110,15 +117,14 @@ def raises(completions: list[str]) -> list[float]:
         (lambda: None, "failed on prompt 'p1': TypeError"),
         (lambda: ["good", "bad"], "failed on prompt 'p1': ValueError"),
         (lambda: [1.0], "returned 1 scores for 2 completions"),
-        (lambda: [1.0, float("nan")], "return finite numbers"),
-        (lambda: [1.0, float("inf")], "return finite numbers"),
+        (lambda: exit(3), "failed on prompt 'p1': SystemExit: 3"),
     ],
 )
 def test_a_failing_reward_is_reported_in_one_line(
     function: Callable[..., Any], message: str
 ) -> None:
     with pytest.raises(InputError) as failure:
-        CustomReward("r", function)(group("a", "b"))
+        here("r", function)(group("a", "b"))
     assert message in str(failure.value)
     assert "\n" not in str(failure.value)
 
@@ -182,8 +188,8 @@ class FixedScores:
 
 
 def test_a_mix_adds_weighted_sources_and_keeps_the_raw_parts() -> None:
-    length = CustomReward("length", lambda completions: [len(c) for c in completions], -2.0)
-    vowel = CustomReward("vowel", lambda completions: [c[0] in "aeiou" for c in completions])
+    length = here("length", lambda completions: [len(c) for c in completions], -2.0)
+    vowel = here("vowel", lambda completions: [c[0] in "aeiou" for c in completions])
     mix = RewardMix(cast(RewardModel, FixedScores()), 0.5, (length, vowel))
     totals, parts = mix([group("a", "bcd"), group("ef", "g")])
     assert totals == [[5.0 - 2 + 1, 15.0 - 6], [10.0 - 4 + 1, 5.0 - 2]]
@@ -195,20 +201,23 @@ def test_a_mix_adds_weighted_sources_and_keeps_the_raw_parts() -> None:
 
 
 def test_a_mix_without_a_reward_model_uses_the_functions_alone() -> None:
-    length = CustomReward("length", lambda completions: [len(c) for c in completions])
+    length = here("length", lambda completions: [len(c) for c in completions])
     assert RewardMix(None, 1.0, (length,))([group("a", "bcd")]) == (
         [[1.0, 3.0]],
         {"length": [1.0, 3.0]},
     )
 
 
-def test_a_reward_model_that_returns_nan_is_stopped_before_the_normaliser_sees_it() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_source_whose_score_is_not_finite_is_named(value: float) -> None:
     class Broken:
         def score(self, group: Group) -> list[float]:
-            return [1.0, float("nan")]
+            return [1.0, value]
 
-    with pytest.raises(InputError, match=r"scores .*nan.* are not finite"):
-        RewardMix(cast(RewardModel, Broken()), 1.0, ())([group("a", "b")])
+    mix = RewardMix(cast(RewardModel, Broken()), 1.0, (here("length", lambda: [1.0, 2.0]),))
+    with pytest.raises(InputError, match=r"reward 'reward_model' returned .* on prompt 'p1'"):
+        mix.check_finite(group("a", "b"))
+    RewardMix(None, 1.0, mix.custom).check_finite(group("a", "b"))
 
 
 def test_a_reward_file_may_define_dataclasses(write: Callable[[str], str]) -> None:

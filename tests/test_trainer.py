@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mlx_grpo import provenance
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
+from mlx_grpo.lock import locked
 from mlx_grpo.trainer import train
 
 QUIET = Console(quiet=True)
@@ -94,27 +97,131 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
     assert rows(run_of(config, resume=True)) == rows(whole)
 
 
-def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
-    train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def whole(train_arguments: dict[str, Any], tmp_path: Path) -> Path:
+    """The run that nothing interrupted."""
+    return run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
+
+
+def assert_equal(run: Path, whole: Path) -> None:
+    """The same run, bit for bit."""
+    assert rows(run) == rows(whole)
+    for name in ("final/adapters.safetensors", "completions.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in ("adapter.safetensors", "optimizer.safetensors"):
+        last = "checkpoints/step-000004"
+        assert (run / last / name).read_bytes() == (whole / last / name).read_bytes(), name
+
+
+def step_names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("stage", ["rollout", "score", "update", "adamw_step", "_evaluate"])
+def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
+    stage: str,
+    train_arguments: dict[str, Any],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
+    from mlx_grpo import trainer, update
+
+    place: Any = update if stage == "adamw_step" else trainer
+    real, calls = getattr(place, stage), []
+    nth = {"adamw_step": 5, "_evaluate": 2}.get(stage, 3)  # two optimizer steps an iteration
+
+    def is_told_to_stop(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **named)
+
+    config = TrainConfig(
+        **{**train_arguments, "checkpoint_every": 9, "output": str(tmp_path / "s")}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(place, stage, is_told_to_stop)
+        assert train(config, QUIET) is False
+    assert len(calls) == nth
+    assert step_names(config.run_directory) == ["step-000002"]
+    assert not (config.run_directory / "final").exists()
+    assert_equal(run_of(config, resume=True), whole)
+
+
+def test_a_failure_in_an_iteration_saves_the_ones_before(
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_grpo import trainer
 
-    real = trainer.iterate
+    real, calls = trainer.update, []
 
-    def is_told_to_stop(*args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
+    def runs_out_of_memory(*args: Any) -> Any:
+        calls.append(1)
+        done = real(*args)
+        if len(calls) == 3:
+            raise RuntimeError("[METAL] Insufficient Memory")
+        return done
 
-    config = TrainConfig(**{**train_arguments, "output": str(tmp_path / "stopped")})
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "iterate", is_told_to_stop)
-        assert train(config, QUIET) is False
-    assert [p.name for p in (config.run_directory / "checkpoints").glob("step-*")] == [
-        "step-000001"
-    ]
-    assert not (config.run_directory / "final").exists()
-    assert rows(run_of(config, resume=True)) == rows(whole)
+    config = TrainConfig(
+        **{**train_arguments, "checkpoint_every": 9, "output": str(tmp_path / "s")}
+    )
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Insufficient"):
+        patch.setattr(trainer, "update", runs_out_of_memory)
+        train(config, QUIET)
+    assert step_names(config.run_directory) == ["step-000002"]
+    assert_equal(run_of(config, resume=True), whole)
+
+
+def test_a_best_adapter_moved_aside_when_the_process_died_is_brought_back(
+    train_arguments: dict[str, Any],
+) -> None:
+    config = TrainConfig(**train_arguments)
+    best = run_of(config) / "best"
+    content = (best / "adapters.safetensors").read_bytes()
+    best.rename(best.with_name(".best.old"))
+    best.with_name(".best.x1.tmp").mkdir()
+    run_of(config, resume=True)
+    assert (best / "adapters.safetensors").read_bytes() == content
+    assert not list(config.run_directory.glob(".*"))
+
+
+def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_grpo import files
+
+    free: list[int] = [0]
+    usage = type("Usage", (), {"free": property(lambda self: free[0])})
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage())
+    config = TrainConfig(**{**train_arguments, "eval_every": 99})
+    with pytest.raises(InputError, match=r"0 MB free on its disk, \d+ MB needed; .*--keep"):
+        train(config, QUIET)
+    assert not config.run_directory.exists()
+
+    def fills_up_after_the_first_checkpoint(_: Any) -> Any:
+        saved = (config.run_directory / "checkpoints").exists()
+        free[0] = 1000 if saved else 10**12
+        return usage()
+
+    monkeypatch.setattr(files.shutil, "disk_usage", fills_up_after_the_first_checkpoint)
+    with pytest.raises(InputError, match=r"0 MB free on its disk.*go on with --resume"):
+        train(config, QUIET)
+    assert step_names(config.run_directory) == ["step-000002"]
+    monkeypatch.undo()
+    run_of(config, resume=True)
+
+
+def test_a_second_run_in_the_same_directory_is_refused(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(**train_arguments)
+    with (
+        locked(config.run_directory),
+        pytest.raises(InputError, match=f"in use by process {os.getpid()}; wait"),
+    ):
+        train(config, QUIET)
+    assert not config.run_directory.exists()
 
 
 def test_resume_with_changed_prompts_is_refused(
@@ -125,14 +232,78 @@ def test_resume_with_changed_prompts_is_refused(
     config = TrainConfig(**{**train_arguments, "prompts": str(prompts)})
     run_of(config)
     prompts.write_text(prompts.read_text() + '{"prompt": "more"}\n')
-    with pytest.raises(InputError, match="changed since the run started"):
+    with pytest.raises(InputError, match="--prompts other content"):
         train(config, QUIET, resume=True)
 
 
-def test_resume_with_other_mathematics_is_refused(train_arguments: dict[str, Any]) -> None:
-    train(TrainConfig(**train_arguments), QUIET)
-    with pytest.raises(InputError, match="flags differ"):
-        train(TrainConfig(**{**train_arguments, "clip_range": 0.1}), QUIET, resume=True)
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"clip_range": 0.1}, r"--clip-range 0\.2 -> 0\.1"),
+        ({"num_iterations": 6}, "--num-iterations 4 -> 6"),
+        ({"K": 2, "kl_targets": (0.3,)}, r"--K 3 -> 2; --kl-targets 0\.5,0\.2 -> 0\.3"),
+    ],
+)
+def test_resume_with_other_mathematics_is_refused_with_the_list(
+    finished: TrainConfig, change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(InputError, match=f"not what the run was started with: {complaint}; put"):
+        train(replace(finished, **change), QUIET, resume=True)
+
+
+@pytest.fixture
+def finished(train_arguments: dict[str, Any]) -> TrainConfig:
+    """The configuration of a finished run."""
+    config = TrainConfig(**train_arguments)
+    run_of(config)
+    return config
+
+
+def test_a_change_that_is_wanted_is_told_and_takes_effect(
+    finished: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = replace(finished, num_iterations=5, learning_rate=1e-4, kl_beta=3.0)
+    assert train(changed, QUIET, resume=True, allow_change=True)
+    warnings = capsys.readouterr().err
+    assert "changed since the checkpoint: --learning-rate 0.01 -> 0.0001" in warnings
+    last = next(r for r in rows(finished.run_directory) if r["step"] == 5)
+    assert (last["learning_rate"], last["kl/beta"]) == (1e-4, 3.0)
+
+
+def test_an_adapter_of_another_rank_is_never_resumed(finished: TrainConfig) -> None:
+    with pytest.raises(InputError, match="does not fit --actor-model and --lora-rank"):
+        train(replace(finished, lora_rank=2), QUIET, resume=True, allow_change=True)
+
+
+def test_what_changes_no_number_is_free_and_rounding_and_versions_are_told(
+    finished: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(finished.prompts).read_bytes())
+    free = replace(finished, keep=1, checkpoint_every=3, prompts=str(moved))
+    assert train(free, QUIET, resume=True)
+    assert capsys.readouterr().err == ""
+    versions = provenance.versions()
+    monkeypatch.setattr(provenance, "versions", lambda: {**versions, "mlx": "9.9"})
+    assert train(replace(finished, decode_rows=3), QUIET, resume=True)
+    warnings = capsys.readouterr().err
+    assert "last bits may differ: --decode-rows 0 -> 3" in warnings
+    assert f"mlx {versions['mlx']} -> 9.9" in warnings
+
+
+def test_a_changed_reward_function_is_seen_on_resume(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text("def mine(completions):\n    return [len(c) for c in completions]\n")
+    config = TrainConfig(**{**train_arguments, "reward": (f"{reward}:mine",)})
+    run_of(config)
+    reward.write_text("def mine(completions):\n    return [-len(c) for c in completions]\n")
+    with pytest.raises(InputError, match="--reward mine other content"):
+        train(config, QUIET, resume=True)
 
 
 def test_a_dry_run_keeps_nothing(train_arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ def test_values_that_are_not_finite_never_reach_the_weights() -> None:
     poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
     before, optimizer = snapshot(stages), new_optimizer(1e-2, 0.0)
     stats = update(stages, optimizer, [poisoned], SETTINGS)
-    assert stats.skipped_nonfinite == 1 and stats.steps == 0
+    assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]
+    assert stats.steps == 0
     assert snapshot(stages) == before
 
 

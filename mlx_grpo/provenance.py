@@ -1,0 +1,94 @@
+"""What a run's numbers come from: settings, the contents of its inputs, library versions.
+
+On resume these are compared with those the checkpoint recorded.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.files import directory_digest, sha256
+from mlx_grpo.rewards import CustomReward
+
+FREE = ("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout")
+"""May change: no number depends on them."""
+ROUNDING = ("decode_rows", "rows_per_pass")
+"""May change: only the order of sums depends on them, so the last bits may differ."""
+BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
+"""Paths: what is there counts, not where it is. Everything else shapes the numbers,
+`num_iterations` too, because the KL targets' phases are shares of it."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the numbers."""
+    return {name: version(name) for name in ("mlx-grpo", "mlx", "mlx-lm", "numpy", "transformers")}
+
+
+def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[str, str]:
+    """sha256 of every input, by the flag that names it."""
+    rm = "none" if config.rm_model == "none" else directory_digest(Path(config.rm_model))
+    return {
+        "--prompts": sha256(Path(config.prompts)),
+        "--eval-prompts": sha256(Path(config.eval_prompts)),
+        "--actor-model": directory_digest(Path(config.actor_model)),
+        "--rm-model": rm,
+        **{f"--reward {r.name}": sha256(Path(r.file)) for r in custom if r.file},
+    }
+
+
+def recorded(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint keeps of it, as JSON reads it back."""
+    about = {"config": asdict(config), "inputs": inputs, "versions": versions()}
+    return dict(json.loads(json.dumps(about)))
+
+
+def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields of the configuration that shape the numbers and differ."""
+    before, after = saved["config"], now["config"]
+    shaping = [n for n in after if n not in FREE + ROUNDING + BY_CONTENT]
+    return [n for n in shaping if before.get(n) != after[n]]
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A text for each difference that changes the numbers: `--flag old -> new`."""
+    before, after = saved["config"], now["config"]
+    flags = [
+        f"{_flag(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        for n in changed_fields(saved, now)
+    ]
+    inputs = saved["inputs"].keys() | now["inputs"].keys()
+    contents = [
+        f"{flag} other content (sha256 {saved['inputs'].get(flag, 'none')[:8]} -> "
+        f"{now['inputs'].get(flag, 'none')[:8]})"
+        for flag in sorted(inputs)
+        if saved["inputs"].get(flag) != now["inputs"].get(flag)
+    ]
+    return flags + contents
+
+
+def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A text for each difference that may change the last bits only."""
+    before, after = saved["config"], now["config"]
+    flags = [
+        f"{_flag(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        for n in ROUNDING
+        if before.get(n) != after[n]
+    ]
+    libraries = [
+        f"{name} {saved['versions'].get(name)} -> {new}"
+        for name, new in now["versions"].items()
+        if saved["versions"].get(name) != new
+    ]
+    return flags + libraries
+
+
+def _flag(name: str) -> str:
+    return "--K" if name == "K" else f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

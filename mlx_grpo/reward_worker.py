@@ -1,0 +1,120 @@
+"""The process around one custom reward function: its code is a user's, and a process can be ended
+whatever it is doing.
+
+Run by path (`rewards.py` does), standard library only, so that it starts in no time and takes no
+memory of its own. A line of JSON in, a line of JSON out: first `{"file": ...}` once the function is
+loaded, then `{"scores": [...]}` for each `{"arguments": {...}}`, or `{"error": "..."}`.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 5.0
+
+
+class RewardError(ValueError):
+    """One line about a user's function."""
+
+
+def load_function(spec: str) -> Any:
+    """The function that `module:function` or `path/file.py:function` names.
+
+    Raises:
+        RewardError: no such module, file or function.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise RewardError(f"--reward {spec}: write it as module:function or file.py:function")
+    try:
+        module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
+    except (Exception, SystemExit) as e:  # importing runs the user's code: it may raise anything
+        reason = f"{type(e).__name__}: {e}"
+        raise RewardError(f"--reward {spec}: cannot import '{source}' ({reason})") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RewardError(f"--reward {spec}: '{source}' has no function '{name}'")
+    return function
+
+
+def _load_module(name: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> Any:
+    # a name of its own: a file called json.py must not take the place of the real module
+    spec = importlib.util.spec_from_file_location(f"mlx_grpo_reward_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError("no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(function: Any, arguments: dict[str, Any]) -> list[float]:
+    """A number per completion.
+
+    The function gets those arguments that it names, or all if it takes `**anything`.
+
+    Raises:
+        RewardError: it raises, or returns another count or something that is not numbers.
+    """
+    expected = len(arguments["completions"])
+    try:
+        parameters = inspect.signature(function).parameters.values()
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+        scores = [float(s) for s in function(**arguments)]
+    except (Exception, SystemExit) as e:  # a user's code may raise anything
+        raise RewardError(f"{type(e).__name__}: {e}") from e
+    if len(scores) != expected:
+        raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
+    return scores
+
+
+def source_file(function: Any) -> str | None:
+    """The file a function was written in."""
+    try:
+        return inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # built in, or an instance with __call__
+        return inspect.getsourcefile(type(function)) if not inspect.isbuiltin(function) else None
+
+
+def serve(spec: str, timeout: float) -> None:
+    """Answer requests until standard input ends, as it does when the trainer dies."""
+    requests, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)  # what the function prints is not a reply
+
+    def reply(value: dict[str, Any]) -> None:
+        replies.write(json.dumps(value) + "\n")
+        replies.flush()
+
+    try:
+        function = load_function(spec)
+        reply({"file": source_file(function)})
+    except RewardError as e:
+        reply({"error": str(e)})
+        return
+    for line in requests:
+        # should the trainer be gone by then, the system ends a function that never returns
+        signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
+        try:
+            reply({"scores": call(function, json.loads(line)["arguments"])})
+        except RewardError as e:
+            reply({"error": str(e)})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], float(sys.argv[2]))

@@ -1,0 +1,149 @@
+"""A value that is not finite never reaches weights, normaliser or controller, at any stage."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_grpo import log, trainer, update
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
+from mlx_grpo.guard import NotFinite, check_finite
+from mlx_grpo.models.lora import lora_parameters
+from mlx_grpo.parts import RunParts, first_state, load_parts
+from mlx_grpo.rewards import RewardMix
+
+QUIET = Console(quiet=True)
+Patch = pytest.MonkeyPatch
+
+
+def poison_reward(patch: Patch, value: float) -> None:
+    real = RewardMix.__call__
+
+    def poisoned(self: RewardMix, groups: Any, *rest: Any) -> Any:
+        totals, parts = real(self, groups, *rest)
+        totals[0][1] = value
+        return totals, parts
+
+    patch.setattr(RewardMix, "__call__", poisoned)
+
+
+def poison_logprob(patch: Patch, value: float) -> None:
+    from mlx_grpo import scoring
+
+    real = scoring.token_logps
+    patch.setattr(scoring, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))
+
+
+def poison_loss(patch: Patch, value: float) -> None:
+    patch.setattr(update, "clipped_surrogate", lambda *_: mx.array(value))
+
+
+def poison_gradient(patch: Patch, value: float) -> None:
+    real = update.backward.backward
+
+    def poisoned(*arguments: Any) -> Any:
+        gradients = real(*arguments)
+        first = min(gradients)
+        return {**gradients, first: gradients[first] + value}
+
+    patch.setattr(update.backward, "backward", poisoned)
+
+
+POISONS = {
+    "reward": poison_reward,
+    "logprob": poison_logprob,
+    "loss": poison_loss,
+    "gradient": poison_gradient,
+}
+
+
+def numbers(parts: RunParts) -> dict[str, bytes]:
+    """Bits of adapter and moments; step count and learning rate move only with them."""
+    state = {n: v for n, v in tree_flatten(parts.optimizer.state) if v.ndim}
+    return {
+        n: bytes(memoryview(v))
+        for n, v in {**lora_parameters(parts.roles.actor.model), **state}.items()
+    }
+
+
+@pytest.fixture
+def parts(train_arguments: dict[str, Any]) -> RunParts:
+    return load_parts(TrainConfig(**train_arguments), QUIET)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stage", POISONS)
+def test_weights_normaliser_and_controller_stay_as_they_are(
+    stage: str, value: float, parts: RunParts, monkeypatch: Patch
+) -> None:
+    first = trainer.iterate(parts, first_state(parts.config), QUIET).state
+    before = numbers(parts)
+    with monkeypatch.context() as patch:
+        POISONS[stage](patch, value)
+        done = trainer.iterate(parts, first, QUIET)
+    assert numbers(parts) == before
+    assert {s.stage for s in done.skips} == {stage}
+    assert (done.state.iteration, done.state.skipped_in_a_row) == (2, 1)
+    if stage in ("reward", "logprob"):
+        assert done.state.normalizer == first.normalizer
+        assert done.state.controller == first.controller
+        assert done.metrics["skipped"] == stage
+    after = trainer.iterate(parts, done.state, QUIET)
+    assert (after.skips, after.state.skipped_in_a_row) == ([], 0)
+
+
+@pytest.mark.parametrize("stage", POISONS)
+def test_the_batch_is_written_down_and_the_run_ends_after_some_in_a_row(
+    stage: str,
+    train_arguments: dict[str, Any],
+    monkeypatch: Patch,
+) -> None:
+    config = TrainConfig(**{**train_arguments, "max_skipped_steps": 2, "eval_every": 9})
+    real, calls = trainer.iterate, []
+
+    def poisoned_after_the_first(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            POISONS[stage](monkeypatch, math.nan)
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "iterate", poisoned_after_the_first)
+    with pytest.raises(InputError, match=r"2 iterations in a row .*skipped\.jsonl.*--learning"):
+        trainer.train(config, QUIET)
+    run = config.run_directory
+    rows = log.read(run / log.SKIPPED)
+    assert {row["step"] for row in rows} == {2, 3}
+    assert {row["stage"] for row in rows} == {stage}
+    assert "nan" in rows[0]["values"]
+    assert len(rows[0]["groups"][0]["completions"]) == config.K
+    assert rows[0]["groups"][0]["messages"][0]["content"].startswith("say ")
+    for name in (log.METRICS, log.SKIPPED):  # plain JSON, which knows no NaN
+        for line in (run / name).read_text().splitlines():
+            json.loads(line, parse_constant=lambda c: pytest.fail(c))
+    monkeypatch.undo()
+    assert trainer.train(config, QUIET, resume=True)
+
+
+def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(completions):\n    return [float('nan')] * len(completions)\n")
+    config = TrainConfig(**{**train_arguments, "reward": (f"{file}:mine",)})
+    with pytest.raises(InputError, match=r"reward 'mine' returned \[nan\] on prompt"):
+        trainer.train(config, QUIET)
+    assert not config.run_directory.exists()
+
+
+def test_the_groups_and_their_values_are_named() -> None:
+    check_finite("reward", [[0.0, 1e300], [-0.0]])
+    with pytest.raises(NotFinite) as found:
+        check_finite("reward", [[0.0, 1.0], [math.inf, 2.0], [3.0, 4.0], [5.0, math.nan]])
+    assert found.value.skip.positions == (1, 3)
+    assert str(found.value.skip.values) == "(inf, 2.0, 5.0, nan)"
