@@ -29,10 +29,10 @@ from mlx_grpo.parts import (
     update_settings,
 )
 from mlx_grpo.rollout import rollout
-from mlx_grpo.scoring import score
+from mlx_grpo.scoring import Shaping, measure, rate, score_under
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
-from mlx_grpo.update import update
+from mlx_grpo.update import reused_groups, update
 
 
 def train(config: TrainConfig, ui: Console, resume: bool = False, dry_run: bool = False) -> bool:
@@ -131,20 +131,16 @@ def iterate(
         state = replace(
             state, normalizer=state.normalizer.observe([r for row in raw_PK for r in row])
         )
+    shaping = Shaping(state.controller.penalty, config.scale_advantages)
+    settings = update_settings(config, target)
     with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
-        scored, measures = score(
-            groups,
-            raw_PK,
-            roles.actor,
-            roles.reference,
-            state.normalizer,
-            state.controller.penalty,
-            config.temperature,
-            config.scale_advantages,
-        )
+        rated = rate(groups, raw_PK, roles.reference, state.normalizer, config.temperature)
+        first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
+        later = score_under(roles.actor, rest, shaping, config.temperature)
     with clock.stage("update"), ui.working(f"{progress}: update"):
         parts.optimizer.learning_rate = state.controller.learning_rate
-        stats = update(roles.actor, parts.optimizer, scored, update_settings(config, target))
+        scored, stats = update(roles.actor, parts.optimizer, first, later, shaping, settings)
+    measures = measure(groups, scored)
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
