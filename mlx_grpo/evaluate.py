@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
@@ -68,12 +67,10 @@ class Evaluator:
     sampling: Sampling
     seed: int
 
-    def __call__(
-        self, sampler: nn.Module, policy: Stages, progress: Progress = lambda *_: None
-    ) -> Evaluation:
-        """Evaluate a policy; `sampler` is its model for decoding, perhaps merged."""
+    def __call__(self, policy: Stages, progress: Progress = lambda *_: None) -> Evaluation:
+        """Evaluate a policy."""
         groups = rollout(
-            sampler,
+            policy.model,
             self.backbone.tokenizer,
             self.backbone.stop_ids,
             self.prompts,

@@ -117,7 +117,7 @@ def iterate(
 
     with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
         groups = rollout(
-            roles.sampler(),
+            roles.actor.model,
             roles.backbone.tokenizer,
             roles.backbone.stop_ids,
             prompts,
@@ -163,7 +163,7 @@ def _evaluate(parts: RunParts, state: RunState, run: Path, ui: Console) -> RunSt
     policy = roles.actor if step else roles.reference
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        evaluation = parts.evaluator(roles.sampler(), policy, ui.progress)
+        evaluation = parts.evaluator(policy, ui.progress)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         run_directory.open_new(run, config)
     target = target_at(config, max(step - 1, 0))

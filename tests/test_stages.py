@@ -9,7 +9,7 @@ from mlx_grpo.errors import InputError
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import share, unique_bytes
-from mlx_grpo.models.lora import add_lora, lora_parameters, merge, set_parameters
+from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
 from mlx_grpo.rng import key
 from mlx_grpo.types import ScoredGroup
@@ -124,13 +124,6 @@ def test_roles_share_the_arrays_of_one_backbone() -> None:
     adapter_bytes = sum(v.nbytes for v in lora_parameters(actor).values())
     assert unique_bytes(model, twin) == unique_bytes(model)
     assert unique_bytes(model, twin, actor) == unique_bytes(model) + adapter_bytes
-
-
-def test_a_merged_model_computes_the_same_and_leaves_the_original_alone() -> None:
-    model, tokens = actor_of("llama"), whole_sequences(group_of())
-    expected = model(tokens)
-    assert mx.abs(merge(model)(tokens) - expected).max().item() < 1e-5
-    assert len(lora_parameters(model)) > 0
 
 
 def test_a_model_whose_blocks_take_other_arguments_is_refused() -> None:
