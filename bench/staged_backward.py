@@ -20,6 +20,7 @@ import mlx.nn as nn
 from families import FAMILIES, family_config
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import _get_classes
+from shapes import SHAPES
 
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
@@ -27,18 +28,6 @@ from mlx_grpo.models.stages import Stages
 from mlx_grpo.rng import key
 from mlx_grpo.types import ScoredGroup
 from mlx_grpo.update import backward_pass, forward_pass
-
-SMOLLM2 = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e5,
-}
 
 
 def random_actor(config: dict[str, Any]) -> nn.Module:
@@ -143,7 +132,7 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=6)
     args = parser.parse_args()
     if args.shape == "smollm2-135m":
-        compare(args.shape, SMOLLM2, args)
+        compare(args.shape, SHAPES[args.shape], args)
     else:
         for family in FAMILIES:
             compare(family, family_config(family, 256, 8192), args)
