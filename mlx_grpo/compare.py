@@ -10,7 +10,6 @@ from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluation, win_rate
 from mlx_grpo.models.lora import load_adapter
-from mlx_grpo.models.roles import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.parts import load_evaluator
 from mlx_grpo.rubric import judge
@@ -55,9 +54,9 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
     ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
-            before = evaluator(backbone.model, evaluator.reference, ui.progress)
+            before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
-            after = evaluator(sampler(backbone, actor), Stages(actor), ui.progress)
+            after = evaluator(Stages(actor), ui.progress)
     return Comparison(before, after)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
@@ -71,19 +70,18 @@ class Evaluator:
 
     def __call__(
         self,
-        sampler: nn.Module,
         policy: Stages,
         progress: Progress = lambda *_: None,
         safe_point: SafePoint = never_stop,
     ) -> Evaluation:
-        """Evaluate a policy; `sampler` is its model for decoding, perhaps merged."""
+        """Evaluate a policy."""
 
         def after_each(what: str, done: int, total: int) -> None:
             progress(what, done, total)
             safe_point()
 
         groups = rollout(
-            sampler,
+            policy.model,
             self.backbone.tokenizer,
             self.backbone.stop_ids,
             self.prompts,

@@ -1,7 +1,7 @@
 """Values that are not finite stop here: before the weights, the normaliser and the controller."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,8 +45,8 @@ class NotFinite(ArithmeticError):
         self.skip = skip
 
 
-def check_finite(stage: GuardedStage, values_PK: Sequence[Sequence[float]]) -> None:
-    """Raise NotFinite naming the groups, one row of `values_PK` each, that are not all finite."""
-    bad = tuple(p for p, row in enumerate(values_PK) if not all(map(math.isfinite, row)))
+def check_finite(stage: GuardedStage, values: Mapping[int, Sequence[float]]) -> None:
+    """Raise NotFinite naming the groups whose values, [K] by position, are not all finite."""
+    bad = tuple(p for p, row in values.items() if not all(map(math.isfinite, row)))
     if bad:
-        raise NotFinite(Skip(stage, bad, tuple(v for p in bad for v in values_PK[p])))
+        raise NotFinite(Skip(stage, bad, tuple(v for p in bad for v in values[p])))

@@ -4,7 +4,7 @@ logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evalu
 one is built; one graph over all chunks would have them all alive at once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -78,34 +78,31 @@ def hidden_logps(
     return _scatter(mx.concatenate(parts), where_N, mask_KT.shape)
 
 
-def head_gradient(
+def logps_with_gradient(
     stages: Stages,
     hidden_KTD: mx.array,
     tokens_KT: mx.array,
     mask_KT: mx.array,
-    temperature: float,
-    cotangent: Callable[[mx.array, mx.array], mx.array],
+    temperature: float = 1.0,
 ) -> tuple[mx.array, mx.array]:
-    """Gradient of a loss with respect to the hidden states, and the log-probs, in one pass.
+    """As `hidden_logps`, and the gradient of each token's own log-prob.
 
-    Args:
-        cotangent: (logp [N], flat positions [N]) -> dL/dlogp [N] for the tokens of a chunk.
+    A log-prob depends on its own hidden state alone, so for any loss dL/dhidden is dL/dlogp times
+    dlogp/dhidden: one pass over the head serves a loss that is known only after all log-probs are.
 
     Returns:
-        (dL/dhidden [K, T, D], logp [K, T]).
+        (logp [K, T], dlogp/dhidden [K, T, D]), both zero where `mask_KT` is 0.
     """
     where_N = flat_positions(mask_KT)
     hidden_ND = hidden_KTD.reshape(-1, hidden_KTD.shape[-1])[where_N]
     targets_N = tokens_KT.reshape(-1)[where_N]
     logp_parts, grad_parts = [], []
     for part in _chunks(stages, where_N.size):
-        targets, where = targets_N[part], where_N[part]
-
-        logp_N, exp_NV, sum_N1 = _softmax(_logits(stages, hidden_ND[part], temperature), targets)
-        # dL/dz = dL/dlogp * (one_hot - softmax)
-        scale_N1 = cotangent(logp_N, where)[:, None]
-        grad_NV = exp_NV * (-scale_N1 / sum_N1)
-        grad_NV = grad_NV.at[mx.arange(targets.size), targets].add(scale_N1[:, 0])
+        targets = targets_N[part]
+        logits_NV = _logits(stages, hidden_ND[part], temperature)
+        logp_N, exp_NV, sum_N1 = _softmax(logits_NV, targets)
+        # dlogp/dz = one_hot - softmax
+        grad_NV = (exp_NV * (-1 / sum_N1)).at[mx.arange(targets.size), targets].add(1.0)
         _, (grad_ND,) = mx.vjp(
             lambda h: _logits(stages, h, temperature), [hidden_ND[part]], [grad_NV]
         )
@@ -114,9 +111,8 @@ def head_gradient(
         grad_parts.append(grad_ND)
     grad_KTD = mx.zeros((mask_KT.size, hidden_KTD.shape[-1]), hidden_KTD.dtype)
     grad_KTD[where_N] = mx.concatenate(grad_parts)
-    return grad_KTD.reshape(hidden_KTD.shape), _scatter(
-        mx.concatenate(logp_parts), where_N, mask_KT.shape
-    )
+    logp_KT = _scatter(mx.concatenate(logp_parts), where_N, mask_KT.shape)
+    return logp_KT, grad_KTD.reshape(hidden_KTD.shape)
 
 
 def _scatter(values_N: mx.array, where_N: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -12,7 +12,16 @@ from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group, ScoredGroup
+from mlx_grpo.types import Group, RatedGroup, ScoredGroup
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How log-probs and scores become advantages."""
+
+    kl_penalty: float
+    """Weight of a completion's KL in its reward, in normalised score per (nat per token)."""
+    scale: AdvantageScale = "none"
 
 
 @dataclass(frozen=True)
@@ -30,49 +39,82 @@ class Measures:
     """Groups whose advantages are all zero."""
 
 
-def score(
+def rate(
     groups: Sequence[Group],
     raw_PK: Sequence[Sequence[float]],
-    actor: Stages,
     reference: Stages,
     normalizer: ScoreNormalizer,
-    kl_penalty: float,
     temperature: float,
-    scale: AdvantageScale,
     safe_point: SafePoint = never_stop,
-) -> tuple[list[ScoredGroup], Measures]:
-    """Recompute log-probs under both, shape rewards (z - penalty * KL), take advantages.
+) -> list[RatedGroup]:
+    """Normalise raw scores and take log-probs under the reference."""
+    rated = []
+    for position, (group, raw_K) in enumerate(zip(groups, raw_PK, strict=True)):
+        safe_point()
+        ids = group.prompt.token_ids
+        tokens_KT, mask_KT = completion_arrays(group)
+        ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
+        scores_K = mx.array([normalizer(r) for r in raw_K])
+        rated.append(RatedGroup(position, ids, tokens_KT, mask_KT, ref_KT, scores_K))
+    return rated
+
+
+def score(group: RatedGroup, old_logp_KT: mx.array, shaping: Shaping) -> ScoredGroup:
+    """Shape the scores, z - penalty * KL, and take advantages.
 
     Raises:
-        NotFinite: log-probs of some groups are not finite.
+        NotFinite: a log-prob is not finite.
     """
-    scored: list[ScoredGroup] = []
-    tokens = dead = 0
-    k1 = k3 = gap = 0.0
-    sums_PK: list[list[float]] = []
-    for group, raw_K in zip(groups, raw_PK, strict=True):
+    kl_K = kl_k1(old_logp_KT, group.ref_logp_KT, group.mask_KT)
+    check_finite("logprob", {group.position: kl_K.tolist()})
+    shaped_K = group.scores_K - shaping.kl_penalty * kl_K
+    return ScoredGroup(
+        prompt_ids=group.prompt_ids,
+        tokens_KT=group.tokens_KT,
+        mask_KT=group.mask_KT,
+        old_logp_KT=old_logp_KT,
+        ref_logp_KT=group.ref_logp_KT,
+        advantages_K=group_advantages(shaped_K[None], shaping.scale)[0],
+    )
+
+
+def score_under(
+    actor: Stages,
+    groups: Sequence[RatedGroup],
+    shaping: Shaping,
+    temperature: float,
+    safe_point: SafePoint = never_stop,
+) -> list[ScoredGroup]:
+    """Take log-probs under the actor and score with them.
+
+    Raises:
+        NotFinite: a log-prob is not finite.
+    """
+    scored = []
+    for g in groups:
         safe_point()
-        prompt_1S = mx.array([group.prompt.token_ids])
-        tokens_KT, mask_KT = completion_arrays(group)
-        old_KT, ref_KT = (
-            token_logps(stages, prompt_1S, tokens_KT, mask_KT, temperature)
-            for stages in (actor, reference)
-        )
-        sums_PK.append((old_KT + ref_KT).sum(axis=-1).tolist())
-        kl_K = kl_k1(old_KT, ref_KT, mask_KT)
-        shaped_K = mx.array([normalizer(r) for r in raw_K]) - kl_penalty * kl_K
-        advantages_K = group_advantages(shaped_K[None], scale)[0]
-        scored.append(
-            ScoredGroup(group.prompt.token_ids, tokens_KT, mask_KT, old_KT, ref_KT, advantages_K)
-        )
-        lengths_K = mask_KT.sum(axis=-1)
+        prompt_1S = mx.array([g.prompt_ids])
+        logp_KT = token_logps(actor, prompt_1S, g.tokens_KT, g.mask_KT, temperature)
+        scored.append(score(g, logp_KT, shaping))
+    return scored
+
+
+def is_dead(group: ScoredGroup) -> bool:
+    """Whether all advantages are zero: such a group would change nothing."""
+    return not bool((group.advantages_K != 0).any().item())
+
+
+def measure(groups: Sequence[Group], scored: Sequence[ScoredGroup]) -> Measures:
+    """Figures of a scored rollout."""
+    k1 = k3 = gap = 0.0
+    tokens = 0
+    for group, s in zip(groups, scored, strict=True):
+        lengths_K = s.mask_KT.sum(axis=-1)
         tokens += int(lengths_K.sum().item())
-        k1 += (kl_K * lengths_K).sum().item()
-        k3 += kl_k3_sum(old_KT, ref_KT, mask_KT).item()
-        gap = max(gap, _logp_gap(group, old_KT))
-        dead += not (advantages_K != 0).any().item()
-    check_finite("logprob", sums_PK)
-    return scored, Measures(tokens, k3 / tokens, k1 / tokens, gap, dead)
+        k1 += (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
+        k3 += kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
+        gap = max(gap, _logp_gap(group, s.old_logp_KT))
+    return Measures(tokens, k3 / tokens, k1 / tokens, gap, sum(map(is_dead, scored)))
 
 
 def _logp_gap(group: Group, old_KT: mx.array) -> float:

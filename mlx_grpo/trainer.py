@@ -32,11 +32,11 @@ from mlx_grpo.parts import (
 from mlx_grpo.provenance import input_digests, recorded
 from mlx_grpo.rollout import rollout
 from mlx_grpo.run_directory import Snapshot
-from mlx_grpo.scoring import score
+from mlx_grpo.scoring import Shaping, measure, rate, score_under
 from mlx_grpo.state import RunState
 from mlx_grpo.stopping import SafePoint, StopRequested, never_stop, stop_signals
 from mlx_grpo.types import Group
-from mlx_grpo.update import update
+from mlx_grpo.update import reused_groups, update
 
 
 def train(
@@ -217,7 +217,7 @@ def iterate(
 
     with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
         groups = rollout(
-            roles.sampler(),
+            roles.actor.model,
             roles.backbone.tokenizer,
             roles.backbone.stop_ids,
             prompts,
@@ -229,29 +229,27 @@ def iterate(
         )
     with clock.stage("reward"), ui.working(f"{progress}: reward"):
         raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
+    shaping = Shaping(state.controller.penalty, config.scale_advantages)
+    settings = update_settings(config, target)
     try:
-        check_finite("reward", raw_PK)
+        check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
         with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
-            scored, measures = score(
-                groups,
-                raw_PK,
-                roles.actor,
-                roles.reference,
-                normalizer,
-                state.controller.penalty,
-                config.temperature,
-                config.scale_advantages,
-                safe_point,
+            rated = rate(
+                groups, raw_PK, roles.reference, normalizer, config.temperature, safe_point
             )
-    except NotFinite as e:
+            first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
+            later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
+        with clock.stage("update"), ui.working(f"{progress}: update"):
+            parts.optimizer.learning_rate = state.controller.learning_rate
+            scored, stats = update(
+                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point
+            )
+    except NotFinite as e:  # raised before the first step of the optimizer
         metrics = skipped_metrics(state, groups, e.skip, clock)
         return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
     state = replace(state, normalizer=normalizer)
-    with clock.stage("update"), ui.working(f"{progress}: update"):
-        parts.optimizer.learning_rate = state.controller.learning_rate
-        settings = update_settings(config, target)
-        stats = update(roles.actor, parts.optimizer, scored, settings, safe_point)
+    measures = measure(groups, scored)
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
@@ -276,7 +274,7 @@ def _evaluate(
     policy = roles.actor if step else roles.reference
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        evaluation = parts.evaluator(roles.sampler(), policy, ui.progress, safe_point)
+        evaluation = parts.evaluator(policy, ui.progress, safe_point)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):

@@ -48,6 +48,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class RatedGroup:
+    """A group as reward and reference judge it, before the actor's log-probs are known."""
+
+    position: int
+    """Which of the iteration's groups."""
+    prompt_ids: tuple[int, ...]
+    tokens_KT: mx.array
+    mask_KT: mx.array
+    ref_logp_KT: mx.array
+    scores_K: mx.array
+    """Normalised scores, not yet shaped by the KL."""
+
+
+@dataclass(frozen=True)
 class ScoredGroup:
     """A group with all that the update needs."""
 

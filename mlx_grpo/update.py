@@ -4,6 +4,7 @@ AdamW step a minibatch."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -19,12 +20,13 @@ from mlx_grpo.grpo import (
     token_weights,
 )
 from mlx_grpo.guard import Skip
-from mlx_grpo.logprob import head_gradient, hidden_logps
+from mlx_grpo.logprob import logps_with_gradient
 from mlx_grpo.models import backward
 from mlx_grpo.models.lora import Parameters, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.scoring import Shaping, is_dead, score
 from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import ScoredGroup
+from mlx_grpo.types import RatedGroup, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -65,133 +67,170 @@ def new_optimizer(learning_rate: float, weight_decay: float) -> optim.AdamW:
     return optim.AdamW(learning_rate=learning_rate, weight_decay=weight_decay, bias_correction=True)
 
 
-def live_groups(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
-    """The groups whose advantages are not all zero; the others would change nothing."""
-    return [g for g in groups if bool((g.advantages_K != 0).any().item())]
+def reused_groups(settings: UpdateSettings) -> int:
+    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
+
+    There the actor has not moved yet: the first forward of the update gives the old log-probs, the
+    same numbers. A group in several passes is scored before; its advantages need all of its rows.
+    """
+    return 0 if settings.rows_per_pass else settings.minibatch_size
 
 
 def update(
     stages: Stages,
     optimizer: optim.AdamW,
-    groups: Sequence[ScoredGroup],
+    first: Sequence[RatedGroup],
+    later: Sequence[ScoredGroup],
+    shaping: Shaping,
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
-) -> UpdateStats:
+) -> tuple[list[ScoredGroup], UpdateStats]:
     """All optimizer steps of one iteration, in the order the groups come in.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
     preference weighs as zero and does not make the others heavier.
 
     Args:
+        first: the first minibatch, scored on the way (see `reused_groups`), or nothing.
+        later: the groups after it.
         safe_point: called before each pass; it may stop the update halfway.
+
+    Returns:
+        All groups, scored, and the sums over the minibatches.
+
+    Raises:
+        NotFinite: a log-prob of the first minibatch is not finite; nothing has moved by then.
     """
-    stats = UpdateStats()
-    size = settings.minibatch_size
-    for _ in range(settings.epochs):
-        for start in range(0, len(groups), size):
-            minibatch = groups[start : start + size]
-            if not live_groups(minibatch):
-                continue
-            gradients, loss, approx_kl = _minibatch_gradients(
-                stages, minibatch, settings, stats, safe_point
-            )
-            if approx_kl > settings.kl_stop:
-                stats.stopped_early = True
-                return stats
-            positions = tuple(range(start, start + len(minibatch)))
-            _step(stages, optimizer, gradients, loss, settings, stats, positions)
-    return stats
-
-
-def _minibatch_gradients(
-    stages: Stages,
-    minibatch: Sequence[ScoredGroup],
-    settings: UpdateSettings,
-    stats: UpdateStats,
-    safe_point: SafePoint,
-) -> tuple[Parameters, float, float]:
-    completions = sum(g.tokens_KT.shape[0] for g in minibatch)
-    tokens = int(sum(g.mask_KT.sum().item() for g in minibatch))
-    total: Parameters = {}
-    loss = kl = seen = 0.0
-    for group in live_groups(minibatch):
-        weights_KT = token_weights(
-            group.mask_KT, settings.aggregation, completions, tokens, settings.max_tokens
-        )
-        for part, weights in _passes(group, weights_KT, settings.rows_per_pass):
+    stats, scored = UpdateStats(), []
+    if first:
+        total = _MinibatchSum.over(first, 0, settings)
+        for group in first:
             safe_point()
-            gradients, logp_KT = group_gradients(
-                stages, part, weights, settings.clip, settings.temperature
-            )
-            arguments = (logp_KT, part.old_logp_KT, part.advantages_K, part.mask_KT)
-            loss += clipped_surrogate(*arguments, weights, settings.clip).item()
-            stats.clipped += clipped_tokens(*arguments, settings.clip).item()
-            kl += kl_k3_sum(logp_KT, part.old_logp_KT, part.mask_KT).item()
-            seen += part.mask_KT.sum().item()
-            total = {n: total[n] + g for n, g in gradients.items()} if total else gradients
-            mx.eval(total)
-    stats.tokens += int(seen)
-    stats.approx_kl += kl
-    return total, loss, kl / seen
+            ahead = forward_pass(stages, group, settings.temperature)
+            scored.append(score(group, ahead.logp_KT, shaping))
+            total.add(stages, scored[-1], ahead)
+        _step(stages, optimizer, total, stats)
+    groups = [*scored, *later]
+    for epoch in range(settings.epochs):
+        for start in range(0 if epoch else len(first), len(groups), settings.minibatch_size):
+            minibatch = groups[start : start + settings.minibatch_size]
+            total = _MinibatchSum.over(minibatch, start, settings)
+            live = [g for g in minibatch if not is_dead(g)]
+            for part in chain(*(_parts(g, settings.rows_per_pass) for g in live)):
+                safe_point()
+                total.add(stages, part, forward_pass(stages, part, settings.temperature))
+            if total.kl > settings.kl_stop * total.seen:
+                total.note(stats)
+                stats.stopped_early = True
+                return groups, stats
+            _step(stages, optimizer, total, stats)
+    return groups, stats
 
 
-def _passes(
-    group: ScoredGroup, weights_KT: mx.array, rows: int
-) -> list[tuple[ScoredGroup, mx.array]]:
-    """Cut a group into passes of at most `rows` completions of similar length."""
+@dataclass
+class _MinibatchSum:
+    """Gradient and figures of one minibatch, summed over its passes."""
+
+    settings: UpdateSettings
+    positions: tuple[int, ...]
+    """Which of the iteration's groups."""
+    completions: int
+    tokens: int
+    gradients: Parameters = field(default_factory=dict)
+    loss: float = 0.0
+    clipped: float = 0.0
+    kl: float = 0.0
+    seen: int = 0
+
+    @classmethod
+    def over(
+        cls, groups: Sequence[RatedGroup | ScoredGroup], start: int, settings: UpdateSettings
+    ) -> "_MinibatchSum":
+        positions = tuple(range(start, start + len(groups)))
+        completions = sum(g.mask_KT.shape[0] for g in groups)
+        tokens = int(sum(g.mask_KT.sum().item() for g in groups))
+        return cls(settings, positions, completions, tokens)
+
+    def add(self, stages: Stages, part: ScoredGroup, ahead: "ForwardPass") -> None:
+        """Run the backward of a pass and add what it gives; a dead group costs nothing."""
+        if is_dead(part):
+            return
+        s = self.settings
+        weights_KT = token_weights(
+            part.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens
+        )
+        arguments = (ahead.logp_KT, part.old_logp_KT, part.advantages_K, part.mask_KT)
+        self.loss += clipped_surrogate(*arguments, weights_KT, s.clip).item()
+        self.clipped += clipped_tokens(*arguments, s.clip).item()
+        self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
+        self.seen += int(part.mask_KT.sum().item())
+        found = backward_pass(stages, part, ahead, weights_KT, s.clip)
+        self.gradients = {
+            n: self.gradients[n] + g if self.gradients else g for n, g in found.items()
+        }
+        mx.eval(self.gradients)
+
+    def note(self, stats: UpdateStats) -> None:
+        """Add the figures to those of the iteration."""
+        stats.tokens += self.seen
+        stats.clipped += self.clipped
+        stats.approx_kl += self.kl
+
+
+def _parts(group: ScoredGroup, rows: int) -> list[ScoredGroup]:
+    """Cut a group into parts of at most `rows` completions of similar length; 0 leaves it whole."""
+    if not rows:
+        return [group]
     lengths = np.asarray(group.mask_KT).sum(axis=-1).astype(int)
     by_length = np.argsort(-lengths, kind="stable")
-    width = rows or len(by_length)
-    passes = []
-    for start in range(0, len(by_length), width):
-        chosen = by_length[start : start + width]
+    parts = []
+    for start in range(0, len(by_length), rows):
+        chosen = by_length[start : start + rows]
         index, longest = mx.array(chosen), int(lengths[chosen].max())
-        part = ScoredGroup(
-            prompt_ids=group.prompt_ids,
-            tokens_KT=group.tokens_KT[index, :longest],
-            mask_KT=group.mask_KT[index, :longest],
-            old_logp_KT=group.old_logp_KT[index, :longest],
-            ref_logp_KT=group.ref_logp_KT[index, :longest],
-            advantages_K=group.advantages_K[index],
+        parts.append(
+            ScoredGroup(
+                prompt_ids=group.prompt_ids,
+                tokens_KT=group.tokens_KT[index, :longest],
+                mask_KT=group.mask_KT[index, :longest],
+                old_logp_KT=group.old_logp_KT[index, :longest],
+                ref_logp_KT=group.ref_logp_KT[index, :longest],
+                advantages_K=group.advantages_K[index],
+            )
         )
-        passes.append((part, weights_KT[index, :longest]))
-    return passes
+    return parts
 
 
-def group_gradients(
-    stages: Stages, group: ScoredGroup, weights_KT: mx.array, clip: Clip, temperature: float
-) -> tuple[Parameters, mx.array]:
-    """Gradient of one group's weighted clipped surrogate by adapter name, and log-probs [K, T]."""
+@dataclass(frozen=True)
+class ForwardPass:
+    """What a forward leaves: all that a backward needs but the loss."""
+
+    trace: backward.Trace
+    logp_KT: mx.array
+    dlogp_KTD: mx.array
+    """Gradient of each log-prob with respect to the hidden state that predicts its token."""
+
+
+def forward_pass(
+    stages: Stages, group: RatedGroup | ScoredGroup, temperature: float
+) -> ForwardPass:
+    """Forward and head of a group, once."""
     trace = backward.forward(stages, mx.array([group.prompt_ids]), group.tokens_KT)
     hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
-    old_N, weights_N = group.old_logp_KT.reshape(-1), weights_KT.reshape(-1)
-    advantages_N = mx.broadcast_to(group.advantages_K[:, None], group.mask_KT.shape).reshape(-1)
-
-    def token_cotangent(logp_N: mx.array, where_N: mx.array) -> mx.array:
-        # every token is its own row of length one: the surrogate is a sum over tokens
-        column = (
-            old_N[where_N, None],
-            advantages_N[where_N],
-            mx.ones((where_N.size, 1)),
-            weights_N[where_N, None],
-        )
-        return mx.grad(lambda logp: clipped_surrogate(logp[:, None], *column, clip))(logp_N)
-
-    cotangent = token_cotangent
-    if clip.level == "sequence":
-        # the ratio needs the whole completion: log-probs first, then the gradient of the small loss
-        logp_KT = hidden_logps(stages, hidden_KTD, group.tokens_KT, group.mask_KT, temperature)
-        fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, clip)
-        whole_N = mx.grad(lambda logp: clipped_surrogate(logp, *fixed))(logp_KT).reshape(-1)
-
-        def cotangent(logp_N: mx.array, where_N: mx.array) -> mx.array:
-            return whole_N[where_N]
-
-    grad_KTD, logp_KT = head_gradient(
-        stages, hidden_KTD, group.tokens_KT, group.mask_KT, temperature, cotangent
+    logp_KT, dlogp_KTD = logps_with_gradient(
+        stages, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
     )
+    return ForwardPass(trace, logp_KT, dlogp_KTD)
+
+
+def backward_pass(
+    stages: Stages, group: ScoredGroup, ahead: ForwardPass, weights_KT: mx.array, clip: Clip
+) -> Parameters:
+    """Gradient of a group's weighted clipped surrogate by adapter name; uses up `ahead`."""
+    fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, clip)
+    dloss_KT = mx.grad(lambda logp_KT: clipped_surrogate(logp_KT, *fixed))(ahead.logp_KT)
+    grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
     g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    return backward.backward(stages, trace, g_prompt, g_rows), logp_KT
+    return backward.backward(stages, ahead.trace, g_prompt, g_rows)
 
 
 def adamw_step(
@@ -213,25 +252,21 @@ def adamw_step(
     return dict(tree_flatten(updated)), norm
 
 
-def _step(
-    stages: Stages,
-    optimizer: optim.AdamW,
-    gradients: Parameters,
-    loss: float,
-    settings: UpdateSettings,
-    stats: UpdateStats,
-    positions: tuple[int, ...],
-) -> None:
+def _step(stages: Stages, optimizer: optim.AdamW, total: _MinibatchSum, stats: UpdateStats) -> None:
     """One optimizer step, or none where loss or gradient is not finite."""
-    current = lora_parameters(stages.model)
-    if not math.isfinite(loss):
-        stats.skips.append(Skip("loss", positions, (loss,)))
+    total.note(stats)
+    if not total.gradients:
         return
-    updated, norm = adamw_step(optimizer, gradients, current, settings.max_grad_norm)
+    current = lora_parameters(stages.model)
+    if not math.isfinite(total.loss):
+        stats.skips.append(Skip("loss", total.positions, (total.loss,)))
+        return
+    max_norm = total.settings.max_grad_norm
+    updated, norm = adamw_step(optimizer, total.gradients, current, max_norm)
     if not math.isfinite(norm):
-        stats.skips.append(Skip("gradient", positions, (norm,)))
+        stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return
     set_parameters(stages.model, updated)
-    stats.loss += loss
+    stats.loss += total.loss
     stats.grad_norm += norm
     stats.steps += 1

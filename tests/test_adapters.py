@@ -18,7 +18,6 @@ from mlx_grpo.models.lora import (
     load_adapter,
     load_arrays,
     lora_parameters,
-    merge,
     save_adapter,
     save_arrays,
     set_parameters,
@@ -186,9 +185,3 @@ def test_a_failed_load_leaves_the_backbone_untouched(saved: Path) -> None:
         load_adapter(model, saved)
     assert not lora_parameters(model)
     assert mx.array_equal(logits(model), before).item()
-
-
-def test_a_loaded_adapter_merges_to_the_same_logits(saved: Path) -> None:
-    model = tiny_model()
-    adapted = load_adapter(model, saved)
-    assert mx.allclose(logits(merge(adapted)), logits(adapted), atol=1e-4).item()

@@ -150,7 +150,7 @@ def evaluator(backbone: Backbone) -> Evaluator:
 
 
 def test_an_evaluation_is_the_same_every_time_and_its_parts_agree(evaluator: Evaluator) -> None:
-    first, second = (evaluator(evaluator.reference.model, evaluator.reference) for _ in range(2))
+    first, second = (evaluator(evaluator.reference) for _ in range(2))
     assert first == second
     completions = [c for g in first.groups for c in g.completions]
     assert len(completions) == len(first.rewards) == 4
@@ -161,15 +161,15 @@ def test_an_evaluation_is_the_same_every_time_and_its_parts_agree(evaluator: Eva
 def test_the_kl_is_zero_for_the_reference_and_positive_for_another_policy(
     evaluator: Evaluator, backbone: Backbone
 ) -> None:
-    assert evaluator(backbone.model, evaluator.reference).kl == 0.0
+    assert evaluator(evaluator.reference).kl == 0.0
     adapted = add_lora(backbone.model, rank=2, scale=2.0, seed=1)
-    fresh = evaluator(adapted, Stages(adapted))
+    fresh = evaluator(Stages(adapted))
     assert abs(fresh.kl) < 1e-6  # a fresh adapter changes nothing
     set_parameters(
         adapted,
         {n: mx.full(v.shape, 0.05) for n, v in lora_parameters(adapted).items() if "_b" in n},
     )
-    moved = evaluator(adapted, Stages(adapted))
+    moved = evaluator(Stages(adapted))
     assert moved.kl > 1e-3
     assert moved.perplexity != fresh.perplexity
 
@@ -177,4 +177,4 @@ def test_the_kl_is_zero_for_the_reference_and_positive_for_another_policy(
 def test_another_seed_draws_other_answers(evaluator: Evaluator) -> None:
     policy = evaluator.reference
     other = replace(evaluator, seed=4)
-    assert other(policy.model, policy).groups != evaluator(policy.model, policy).groups
+    assert other(policy).groups != evaluator(policy).groups

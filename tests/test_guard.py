@@ -142,8 +142,9 @@ def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
 
 
 def test_the_groups_and_their_values_are_named() -> None:
-    check_finite("reward", [[0.0, 1e300], [-0.0]])
+    check_finite("reward", {0: [0.0, 1e300], 1: [-0.0]})
     with pytest.raises(NotFinite) as found:
-        check_finite("reward", [[0.0, 1.0], [math.inf, 2.0], [3.0, 4.0], [5.0, math.nan]])
+        rows = [[0.0, 1.0], [math.inf, 2.0], [3.0, 4.0], [5.0, math.nan]]
+        check_finite("reward", dict(enumerate(rows)))
     assert found.value.skip.positions == (1, 3)
     assert str(found.value.skip.values) == "(inf, 2.0, 5.0, nan)"

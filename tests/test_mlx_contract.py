@@ -53,7 +53,7 @@ def test_batch_caches_merge_rows_of_different_length_exactly() -> None:
     assert mx.abs(following - model(mx.array([[5, 6, 3]]))[0, -1]).max().item() < 1e-5
 
 
-def test_a_lora_layer_has_the_fields_a_merge_reads() -> None:
+def test_a_lora_layer_adds_its_scaled_matrices_to_the_base() -> None:
     layer = LoRALinear(3, 5, r=2, scale=3.0)
     layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1))
     x = mx.random.normal((4, 3), key=mx.random.key(2))

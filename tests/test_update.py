@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import pytest
 from test_stages import actor_of, group_of
 
@@ -12,8 +13,16 @@ from mlx_grpo.grpo import Clip
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.types import ScoredGroup
-from mlx_grpo.update import UpdateSettings, adamw_step, new_optimizer, update
+from mlx_grpo.scoring import Shaping, score_under
+from mlx_grpo.types import RatedGroup, ScoredGroup
+from mlx_grpo.update import (
+    UpdateSettings,
+    UpdateStats,
+    adamw_step,
+    new_optimizer,
+    reused_groups,
+    update,
+)
 
 SETTINGS = UpdateSettings(
     clip=Clip(),
@@ -38,10 +47,17 @@ def snapshot(stages: Stages) -> dict[str, list]:
     return {n: v.tolist() for n, v in lora_parameters(stages.model).items()}
 
 
+def updated_by(
+    stages: Stages, optimizer: optim.AdamW, groups: list[ScoredGroup], settings: UpdateSettings
+) -> UpdateStats:
+    """Update on groups that are scored already."""
+    return update(stages, optimizer, [], groups, Shaping(0.0), settings)[1]
+
+
 def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
     stages = Stages(actor_of("llama"))
     scored = [on_policy(stages, seed) for seed in range(groups)]
-    stats = update(stages, new_optimizer(1e-2, 0.0), scored, settings)
+    stats = updated_by(stages, new_optimizer(1e-2, 0.0), scored, settings)
     return lora_parameters(stages.model), stats
 
 
@@ -72,13 +88,57 @@ def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -
     live = on_policy(stages, 1)
     dead = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
     before = snapshot(stages)
-    assert update(stages, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
+    assert updated_by(stages, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
     assert snapshot(stages) == before
-    both = update(
+    both = updated_by(
         stages, new_optimizer(1e-2, 0.0), [live, dead], replace(SETTINGS, minibatch_size=2)
     )
-    alone = update(Stages(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS))
+    alone = updated_by(
+        Stages(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS)
+    )
     assert both.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-4)
+
+
+def rated(seed: int, scores: list[float]) -> RatedGroup:
+    """A group before its log-probs under the actor are known."""
+    g = group_of(seed)
+    ids, ref = g.prompt_ids, g.ref_logp_KT
+    return RatedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
+
+
+@pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
+    minibatch: int, epochs: int, level: str
+) -> None:
+    clip = Clip(level=level)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, minibatch_size=minibatch, epochs=epochs, clip=clip)
+    groups = [rated(1, [1.0, -1.0, 0.0]), rated(2, [0.3, 0.1, 2.0]), rated(3, [0.0, 5.0, 1.0])]
+    shaping, count = Shaping(0.5, "std"), reused_groups(settings)
+    results = []
+    for reused in (0, count):
+        stages = Stages(actor_of("llama"))
+        later = score_under(stages, groups[reused:], shaping, 1.0)
+        scored, stats = update(
+            stages, new_optimizer(1e-2, 0.0), groups[:reused], later, shaping, settings
+        )
+        advantages = [g.advantages_K.tolist() for g in scored]
+        results.append((snapshot(stages), stats, advantages))
+    assert results[0] == results[1]
+    assert results[0][1].steps == epochs * -(-3 // minibatch)
+
+
+def test_groups_in_several_passes_are_scored_before_the_update() -> None:
+    assert reused_groups(replace(SETTINGS, rows_per_pass=2, minibatch_size=4)) == 0
+
+
+def test_a_dead_first_minibatch_costs_no_step() -> None:
+    stages = Stages(actor_of("llama"))
+    before = snapshot(stages)
+    group = rated(1, [1.0, 1.0, 1.0])
+    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [group], [], Shaping(0.0), SETTINGS)
+    assert stats.steps == 0 and len(scored) == 1
+    assert snapshot(stages) == before
 
 
 def test_values_that_are_not_finite_never_reach_the_weights() -> None:
@@ -86,7 +146,7 @@ def test_values_that_are_not_finite_never_reach_the_weights() -> None:
     group = on_policy(stages, 1)
     poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
     before, optimizer = snapshot(stages), new_optimizer(1e-2, 0.0)
-    stats = update(stages, optimizer, [poisoned], SETTINGS)
+    stats = updated_by(stages, optimizer, [poisoned], SETTINGS)
     assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]
     assert stats.steps == 0
     assert snapshot(stages) == before
@@ -129,7 +189,7 @@ def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
     assert logps.dtype == mx.float32
     assert mx.abs(logps - group.old_logp_KT).max().item() < 0.1
     stats = [
-        update(stages, new_optimizer(1e-3, 0.0), [on_policy(stages, 1)], SETTINGS)
+        updated_by(stages, new_optimizer(1e-3, 0.0), [on_policy(stages, 1)], SETTINGS)
         for stages in (packed, dense)
     ]
     assert stats[0].steps == 1

@@ -74,29 +74,6 @@ def set_parameters(model: nn.Module, parameters: Parameters) -> None:
     model.update(tree_unflatten(list(parameters.items())))
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """A tree whose LoRA layers became plain dense ones, W + scale * (A B)^T; lazy, shares all that
-    has no LoRA.
-
-    Works on a whole model or on one block.
-    """
-    merged = share(model)
-    dense = [(name, _merged_linear(module)) for name, module in lora_modules(merged)]
-    merged.update_modules(tree_unflatten(dense))
-    return merged
-
-
-def _merged_linear(module: LoRALinear) -> nn.Linear:
-    base = module.linear
-    linear = nn.Linear(1, 1, bias="bias" in base)
-    linear.weight = base.weight + ((module.scale * module.lora_b.T) @ module.lora_a.T).astype(
-        base.weight.dtype
-    )
-    if "bias" in base:
-        linear.bias = base.bias
-    return linear
-
-
 def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = None) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` as `mlx_lm.generate --adapter-path`
     reads them.

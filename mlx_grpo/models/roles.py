@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import mlx.nn as nn
-
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.lora import add_lora, merge
+from mlx_grpo.models.lora import add_lora
 from mlx_grpo.models.stages import Stages
 
 
@@ -19,15 +17,6 @@ class Roles:
     backbone: Backbone
     actor: Stages
     reference: Stages
-
-    def sampler(self) -> nn.Module:
-        """The actor in the form that decodes fastest under the compute policy."""
-        return sampler(self.backbone, self.actor.model)
-
-
-def sampler(backbone: Backbone, adapted: nn.Module) -> nn.Module:
-    """A model with LoRA layers in the form that decodes fastest: merged where weights are dense."""
-    return merge(adapted) if backbone.policy.merge_lora else adapted
 
 
 def new_actor(backbone: Backbone, rank: int, scale: float, seed: int) -> Stages:

@@ -1,0 +1,90 @@
+"""mlx-grpo itself, in the environment that runs this script.
+
+usage: python bench/peers/ours.py [--prompts N] [--iterations N] [--rollout-only]
+"""
+
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from common import LEARNING_RATE, MODEL, RANK, SCALE, SEED, K
+
+from mlx_grpo.backend import peak_memory
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
+from mlx_grpo.parts import RunParts, first_state, load_parts, sampling
+from mlx_grpo.rollout import rollout
+from mlx_grpo.trainer import iterate
+
+
+def length(completions: list[str]) -> list[float]:
+    """The reward of the comparison."""
+    return common.length_reward(completions)
+
+
+def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
+    """What a run on the model and prompts of the comparison works with."""
+    rows = common.prompts(args.prompts)
+    lines = [json.dumps({"id": str(i), "messages": r["messages"]}) for i, r in enumerate(rows)]
+    (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    (place / "held_out.jsonl").write_text('{"prompt": "Hello", "response": "Hello!"}\n')
+    config = TrainConfig(
+        actor_model=str(MODEL),
+        rm_model="none",
+        reward=(f"{Path(__file__).resolve()}:length",),
+        prompts=str(place / "prompts.jsonl"),
+        eval_prompts=str(place / "held_out.jsonl"),
+        seed=SEED,
+        batch_size=args.prompts,
+        K=K,
+        max_completion_length=args.tokens,
+        num_iterations=1 + args.iterations,
+        learning_rate=LEARNING_RATE,
+        lora_rank=RANK,
+        lora_scale=SCALE,
+    )
+    return load_parts(config, Console(quiet=True))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        parts = parts_for(args, Path(place))
+    state, console = first_state(parts.config), Console(quiet=True)
+    rollouts, seconds, peaks = [], [], [peak_memory()]
+    for iteration in range(1 + args.iterations):
+        if args.rollout_only:
+            rollouts.append(_rollout_seconds(parts, iteration))
+            peaks.append(peak_memory())
+            continue
+        state, metrics, *_ = iterate(parts, state, console)
+        rollouts.append(metrics["time/rollout"])
+        seconds.append(metrics["time/iteration"])
+        peaks.append(metrics["memory/peak"])
+    found = common.result(args, K * args.prompts, rollouts, seconds, max(peaks) / 1e9)
+    if not args.rollout_only:
+        found |= {k: v for k, v in metrics.items() if k.startswith("time/") and v}
+    return found
+
+
+def _rollout_seconds(parts: RunParts, iteration: int) -> float:
+    start, backbone = time.perf_counter(), parts.roles.backbone
+    rollout(
+        parts.roles.actor.model,
+        backbone.tokenizer,
+        backbone.stop_ids,
+        parts.prompts,
+        sampling(parts.config, K),
+        SEED,
+        "rollout",
+        iteration,
+    )
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    common.main(measure, ())

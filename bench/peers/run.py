@@ -1,0 +1,148 @@
+"""Run every peer in turn with mlx-grpo and print the ratios.
+
+usage: python bench/peers/run.py [--only NAME ...] [--again] [--output bench/results/peers.json]
+
+About twenty minutes on two cores the first time, installations included. A job that is done is kept
+under `.cache/peers/results/` and not run again without --again; one that fails is reported and the
+others go on. Run it with nothing else at work: the times are the fastest of few.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import CACHE, NEW_TOKENS, ROOT, K
+
+HERE = Path(__file__).resolve().parent
+RESULTS = CACHE / "results"
+TIMEOUT = 900
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement in a process of its own."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...] = ()
+
+
+def _rollouts(name: str, script: str, *arguments: str) -> list[Job]:
+    return [
+        Job(f"{name}, {n} prompts", script, (*arguments, "--prompts", str(n), "--rollout-only"))
+        for n in (1, 4, 16)
+    ]
+
+
+JOBS = [
+    Job("mlx-grpo, 4 prompts", "ours", ("--prompts", "4", "--iterations", "2")),
+    Job("mlx-grpo, 1 prompt", "ours", ("--prompts", "1", "--iterations", "2")),
+    *_rollouts("mlx-grpo rollout", "ours"),
+    *_rollouts("mlx-lm BatchGenerator", "batch_generator"),
+    *_rollouts("mlx-lm-lora rollout, width K", "lm_lora", "--variant", "width-k"),
+    Job("mlx-lm-lora, as shipped", "lm_lora", ("--variant", "shipped")),
+    Job("mlx-lm-lora, width K", "lm_lora", ("--variant", "width-k")),
+    Job("inductive-mlxrl, compiled", "inductive_mlxrl", ("--variant", "compiled")),
+    Job("inductive-mlxrl, checkpointed", "inductive_mlxrl", ("--variant", "checkpointed")),
+    Job("Unsloth-zoo MLX, default", "unsloth_zoo_mlx", ("--variant", "default")),
+    Job("Unsloth-zoo MLX, fastest", "unsloth_zoo_mlx", ("--variant", "fastest")),
+    Job("Unsloth-zoo MLX, leanest", "unsloth_zoo_mlx", ("--variant", "leanest")),
+    Job("TRL, PyTorch CPU", "trl_cpu"),
+]
+
+
+def run(job: Job, again: bool, tokens: int) -> dict[str, Any] | None:
+    """The job's line of JSON, from this run or an earlier one; None if it failed."""
+    stem = job.name.replace(" ", "-").replace(",", "")
+    kept = RESULTS / f"{stem}-{tokens}.json"
+    if kept.is_file() and not again:
+        return dict(json.loads(kept.read_text()))
+    print(f"{time.strftime('%H:%M:%S')}  {job.name}", flush=True)
+    command = [
+        sys.executable,
+        str(HERE / f"{job.script}.py"),
+        *job.arguments,
+        "--tokens",
+        str(tokens),
+    ]
+    log = RESULTS / f"{kept.stem}.log"
+    with log.open("w") as errors:
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=TIMEOUT
+            )
+        except subprocess.TimeoutExpired:
+            print(f"          took more than {TIMEOUT} s")
+            return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        print(f"          failed, see {log}")
+        return None
+    found = {"job": job.name, **json.loads(lines[-1])}
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """One line a job: rollout, iteration, memory, and how many times faster mlx-grpo is."""
+    head = ("", "rollout tok/s", "s per prompt-iteration", "peak GB", "mlx-grpo is faster by")
+    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
+    for name, r in results.items():
+        cells = [
+            f"{r[key]:{form}}" if key in r else ""
+            for key, form in (
+                ("rollout_tokens_per_second", ".1f"),
+                ("seconds_per_prompt_iteration", ".1f"),
+            )
+        ]
+        memory = f"{r['peak_gb']:.2f}" if "peak_gb" in r else f"{r['rss_gb']:.2f} (RSS)"
+        lines.append(f"| {name} | {' | '.join(cells)} | {memory} | {_ratio(r, results)} |")
+    return lines
+
+
+def _ratio(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    if r["job"].startswith("mlx-grpo"):
+        return ""
+    if "seconds_per_prompt_iteration" in r:
+        ours = results.get("mlx-grpo, 4 prompts", {}).get("seconds_per_prompt_iteration")
+        return f"{r['seconds_per_prompt_iteration'] / ours:.1f}x (4 prompts)" if ours else ""
+    ours = results.get(f"mlx-grpo rollout, {r['prompts']} prompts", {})
+    speed = ours.get("rollout_tokens_per_second")
+    return f"{speed / r['rollout_tokens_per_second']:.2f}x" if speed else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="jobs whose name contains one of these"
+    )
+    parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="fewer for a quick trial")
+    parser.add_argument("--again", action="store_true", help="run jobs that are done as well")
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "peers.json")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(HERE / "model.py")], check=True)
+    results = {}
+    for job in JOBS:
+        wanted = not args.only or any(part.casefold() in job.name.casefold() for part in args.only)
+        found = run(job, args.again, args.tokens) if wanted else None
+        if found:
+            results[job.name] = found
+    print(f"\nK = {K}, {args.tokens} new tokens, {os.cpu_count()} cores\n")
+    print("\n".join(table(results)))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = {"machine": platform.platform(), "cores": os.cpu_count(), "date": time.strftime("%F")}
+    args.output.write_text(json.dumps({**about, "jobs": list(results.values())}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

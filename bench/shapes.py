@@ -1,0 +1,88 @@
+"""Shapes of real models, for benchmarks with random weights."""
+
+import sys
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from mlx_grpo.backend import apply_policy, choose_policy
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        **_LLAMA,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_theta": 1e5,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        **_LLAMA,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "rope_theta": 5e5,
+    },
+    "gemma-2b": {
+        "model_type": "gemma",
+        "hidden_size": 2048,
+        "num_hidden_layers": 18,
+        "intermediate_size": 16384,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 256000,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    },
+    "tiny": {
+        **_LLAMA,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "rope_theta": 1e4,
+    },
+}
+
+
+def random_model(shape: str) -> nn.Module:
+    """A frozen model of the shape with random weights, in the form this machine trains with: 4-bit
+    on a GPU, dense fp32 on a CPU."""
+    mx.random.seed(0)
+    model_class, args_class = _get_classes(SHAPES[shape])
+    model = model_class(args_class.from_dict(SHAPES[shape]))
+    policy = choose_policy(sum(v.size for _, v in tree_flatten(model.parameters())))
+    if policy.device == "cpu" and not policy.dense:
+        sys.exit(f"{shape}: too large for this machine's memory as fp32; choose a smaller --shape")
+    if not policy.dense:
+        model.set_dtype(policy.dtype)
+        nn.quantize(model, group_size=64, bits=4)
+    apply_policy(model, policy)
+    model.freeze()
+    return model
