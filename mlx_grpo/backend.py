@@ -47,6 +47,9 @@ OPENBLAS_HINT = (
     "type: apt-get install libopenblas0-pthread"
 )
 
+EXPANDED_BYTES = 32 << 20
+"""Of fp32 values that are unpacked at a time."""
+
 
 @dataclass(frozen=True)
 class ComputePolicy:
@@ -80,16 +83,36 @@ def choose_policy(parameters: int) -> ComputePolicy:
     return ComputePolicy(device, dense=parameters * 4 < physical_memory() / 2, dtype=mx.float32)
 
 
-def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """The dense twin of a quantized Linear or Embedding; values are computed in fp32."""
-    weight = mx.dequantize(
-        module.weight,
-        module.scales.astype(mx.float32),
-        module.biases.astype(mx.float32) if module.biases is not None else None,
+def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
+    """Rows of the weight of a Linear or Embedding, quantized or not, in fp32."""
+    if "scales" not in module:
+        return module.weight[rows].astype(mx.float32)
+    affine = module.mode == "affine"  # other modes have scales of 8 bits, no floats
+    scales = module.scales[rows].astype(mx.float32) if affine else module.scales[rows]
+    biases = module.get("biases")
+    return mx.dequantize(
+        module.weight[rows],
+        scales,
+        None if biases is None else biases[rows].astype(mx.float32),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,
-    ).astype(dtype)
+    ).astype(mx.float32)
+
+
+def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The dense twin of a quantized Linear or Embedding; values are computed in fp32.
+
+    Some rows at a time, since dequantizing takes several times the memory of its result.
+    """
+    count, packed = module.weight.shape
+    columns = packed * 32 // module.bits
+    weight = mx.zeros((count, columns), dtype)
+    step = max(1, EXPANDED_BYTES // (4 * columns))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        weight[rows] = dense_weight(module, rows).astype(dtype)
+        mx.eval(weight)
     if isinstance(module, nn.QuantizedEmbedding):
         dense = nn.Embedding(1, 1)
     else:
@@ -163,13 +186,12 @@ def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
     if not mx.issubdtype(dtype, mx.floating):
         dtype = policy.dtype
     kept = {f"{n}{leaf}" for n in packed for leaf in ("weight", "scales", "biases")}
-    floats = [
-        (name, value.astype(dtype))
-        for name, value in parameters.items()
-        if name not in kept and mx.issubdtype(value.dtype, mx.floating)
-    ]
-    model.update(tree_unflatten(floats))
-    mx.eval(model.parameters())
+    while parameters:  # one by one: no two copies of more than one array
+        name, value = parameters.popitem()
+        if name not in kept and mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+            model.update(tree_unflatten([(name, value)]))
+        mx.eval(value)
 
 
 def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:

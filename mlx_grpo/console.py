@@ -84,7 +84,11 @@ class Console:
         """A small table; the first column is a label."""
         table = Table(title=title, title_justify="left", show_lines=lines)
         for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 or lines else "right")
+            table.add_column(
+                column,
+                justify="left" if i == 0 or lines else "right",
+                overflow="fold",  # a path is never cut
+            )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.out.print(table, soft_wrap=False)

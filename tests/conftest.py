@@ -3,6 +3,10 @@
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 
 import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +118,16 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight preference pairs."""
+    rows = [
+        {"prompt": f"say {i}", "chosen": "yes " * (1 + i % 3), "rejected": f"no {7 * i} or not"}
+        for i in range(8)
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def reward_model(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward adapter for the tiny llama, trained for a few steps."""
     from mlx_grpo.config import RewardTrainConfig
@@ -156,3 +170,87 @@ def train_arguments(
         "checkpoint_every": 2,
         "kl_targets": (0.5, 0.2),
     }
+
+
+@pytest.fixture(scope="session")
+def whole_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an undamaged source of each kind."""
+    import sources
+    from test_convert_gguf import write_tiny
+
+    root = tmp_path_factory.mktemp("whole")
+    causal = sources.causal(root / "sft", "llama", tie_word_embeddings=False)
+    for name in ("sharded", "bin", "base"):
+        shutil.copytree(root / "sft", root / name)
+    sources.reshard(causal, root / "sharded")
+    sources.pickle(root / "bin")
+    model = sources.classifier(root / "rm", "llama")
+    sources.peft_adapter(root / "peft", root / "base", causal, task_type="CAUSAL_LM")
+    sources.peft_adapter(root / "rm-peft", root / "base", model, task_type="SEQ_CLS")
+    (root / "gguf").mkdir()
+    write_tiny(root / "gguf" / "m.gguf", "F32")
+    return root
+
+
+@pytest.fixture(scope="session")
+def damage_tally() -> Iterator[Counter[str]]:
+    """Counts outcomes and prints them in the end."""
+    counts: Counter[str] = Counter()
+    yield counts
+    print(
+        f"\n{counts['refused']} damaged sources refused in one line, "
+        f"{counts['unseen']} flips that no reader can see, "
+        f"{counts['harmless']} fields of a wrong type without effect"
+    )
+
+
+@pytest.fixture
+def convert_damaged(
+    tmp_path: Path,
+    damage_tally: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str | None]:
+    """The command on a source of some kind: what it says after the source's path, or None where it
+    wrote a complete directory, to be counted as `accepted`."""
+
+    from mlx_grpo.cli import main
+    from mlx_grpo.models.reward_model import load_reward_model
+
+    def run(kind: str, source: Path, accepted: str = "unseen") -> str | None:
+        role, place = ("rm" if kind.startswith("rm") else "sft"), source
+        if kind == "gguf":
+            place = source / "m.gguf"
+        flags = ["--no-verify", "--group-size", "32", "--out", str(tmp_path / "w")]
+        monkeypatch.setattr(sys, "argv", ["mlx-grpo", "convert", f"--{role}", str(place), *flags])
+        capsys.readouterr()
+        code = main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        if code == 0:
+            damage_tally[accepted] += 1
+            written = tmp_path / "w" / f"{role}-4bit"
+            backbone = load_backbone(written)
+            if role == "rm":
+                load_reward_model(written, backbone)
+            shutil.rmtree(tmp_path / "w")
+            return None
+        lines = err.strip().splitlines()
+        assert (code, len(lines)) == (2, 1), err
+        assert lines[0].startswith(f"error: {source}"), lines[0]
+        assert not (tmp_path / "w").exists()
+        damage_tally["refused"] += 1
+        return lines[0].removeprefix(f"error: {source}")
+
+    return run
+
+
+@pytest.fixture
+def source_copy(whole_sources: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A fresh copy of a source, to be damaged."""
+
+    def fresh(kind: str) -> Path:
+        shutil.rmtree(tmp_path / "source", ignore_errors=True)
+        return Path(shutil.copytree(whole_sources / kind, tmp_path / "source"))
+
+    return fresh

@@ -277,7 +277,7 @@ def test_a_classifier_of_two_labels_is_no_reward_model(process: Run, tmp_path: P
     from hf_models import write_hf
 
     write_hf(tmp_path / "two", "LlamaForSequenceClassification", num_labels=2)
-    complaint = r"^error: two/config\.json: the classifier has 2 labels, a reward model has one"
+    complaint = r"^error: two/model\.safetensors: tensor 'score\.weight' has .* has one label"
     refused(process, tmp_path, (*CONVERT, "--rm", "two"), complaint)
 
 

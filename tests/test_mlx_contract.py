@@ -1,6 +1,7 @@
 """What the package relies on in MLX and mlx-lm: an upgrade that breaks it is seen here first."""
 
 import copy
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,14 @@ from conftest import tiny_model
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
+
+
+def test_minimum_and_maximum_let_a_nan_through() -> None:
+    for dtype in (mx.float32, mx.bfloat16, mx.float16):
+        for place in (0, 5, 1023):
+            values = mx.ones(1024, dtype)
+            values[place] = float("nan")
+            assert math.isnan(mx.min(values).item()) and math.isnan(mx.max(values).item())
 
 
 def test_vmap_over_keys_draws_what_separate_calls_draw() -> None:

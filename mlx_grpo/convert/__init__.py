@@ -1,50 +1,64 @@
 """Source checkpoints to verified MLX directories; a directory is complete or absent.
 
 `convert_sft` and `convert_rm` each write one directory and return the row of the table that says
-what it cost.
+what it cost. The way of the data: `source` finds out what is there, `opened` reads it lazily,
+`weights` streams it into its final form, `quality` measures what that changed, `card` writes it
+down.
 """
 
-import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_grpo.convert.quality import Cost, check_texts, pair_cost, policy_cost
+from mlx_grpo.convert.adapters import attach
+from mlx_grpo.convert.card import USE_RM, USE_SFT, model_card
+from mlx_grpo.convert.opened import Opened, open_source
+from mlx_grpo.convert.quality import Cost, check_pairs, check_texts, policy_cost, reward_cost
 from mlx_grpo.convert.source import Source, locate
+from mlx_grpo.convert.tokenizer import check_tokenizer
 from mlx_grpo.convert.weights import (
     Quantization,
     bits_per_weight,
-    check_finite,
-    load_source,
-    model_from,
-    quantize,
-    write_model,
+    first_difference,
+    quantized_config,
+    stream,
+    write_weights,
 )
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, read_json, write_json
+from mlx_grpo.files import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.models.backbone import (
     fingerprint,
-    load_backbone,
+    load_chat_tokenizer,
     parameter_count,
-    rope_fields,
     weight_files,
 )
-from mlx_grpo.models.lora import load_adapter, load_arrays, save_arrays
-from mlx_grpo.models.reward_model import (
-    REWARD_CONFIG,
-    REWARD_HEAD,
-    check_fingerprint,
-    load_head,
-    load_reward_model,
+from mlx_grpo.models.lora import (
+    load_adapter,
+    load_arrays,
+    lora_parameters,
+    save_adapter,
+    save_arrays,
 )
+from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, check_fingerprint
 
-__all__ = ["Converted", "Quantization", "check_texts", "convert_rm", "convert_sft", "locate"]
+__all__ = [
+    "Converted",
+    "Quantization",
+    "RewardForm",
+    "check_pairs",
+    "check_texts",
+    "convert_rm",
+    "convert_sft",
+    "locate",
+]
 
-ADAPTER_FILES = ("adapters.safetensors", "adapter_config.json", REWARD_HEAD)
+RewardForm = Literal["auto", "full", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class Converted:
     """One line of the conversion table."""
 
     path: Path
+    form: str
+    """`model` or `adapter`."""
     parameters: int
     bits_per_weight: float
     bytes: int
@@ -60,32 +76,32 @@ class Converted:
 
 
 def convert_sft(
-    source: Source, out: Path, target: Quantization, texts: Path | None, replace: bool = False
+    source: Source,
+    out: Path,
+    target: Quantization,
+    texts: Path | None,
+    base: str | None = None,
+    replace: bool = False,
 ) -> Converted:
     """Convert a causal language model to `out`, a directory `mlx_lm.load` reads.
 
     Args:
         texts: prompts with `response`, on which the cost of quantization is measured; None to skip.
+        base: the model an adapter belongs to, where it does not say so itself.
 
     Raises:
         InputError: the source is unreadable, of another kind, or `out` exists and `replace` is
             false.
     """
-    if source.kind not in ("causal-lm", "gguf"):
-        raise InputError(f"{source.path}: this is a reward model; give it as --rm")
-    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
-        model, config = load_source(source)
-        check_finite(model, source)
-        kept = "quantization" in config or target.bits == 16
-        config = quantize(model, config, target)
-        write_model(directory, source, model, config)
-        del model
-        load_backbone(directory)  # verify: it loads, and its tokenizer has a chat template
-        cost = Cost(kept=kept)
-        if texts and not kept:
-            cost = policy_cost(load_source(source)[0], directory, texts)
-        row = _row(directory, out, cost)
-    return row
+    with _opened(source, base) as opened, _writing(out, replace, source) as directory:
+        if opened.head:
+            raise InputError(f"{source.path}: this is a reward model; give it as --rm")
+        _write_model(opened, directory, target)
+        cost = Cost(kept=_kept(opened, target))
+        if texts and not cost.kept:
+            tokenizer = load_chat_tokenizer(directory)
+            cost = policy_cost(opened.model, _lazily(directory), tokenizer, texts)
+        return _finish(opened, directory, out, "model", cost, USE_SFT)
 
 
 def convert_rm(
@@ -94,128 +110,165 @@ def convert_rm(
     sft: Path,
     target: Quantization,
     pairs: Path | None,
+    form: RewardForm = "auto",
+    base: str | None = None,
     replace: bool = False,
 ) -> Converted:
     """Convert a reward model to `out`, a directory `load_reward_model` reads.
 
+    A reward model whose backbone, once converted, is the model in `sft` is written as an adapter
+    that shares it; any other as a model of its own.
+
+    Args:
+        sft: the converted SFT model; need not exist.
+        pairs: preference pairs on which the cost of quantization is measured; None to skip.
+        form: `adapter` and `full` insist on one of the two.
+
     Raises:
-        InputError: the source is unreadable, has another number of labels than one, or `out`
-            exists.
+        InputError: the source is unreadable, has another number of labels than one, does not fit
+            the SFT model where it must, or `out` exists.
     """
-    if source.kind == "reward-adapter":
-        return _convert_reward_adapter(source, out, sft, replace)
-    if source.kind == "reward-full":
-        return _keep_full(source, out, replace)
-    if source.kind != "sequence-classification":
-        raise InputError(
-            f"{source.path}: not a reward model; give a *ForSequenceClassification directory "
-            "with one label, "
-            "or the output of 'mlx-grpo train-rm'"
-        )
-    _one_label(source)
-    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
-        backbone, head = _split_head(source)
-        config = {**source.config, **rope_fields(source.config), "tie_word_embeddings": True}
-        try:
-            model = model_from(config, backbone)
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{source.path}: {' '.join(str(e).split())[:240]}") from e
-        check_finite(model, source)
-        quantized = quantize(model, config, target)
-        write_model(directory, source, model, quantized)
-        save_arrays(directory / REWARD_HEAD, head)
-        load_head(directory / REWARD_HEAD)
-        about = {"kind": "full", "pooling": "last_token", "input": "chat_template"}
+    own = read_json(source.path / REWARD_CONFIG) if (source.path / REWARD_CONFIG).is_file() else {}
+    if own.get("kind") == "adapter":
+        check_fingerprint(source.path / REWARD_CONFIG, own, sft)
+        base = str(sft)
+    with _opened(source, base) as opened, _writing(out, replace, source) as directory:
+        if not opened.head:
+            raise InputError(
+                f"{source.path}: not a reward model; give a *ForSequenceClassification with one "
+                f"label, a model or LoRA adapter with {REWARD_HEAD}, or the output of "
+                "'mlx-grpo train-rm'"
+            )
+        about = _about(opened, own)
+        own_adapter = own.get("kind") == "adapter"
+        as_adapter = form != "full" and (own_adapter or _shares(opened, sft, form == "adapter"))
+        save_arrays(directory / REWARD_HEAD, opened.head)
+        if as_adapter:
+            _write_adapter(opened, directory, sft)
+            about |= {"kind": "adapter", "backbone_fingerprint": fingerprint(sft)}
+        else:
+            _write_model(opened, directory, target)
+            about |= {"kind": "full"}
         write_json(directory / REWARD_CONFIG, about)
-        del model
-        load_backbone(directory)
-        kept = quantized is config
+        # an adapter made on these very weights, or weights that were not touched
+        kept = own_adapter if as_adapter else _kept(opened, target)
         cost = Cost(kept=kept)
         if pairs and not kept:
-            cost = pair_cost(backbone, config, head, directory, pairs)
-        row = _row(directory, out, cost)
-    return row
+            after = _lazily(sft, directory) if as_adapter else _lazily(directory)
+            tokenizer, padding = load_chat_tokenizer(directory), about.get("padding_token_id")
+            cost = reward_cost(opened.model, after, opened.head, tokenizer, padding, pairs)
+        kind = "adapter" if as_adapter else "model"
+        return _finish(opened, directory, out, kind, cost, USE_RM)
 
 
 @contextmanager
-def _blaming(source: Source, directory: Path) -> Iterator[None]:
-    """Complaints about the unfinished output name the source instead."""
-    try:
-        yield
-    except InputError as e:
-        raise InputError(str(e).replace(str(directory), str(source.path))) from e
+def _opened(source: Source, base: str | None) -> Iterator[Opened]:
+    with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
+        yield open_source(source, base, Path(scratch))
 
 
-def _one_label(source: Source) -> None:
-    config = source.config
-    labels = config.get("num_labels", len(config.get("id2label") or {0: 0, 1: 1}))
-    if labels != 1:
-        raise InputError(
-            f"{source.path}/config.json: the classifier has {labels} labels, a reward model has "
-            "one "
-            "(num_labels=1)"
-        )
-
-
-def _split_head(source: Source) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    weights: dict[str, mx.array] = {}
-    for file in weight_files(source.path):
-        weights |= load_arrays(file)
-    if not weights:
-        raise InputError(
-            f"{source.path}: no model*.safetensors; save the model with safe_serialization=True"
-        )
-    if "score.weight" not in weights:
-        raise InputError(
-            f"{source.path}: tensor 'score.weight' is missing; this has no reward head"
-        )
-    head = {
-        n: weights.pop(f"score.{n}").astype(mx.float32)
-        for n in ("weight", "bias")
-        if f"score.{n}" in weights
-    }
-    if head["weight"].shape[0] != 1:
-        raise InputError(
-            f"{source.path}: tensor 'score.weight' has {head['weight'].shape[0]} rows, "
-            "a reward model has one"
-        )
-    if head["weight"].shape[1] != source.config.get("hidden_size"):
-        raise InputError(
-            f"{source.path}: tensor 'score.weight' has width {head['weight'].shape[1]}, "
-            f"the model has hidden_size {source.config.get('hidden_size')}"
-        )
-    for name, value in head.items():
-        if not mx.isfinite(value).all().item():
-            raise InputError(f"{source.path}: tensor 'score.{name}' holds values not finite")
-    return weights, head
-
-
-def _convert_reward_adapter(source: Source, out: Path, sft: Path, replace: bool) -> Converted:
-    check_fingerprint(source.path / REWARD_CONFIG, source.config, sft)
-    with atomic_directory(out, replace=replace) as directory, _blaming(source, directory):
-        backbone = load_backbone(sft)
-        load_adapter(backbone.model, source.path)  # verify every tensor against the backbone
-        load_head(source.path / REWARD_HEAD)
-        for name in ADAPTER_FILES:
-            shutil.copyfile(source.path / name, directory / name)
-        config: dict[str, Any] = read_json(source.path / REWARD_CONFIG)
-        write_json(directory / REWARD_CONFIG, {**config, "backbone_fingerprint": fingerprint(sft)})
-        arrays = load_arrays(directory / "adapters.safetensors")
-        size = (directory / "adapters.safetensors").stat().st_size
-        count = sum(a.size for a in arrays.values())
-    return Converted(out, count, 8 * size / count, size, Cost(kept=True))
-
-
-def _keep_full(source: Source, out: Path, replace: bool) -> Converted:
-    """A full reward model of this project's own: verified and kept."""
+@contextmanager
+def _writing(out: Path, replace: bool, source: Source) -> Iterator[Path]:
+    """The unfinished output; complaints about it name the source instead."""
     with atomic_directory(out, replace=replace) as directory:
-        load_reward_model(source.path, load_backbone(source.path))
-        shutil.copytree(source.path, directory, dirs_exist_ok=True)
-        row = _row(directory, out, Cost(kept=True))
+        try:
+            yield directory
+        except InputError as e:
+            raise InputError(str(e).replace(str(directory), str(source.path))) from e
+
+
+def _kept(opened: Opened, target: Quantization) -> bool:
+    """Whether no value changes: quantized already, or 16 bits wanted and there."""
+    if opened.loras:
+        return False
+    wide = (mx.float32, mx.float64)
+    in_16_bits = all(v.dtype not in wide for v in opened.tensors().arrays.values())
+    return opened.quantized or (target.bits == 16 and in_16_bits)
+
+
+def _write_model(opened: Opened, directory: Path, target: Quantization) -> None:
+    model = opened.model()
+    config = quantized_config(opened, model, target)
+    write_json(directory / "config.json", config)  # the tokenizer's class depends on it
+    opened.write_tokenizer(directory)
+    check_tokenizer(directory, _embedding_rows(model))  # before the long work
+    write_weights(directory, stream(model, config, opened))
+    _lazily(directory)()  # every tensor is in its place
+
+
+def _write_adapter(opened: Opened, directory: Path, sft: Path) -> None:
+    model = _lazily(sft)()
+    adapted = attach(model, opened.loras or {}, opened.source.path)
+    values = lora_parameters(adapted).values()
+    lossless = all((v.astype(mx.bfloat16) == v).all().item() for v in values)
+    save_adapter(directory, adapted, mx.bfloat16 if lossless else None)
+    opened.write_tokenizer(directory)
+    check_tokenizer(directory, _embedding_rows(model))
+    load_adapter(model, directory)
+
+
+def _embedding_rows(model: nn.Module) -> int:
+    kinds = nn.Embedding | nn.QuantizedEmbedding
+    return next(m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds))
+
+
+def _lazily(directory: Path, adapter: Path | None = None) -> Callable[[], nn.Module]:
+    """Opens a converted directory, with an adapter on top, as often as it is asked."""
+
+    def open_model() -> nn.Module:
+        model = open_source(locate(str(directory)), None, directory).backbone()
+        return load_adapter(model, adapter) if adapter else model
+
+    return open_model
+
+
+def _about(opened: Opened, own: dict[str, Any]) -> dict[str, Any]:
+    """What reward_model.json says beside the kind."""
+    if own:
+        return {n: v for n, v in own.items() if n not in ("kind", "backbone_fingerprint")}
+    padding = opened.config.get("pad_token_id")
+    return {
+        "input": "chat_template",
+        "pooling": "last_token" if padding is None else "last_token_that_is_not_padding",
+        **({} if padding is None else {"padding_token_id": padding}),
+    }
+
+
+def _shares(opened: Opened, sft: Path, insist: bool) -> bool:
+    """Whether the reward model's backbone, converted as the SFT model was, is the SFT model."""
+    if not (sft / "config.json").is_file():
+        if insist:
+            raise InputError(f"{sft}: no SFT model here; convert it first, or use --rm-as full")
+        return False
+    config = read_json(sft / "config.json")
+    model = opened.backbone()
+    different = first_difference(stream(model, config, opened), sft)
+    if different and insist:
+        raise InputError(
+            f"{opened.source.path}: tensor '{different}' differs from that of {sft}, so they "
+            "cannot share a backbone; use --rm-as full"
+        )
+    return different is None
+
+
+def _finish(
+    opened: Opened, directory: Path, out: Path, form: str, cost: Cost, usage: str
+) -> Converted:
+    """Count, write the model card, return the row of the table."""
+    if form == "model":
+        files, count = weight_files(directory), parameter_count(directory)
+        bits = bits_per_weight(directory, count)
+    else:
+        files = [directory / "adapters.safetensors"]
+        count = sum(a.size for a in load_arrays(files[0]).values())
+        bits = 8 * files[0].stat().st_size / count
+    size = sum(f.stat().st_size for f in files)
+    row = Converted(out, form, count, bits, size, cost)
+    table = [
+        ("parameters", f"{count / 1e6:,.1f} M"),
+        ("bits per weight", f"{bits:.2f}"),
+        ("size", f"{size / 1e6:,.1f} MB"),
+        ("what it cost", cost.describe()),
+    ]
+    write_text(directory / "README.md", model_card(opened, out.name, table, usage.format(out.name)))
     return row
-
-
-def _row(directory: Path, out: Path, cost: Cost) -> Converted:
-    count = parameter_count(directory)
-    size = sum(f.stat().st_size for f in weight_files(directory))
-    return Converted(out, count, bits_per_weight(directory, count), size, cost)

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_grpo.convert.tensors import one_line
 from mlx_grpo.errors import InputError
 
 GGUF_GROUP_SIZE = 32
@@ -52,6 +53,8 @@ def tensor_types(path: Path) -> dict[str, int]:
     Raises:
         InputError: not a GGUF file, or its header is damaged or cut short.
     """
+    if not path.stat().st_size:
+        raise InputError(f"{path}: the file is empty; fetch it again")
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF":
             raise InputError(f"{path}: not a GGUF file")
@@ -120,18 +123,24 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str
                 f"{path}: tensor '{name}' has ggml type {kind}, which MLX does not read exactly; "
                 f"use a file with {', '.join(EXACT_TYPES.values())}"
             )
-    weights, metadata = mx.load(str(path), return_metadata=True)
+    try:
+        weights, metadata = mx.load(str(path), return_metadata=True)
+    except (RuntimeError, ValueError) as e:
+        raise InputError(f"{path}: damaged or incomplete ({one_line(e)}); fetch it again") from None
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(
             f"{path}: GGUF architecture '{architecture}' is not supported; use 'llama'"
         )
-    config = _config(metadata, weights)
+    try:
+        config = _config(metadata, weights)
+    except (KeyError, AttributeError, TypeError) as e:
+        raise InputError(f"{path}: metadata is missing or of a wrong type: {one_line(e)}") from None
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     renamed = {}
     for name, value in weights.items():
         if ".attn_q." in name or ".attn_k." in name:
-            value = _unpermute(value, heads if ".attn_q." in name else kv_heads)
+            value = _unpermuted(path, name, value, heads if ".attn_q." in name else kv_heads)
         renamed[_mlx_name(path, name)] = value
     mx.eval(renamed)
     return config, renamed, metadata
@@ -146,8 +155,10 @@ def _mlx_name(path: Path, name: str) -> str:
     return f"{prefix}{TENSOR_NAMES[stem]}.{leaf}"
 
 
-def _unpermute(rows: mx.array, heads: int) -> mx.array:
+def _unpermuted(path: Path, name: str, rows: mx.array, heads: int) -> mx.array:
     """Undo llama.cpp's order of rotary rows, (h, d/2, 2) to (h, 2, d/2); packed rows too."""
+    if not heads or rows.shape[0] % (2 * heads):
+        raise InputError(f"{path}: tensor '{name}' has {rows.shape[0]} rows for {heads} heads")
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -197,13 +208,20 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path, source: Path) -> 
     Raises:
         InputError: a tokenizer model or pre-tokenizer this function does not rebuild exactly.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre not in ("smollm", "gpt-2"):
         raise InputError(
             f"{source}: tokenizer '{kind}' with pre-tokenizer '{pre}' is not supported"
         )
+    try:
+        _write_byte_level(metadata, directory, pre)
+    except Exception as e:  # the tokenizers library raises plain exceptions
+        raise InputError(f"{source}: damaged tokenizer metadata: {one_line(e)}") from e
+
+
+def _write_byte_level(metadata: dict[str, Any], directory: Path, pre: str) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ", 1)) for m in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))

@@ -1,25 +1,40 @@
-"""What quantization changed, measured on a few dozen texts against the source's own precision."""
+"""What a conversion changed, measured on texts of `data/` against the source's own precision.
+
+Both models are run block by block, the weights of one block in memory at a time, so that a model is
+measured on the machine that can convert it.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
-from mlx_grpo.backend import apply_policy
-from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl
+from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl, row_messages
 from mlx_grpo.errors import InputError
 from mlx_grpo.logprob import chunk_tokens
-from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.reward_model import RewardModel, conversation_tokens, load_reward_model
+from mlx_grpo.models.reward_model import conversation_tokens, reward_head, without_padding
 from mlx_grpo.models.stages import Stages, shift_right
 
 TEXTS = 24
 MAX_PROMPT = 512
+LOGIT_BYTES = 128 << 20
+"""Of fp32 logits of the source, kept until those of the converted model are there."""
+
+MUCH_KL = 0.1
+"""Twice the first KL target of a training run, nats per token."""
+LITTLE_AGREEMENT = 0.9
+
+Open = Callable[[], nn.Module]
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of what follows it."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +42,13 @@ class Cost:
     """Change against the source; None where it does not apply."""
 
     kl_per_token: float | None = None
+    """KL(source || converted), nats."""
     perplexity_before: float | None = None
     perplexity_after: float | None = None
     pearson: float | None = None
+    spearman: float | None = None
     agreement: float | None = None
+    """Share of preference pairs that both reward models order alike."""
     kept: bool = False
     """The source's own values were kept."""
 
@@ -39,9 +57,21 @@ class Cost:
         if self.kl_per_token is not None and self.perplexity_before and self.perplexity_after:
             change = self.perplexity_after / self.perplexity_before - 1
             return f"KL {self.kl_per_token:.4f} nats/token, perplexity {change:+.1%}"
-        if self.pearson is not None and self.agreement is not None:
-            return f"score correlation {self.pearson:.3f}, pairwise agreement {self.agreement:.1%}"
+        if self.pearson is not None and self.spearman is not None and self.agreement is not None:
+            return (
+                f"scores: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}, "
+                f"pairs ordered alike {self.agreement:.1%}"
+            )
         return "values kept" if self.kept else "not measured"
+
+    def advice(self) -> str | None:
+        """What to try where quantization changed more than a training run does on purpose."""
+        finer = "try --group-size 32 or --bits 8"
+        if self.kl_per_token is not None and self.kl_per_token > MUCH_KL:
+            return f"quantization moved the model by {self.kl_per_token:.2f} nats/token; {finer}"
+        if self.agreement is not None and self.agreement < LITTLE_AGREEMENT:
+            return f"quantization reordered {1 - self.agreement:.0%} of the pairs; {finer}"
+        return None
 
 
 def check_texts(texts: Path) -> None:
@@ -54,69 +84,156 @@ def check_texts(texts: Path) -> None:
         )
 
 
-def policy_cost(source: nn.Module, converted: Path, texts: Path) -> Cost:
+def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> Cost:
     """KL(source || converted) per token and both perplexities, on reference answers."""
-    new = load_backbone(converted)
-    apply_policy(source, replace(new.policy, dense=False))
-    prompts, _ = load_prompts(texts, new.tokenizer, MAX_PROMPT)
+    prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT)
     chosen = [p for p in prompts if p.response][:TEXTS]
-    kl = nll_old = nll_new = 0.0
-    count = 0
-    for prompt in chosen:
-        answer = mx.array([answer_tokens(new.tokenizer, prompt.response or "")])
-        hidden = [_predicting(Stages(m), prompt.token_ids, answer) for m in (source, new.model)]
-        width = chunk_tokens(hidden[0][0].vocabulary)
-        for start in range(0, answer.size, width):
-            part = slice(start, start + width)
-            old_TV, new_TV = (_log_softmax(s.head(h[:, part])[0]) for s, h in hidden)
-            picked = answer[0, part, None]
-            sums = (
-                (mx.exp(old_TV) * (old_TV - new_TV)).sum(),
-                -mx.take_along_axis(old_TV, picked, -1).sum(),
-                -mx.take_along_axis(new_TV, picked, -1).sum(),
-            )
-            kl, nll_old, nll_new = (
-                a + s.item() for a, s in zip((kl, nll_old, nll_new), sums, strict=True)
-            )
-        count += answer.size
-    return Cost(kl / count, math.exp(nll_old / count), math.exp(nll_new / count))
+    rows = [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
+    targets = [token for _, answer in rows for token in answer]
+    policy = choose_policy(0)
+    hidden_ND = [
+        mx.concatenate([shift_right(*h)[0] for h in streamed(open_model, rows, policy)])
+        for open_model in (before, after)
+    ]
+    sums = [0.0, 0.0, 0.0]
+    width = chunk_tokens(Stages(before()).vocabulary, LOGIT_BYTES)
+    for start in range(0, len(targets), width):
+        part = slice(start, start + width)
+        found = _compare(
+            _logps(before, hidden_ND[0][part], policy),
+            _logps(after, hidden_ND[1][part], policy),
+            mx.array(targets[part])[:, None],
+        )
+        sums = [a + b for a, b in zip(sums, found, strict=True)]
+    kl, nll_before, nll_after = (s / len(targets) for s in sums)
+    return Cost(kl, math.exp(nll_before), math.exp(nll_after))
 
 
-def _predicting(
-    stages: Stages, prompt_ids: tuple[int, ...], answer: mx.array
-) -> tuple[Stages, mx.array]:
-    hidden = shift_right(*stages.forward(mx.array([prompt_ids]), answer))
-    return stages, hidden.astype(mx.float32)  # a bf16 head would round the logits
+def _compare(
+    before: Iterator[mx.array], after: Iterator[mx.array], targets_N1: mx.array
+) -> tuple[float, float, float]:
+    """Sums over tokens of the KL and of both negative log-probs of the targets."""
+    first_NV = mx.concatenate(list(before))
+    mx.eval(first_NV)
+    kl = nll_after = 0.0
+    done = 0
+    for second in after:
+        own = slice(done, done + len(second))
+        kl += (mx.exp(first_NV[own]) * (first_NV[own] - second)).sum().item()
+        nll_after -= mx.take_along_axis(second, targets_N1[own], -1).sum().item()
+        done += len(second)
+    nll_before = -mx.take_along_axis(first_NV, targets_N1, -1).sum().item()
+    return kl, nll_before, nll_after
 
 
-def _log_softmax(logits: mx.array) -> mx.array:
-    z = logits.astype(mx.float32)
-    return z - mx.logsumexp(z, axis=-1, keepdims=True)
+def check_pairs(pairs: Path) -> None:
+    """Raise InputError unless the file has preference pairs to measure on."""
+    for place, row in islice(read_jsonl(pairs), TEXTS):
+        row_messages(place, row)
+        for side in ("chosen", "rejected"):
+            if not isinstance(row.get(side), str):
+                raise InputError(f"{place}: field '{side}' is missing or not a text")
 
 
-def pair_cost(
-    weights: dict[str, mx.array],
-    config: dict[str, Any],
+def reward_cost(
+    before: Open,
+    after: Open,
     head: dict[str, mx.array],
-    converted: Path,
-    texts: Path,
+    tokenizer: Any,
+    padding: int | None,
+    pairs: Path,
 ) -> Cost:
-    """Correlation of scores and agreement on all pairs of texts, source against converted."""
-    from mlx_grpo.convert.weights import model_from
+    """Correlation of scores, and the share of preference pairs that are ordered alike."""
+    texts = [
+        _conversation(place, row, side, tokenizer)
+        for place, row in islice(read_jsonl(pairs), TEXTS)
+        for side in ("chosen", "rejected")
+    ]
+    rows = [(ids[:-1], ids[-1:]) for ids in (without_padding(ids, padding) for ids in texts)]
+    old, new = (_scores(open_model, rows, head) for open_model in (before, after))
+    alike = [(old[i] > old[i + 1]) == (new[i] > new[i + 1]) for i in range(0, len(rows), 2)]
+    return Cost(
+        pearson=pearson(old, new),
+        spearman=pearson(ranks(old), ranks(new)),
+        agreement=sum(alike) / len(alike),
+    )
 
-    new_backbone = load_backbone(converted)
-    new = load_reward_model(converted, new_backbone)
-    source = model_from(config, {n: v.astype(mx.float32) for n, v in weights.items()})
-    old = RewardModel(Stages(source), head["weight"], head.get("bias"), new_backbone.tokenizer)
-    prompts, _ = load_prompts(texts, new_backbone.tokenizer, MAX_PROMPT)
-    scores: list[list[float]] = [[], []]
-    for prompt in [p for p in prompts if p.response][:TEXTS]:
-        ids = conversation_tokens(new_backbone.tokenizer, prompt.messages, prompt.response or "")
-        for model, found in zip((old, new), scores, strict=True):
-            found += model.score_ids(ids[:-1], [ids[-1:]])
-    pairs = list(combinations(range(len(scores[0])), 2))
-    same = sum((scores[0][i] > scores[0][j]) == (scores[1][i] > scores[1][j]) for i, j in pairs)
-    return Cost(pearson=pearson(*scores), agreement=same / len(pairs))
+
+def _conversation(place: str, row: dict[str, Any], side: str, tokenizer: Any) -> tuple[int, ...]:
+    try:
+        return conversation_tokens(tokenizer, row_messages(place, row), row[side])
+    except InputError as e:
+        raise InputError(f"{place}: {e}") from e
+
+
+def _scores(open_model: Open, rows: Sequence[Row], head: dict[str, mx.array]) -> list[float]:
+    policy = choose_policy(0)
+    last_ND = mx.concatenate([h_rows[:, -1] for _, h_rows in streamed(open_model, rows, policy)])
+    stages = _without_blocks(open_model(), policy)
+    scores_N = reward_head(stages, last_ND, head["weight"], head.get("bias"))
+    return [float(s) for s in scores_N.tolist()]
+
+
+def streamed(
+    open_model: Open, rows: Sequence[Row], policy: ComputePolicy
+) -> list[tuple[mx.array, mx.array]]:
+    """Hidden states after the last block, [1, S, D] and [1, T, D] for each row, with the weights of
+    one block in memory at a time."""
+    # looking tokens up needs no unpacked embedding, but scales that do not round what is looked up
+    stages = _without_blocks(open_model(), replace(policy, dense=False))
+    with stages.without_blocks():
+        floats = partial(_floats_as, policy.dtype)
+        stages.model.update(tree_map(floats, stages.model.parameters()))
+    entered = [stages.embed(mx.array([a]), mx.array([b])) for a, b in rows]
+    states = [(e.h_prompt, e.h_rows) for e in entered]
+    mx.eval(states)
+    with stages.without_blocks():
+        _let_go(stages.model)
+    for i, block in enumerate(stages.blocks):
+        apply_policy(block, policy)
+        for j, e in enumerate(entered):
+            states[j] = stages.run_block(e, i, *states[j])
+            mx.eval(states[j])
+        _let_go(block)
+    return states
+
+
+def _without_blocks(model: nn.Module, policy: ComputePolicy) -> Stages:
+    """Embedding, final norm and head in memory; the blocks stay on disk."""
+    stages = Stages(model)
+    with stages.without_blocks():
+        apply_policy(model, policy)
+    return stages
+
+
+def _floats_as(dtype: mx.Dtype, value: mx.array) -> mx.array:
+    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
+def _let_go(module: nn.Module) -> None:
+    module.update(tree_map(lambda _: mx.array(0.0), module.parameters()))
+    mx.clear_cache()
+
+
+def _logps(open_model: Open, hidden_ND: mx.array, policy: ComputePolicy) -> Iterator[mx.array]:
+    """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
+    stages = _without_blocks(open_model(), policy)
+    width = chunk_tokens(stages.vocabulary)
+    for start in range(0, len(hidden_ND), width):
+        # a bf16 head would round the logits
+        h_1ND = hidden_ND[None, start : start + width].astype(mx.float32)
+        z_NV = stages.head(h_1ND)[0].astype(mx.float32)
+        logp_NV = z_NV - mx.logsumexp(z_NV, axis=-1, keepdims=True)
+        mx.eval(logp_NV)  # before the next chunk, and before another model's head is read
+        yield logp_NV
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Rank of each value, the mean rank where several are equal."""
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2
+        for value in values
+    ]
 
 
 def pearson(a: Sequence[float], b: Sequence[float]) -> float:

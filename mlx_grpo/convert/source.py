@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_grpo.convert.tensors import one_line
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json
-from mlx_grpo.models.reward_model import REWARD_CONFIG
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-Kind = Literal["causal-lm", "sequence-classification", "reward-adapter", "reward-full", "gguf"]
+ADAPTER_CONFIG = "adapter_config.json"
+TEXT_FILES = (".json", ".jinja", ".txt", ".model")
+Kind = Literal["model", "gguf", "peft", "mlx-lora"]
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,19 @@ class Source:
     """A checkpoint on this machine."""
 
     name: str
+    """As the user wrote it."""
     path: Path
     kind: Kind
     config: dict[str, Any]
+    """config.json of a model, adapter_config.json of an adapter, nothing for GGUF."""
+    revision: str | None = None
+    """Commit, where it came from the Hub."""
+
+    @property
+    def base(self) -> str | None:
+        """What an adapter says it was trained on."""
+        base = self.config.get("base_model_name_or_path" if self.kind == "peft" else "model")
+        return base if isinstance(base, str) else None
 
 
 def locate(name: str, revision: str | None = None) -> Source:
@@ -34,43 +45,87 @@ def locate(name: str, revision: str | None = None) -> Source:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         return Source(name, path, "gguf", {})
+    if path.is_file():
+        raise InputError(f"{path}: a file; give the directory it is in, a .gguf file or a Hub id")
+    commit = None
     if not path.is_dir():
         path = _download(name, revision)
-    return Source(name, path, *_kind(path))
+        commit = path.name  # the Hub's cache names a snapshot by its commit
+    return Source(name, path, *_kind(path), commit)
+
+
+def _kind(path: Path) -> tuple[Kind, dict[str, Any]]:
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        config = read_json(path / ADAPTER_CONFIG)
+        return ("peft" if "peft_type" in config else "mlx-lora"), config
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: neither config.json nor {ADAPTER_CONFIG} is here; give the directory of a "
+            "model or adapter, a .gguf file or a Hub id"
+        )
+    return "model", read_json(path / "config.json")
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """Fetch what a conversion reads, and resume what was begun; returns the snapshot."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(f"{name}: no such directory (a Hub id looks like 'owner/name')")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        info = HfApi().model_info(name, revision=revision)
+        wanted = needed_files([s.rfilename for s in info.siblings or ()])
+        # by the name of the revision, which the cache then knows without a network
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError:
         raise InputError(f"{name}: neither a directory nor a Hub id") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        reason = " ".join(str(e).split())[:160]
+    except HfHubHTTPError as e:
         raise InputError(
-            f"{name}: no such directory, and the Hub could not deliver it ({reason})"
+            f"{name}: no such directory, and the Hub refused it ({one_line(e)})"
         ) from None
-
-
-def _kind(path: Path) -> tuple[Kind, dict[str, Any]]:
-    if (path / REWARD_CONFIG).is_file():
-        config = read_json(path / REWARD_CONFIG)
-        kind = config.get("kind")
-        if kind not in ("adapter", "full"):
+    except Exception as e:  # no network: each HTTP library below the Hub's has errors of its own
+        cached = _cached(name, revision)
+        if cached is None:
             raise InputError(
-                f"{path / REWARD_CONFIG}: field 'kind' must be 'adapter' or 'full', not {kind!r}"
-            )
-        return ("reward-adapter" if kind == "adapter" else "reward-full"), config
-    if not (path / "config.json").is_file():
-        raise InputError(
-            f"{path}: no config.json; give a model directory, a .gguf file or a Hub id"
-        )
-    config = read_json(path / "config.json")
-    architectures = config.get("architectures") or [""]
-    if str(architectures[0]).endswith("ForSequenceClassification"):
-        return "sequence-classification", config
-    return "causal-lm", config
+                f"{name}: no such directory, and the Hub cannot be reached ({one_line(e)})"
+            ) from e
+        return cached
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The snapshot that an earlier call fetched.
+
+    Not from `snapshot_download`, which calls a snapshot incomplete that lacks what nobody needed.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", ADAPTER_CONFIG):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def needed_files(files: list[str]) -> list[str]:
+    """Of a repository's files those that a conversion reads: top level, one format of weights."""
+    top = [f for f in files if "/" not in f]
+    texts = [f for f in top if f.endswith(TEXT_FILES) or f == "README.md"]
+    tensors = [f for f in top if f.endswith(".safetensors")]
+    if ADAPTER_CONFIG in top and "config.json" not in top:
+        tensors = [f for f in tensors if f.startswith("adapter")]
+    return texts + (tensors or [f for f in top if f.endswith(".bin") and "training" not in f])
+
+
+def licence(directory: Path) -> str | None:
+    """The licence that the card of a model or a licence file beside it names."""
+    card = directory / "README.md"
+    if card.is_file():
+        for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:80]:
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip().strip("\"'") or None
+    file = next((f for f in sorted(directory.glob("LICEN[CS]E*")) if f.is_file()), None)
+    if file is None:
+        return None
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip() for line in lines if line.strip()), None)

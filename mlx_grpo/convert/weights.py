@@ -1,8 +1,8 @@
-"""Build an mlx-lm model from a source, quantize it, write a directory that `mlx_lm.load` reads."""
+"""Parameters in their final form, streamed: one module is read, checked, quantized and let go
+before the next is read, and each file is written as soon as it is full.
+"""
 
-import contextlib
-import io
-import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,118 +10,127 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
-from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
-from mlx_grpo.convert.source import Source
-from mlx_grpo.errors import InputError
-from mlx_grpo.models.backbone import rope_fields, safetensors_header, weight_files
+from mlx_grpo.convert.opened import Opened
+from mlx_grpo.convert.tensors import check_values
+from mlx_grpo.files import write_json
+from mlx_grpo.models.backbone import weight_files
+from mlx_grpo.models.lora import save_arrays
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
+SHARD_BYTES = 1 << 30
+"""Of a file of weights: no more than this waits in memory to be written."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Bits and group size of the target."""
+    """Bits and group size of the target; 16 bits leave the weights unquantized."""
 
     bits: int = 4
     group_size: int = 64
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files as they are."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if not (target / "tokenizer_config.json").is_file():
-        raise InputError(f"{source}: tokenizer_config.json is missing")
+def quantized_config(opened: Opened, model: nn.Module, target: Quantization) -> dict[str, Any]:
+    """config.json of the converted model. One that is quantized already stays as it is."""
+    if opened.quantized:
+        return opened.config
+    config = {n: v for n, v in opened.config.items() if n != "torch_dtype"}
+    halves = any(v.dtype == mx.float16 for v in opened.tensors().arrays.values())
+    config["dtype"] = "float16" if halves else "bfloat16"
+    if target.bits == 16:
+        return config
+    quantization: dict[str, Any] = {
+        "group_size": target.group_size,
+        "bits": target.bits,
+        "mode": "affine",
+    }
+    predicate = getattr(model, "quant_predicate", None)
+    for path, module in model.named_modules():
+        if predicate and hasattr(module, "to_quantized"):
+            choice = predicate(path, module)  # a family may keep a layer finer, or whole
+            if choice is not True:
+                quantization[path] = choice
+    return {**config, "quantization": quantization, "quantization_config": quantization}
 
 
-def load_source(source: Source) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its configuration as the source stores it, lazily.
+def stream(
+    model: nn.Module, config: dict[str, Any], opened: Opened
+) -> Iterator[tuple[str, mx.array]]:
+    """(name, array) of each parameter as `config` wants it: floats in 16 bits, linear layers and
+    embeddings quantized.
 
     Raises:
-        InputError: unreadable, or an architecture mlx-lm does not know.
+        InputError: a tensor holds values that no weight can have; file and tensor are named.
     """
-    try:
-        if source.kind == "gguf":
-            config, weights, _ = read_gguf(source.path)
-            return model_from(config, weights), config
-        if not list(source.path.glob("model*.safetensors")):
-            raise InputError(
-                f"{source.path}: no model*.safetensors; save the model with safe_serialization=True"
-            )
-        for file in weight_files(source.path):
-            safetensors_header(file)  # names a file that is cut short
-        rope = rope_fields(source.config)
-        model, config = load_model(source.path, lazy=True, model_config=rope)
-        return model, config
-    except InputError:
-        raise
-    except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as e:
-        raise InputError(f"{source.path}: {' '.join(str(e).split())[:240]}") from e
+    files = opened.tensors().files
+    dtype = mx.float16 if config.get("dtype") == "float16" else mx.bfloat16
+    modules = dict(model.named_modules())
+    leaves: dict[str, list[str]] = {}
+    for name, _ in tree_flatten(model.parameters()):
+        path, _, leaf = name.rpartition(".")
+        leaves.setdefault(path, []).append(leaf)
+    for path, names in leaves.items():
+        module, prefix = modules.pop(path), f"{path}." if path else ""
+        for leaf in names:
+            value = module[leaf]
+            if not opened.quantized and value.dtype in (mx.float32, mx.float64):
+                value = value.astype(dtype)
+            check_values(prefix + leaf, value, files.get(prefix + leaf, opened.base.path))
+            module[leaf] = value
+        packed = _quantized(path, module, config.get("quantization"))
+        for leaf in names if packed is module else sorted(packed.parameters()):
+            mx.eval(packed[leaf])
+            yield prefix + leaf, packed[leaf]
+        for leaf in names:  # the tree lets go of what it held
+            module[leaf] = mx.array(0.0)
 
 
-def model_from(config: dict[str, Any], weights: dict[str, mx.array]) -> nn.Module:
-    """An mlx-lm model with the given weights; every backbone tensor must be there."""
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
-    weights = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
-    if quantization := config.get("quantization"):
-
-        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            return quantization.get(
-                path, hasattr(module, "to_quantized") and f"{path}.scales" in weights
-            )
-
-        nn.quantize(
-            model, quantization["group_size"], quantization["bits"], class_predicate=predicate
-        )
-    expected = {name for name, _ in tree_flatten(model.parameters())}
-    if missing := sorted(expected - weights.keys() - {"lm_head.weight"}):
-        raise ValueError(f"tensor '{missing[0]}' is missing")
-    model.load_weights(list(weights.items()), strict=False)
-    return model
+def _quantized(path: str, module: nn.Module, quantization: dict[str, Any] | None) -> nn.Module:
+    if not quantization or not hasattr(module, "to_quantized"):
+        return module
+    choice = quantization.get(path, quantization)
+    if choice is False or module.weight.shape[-1] % choice["group_size"]:
+        return module
+    return module.to_quantized(choice["group_size"], choice["bits"], choice.get("mode", "affine"))
 
 
-def quantize(model: nn.Module, config: dict[str, Any], target: Quantization) -> dict[str, Any]:
-    """Quantize in place unless the model is quantized already; return the new configuration."""
-    if "quantization" in config or target.bits == 16:
-        return config
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # mlx-lm reports bits per weight on stdout; our table says it
-        _, quantized = quantize_model(model, config, target.group_size, target.bits)
-    return quantized
+def write_weights(directory: Path, parameters: Iterable[tuple[str, mx.array]]) -> None:
+    """Write `model.safetensors`, or several files with an index, as mlx-lm and transformers do."""
+    shard: dict[str, mx.array] = {}
+    written: list[list[str]] = []
+
+    def flush() -> None:
+        written.append(list(shard))
+        save_arrays(directory / f"model-{len(written):05d}.safetensors", shard)
+        shard.clear()
+        mx.clear_cache()
+
+    for name, value in parameters:
+        if shard and sum(v.nbytes for v in shard.values()) + value.nbytes > SHARD_BYTES:
+            flush()
+        shard[name] = value
+    flush()
+    places: dict[str, str] = {}
+    for i, names in enumerate(written, start=1):
+        final = f"model-{i:05d}-of-{len(written):05d}" if len(written) > 1 else "model"
+        (directory / f"model-{i:05d}.safetensors").rename(directory / f"{final}.safetensors")
+        places |= dict.fromkeys(names, f"{final}.safetensors")
+    if len(written) > 1:
+        size = sum(f.stat().st_size for f in directory.glob("model-*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_json(directory / "model.safetensors.index.json", index)
 
 
-def write_model(directory: Path, source: Source, model: nn.Module, config: dict[str, Any]) -> None:
-    """Weights, configuration and tokenizer."""
-    save_model(directory, model)
-    save_config(dict(config), directory / "config.json")
-    if source.kind == "gguf":
-        _, _, metadata = read_gguf(source.path)
-        write_tokenizer(metadata, directory, source.path)
-    else:
-        copy_tokenizer(source.path, directory)
-
-
-def check_finite(model: nn.Module, source: Source) -> None:
-    """Raise InputError naming the first tensor with a value that is not finite."""
-    for name, value in tree_flatten(model.parameters()):
-        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
-            raise InputError(f"{source.path}: tensor '{name}' holds values that are not finite")
+def first_difference(parameters: Iterable[tuple[str, mx.array]], directory: Path) -> str | None:
+    """The first parameter that the model in `directory` does not hold bit for bit."""
+    stored: dict[str, mx.array] = {}
+    for file in weight_files(directory):
+        stored |= mx.load(str(file))
+    for name, value in parameters:
+        other = stored.pop(name, None)
+        same = other is not None and other.dtype == value.dtype and other.shape == value.shape
+        if not same or not mx.array_equal(value, other).item():
+            return name
+    return None
 
 
 def bits_per_weight(directory: Path, parameters: int) -> float:

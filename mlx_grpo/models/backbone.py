@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,14 @@ from mlx_lm.utils import load_model, load_tokenizer
 from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json, verify_manifest
+
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+"""Bits per value of the dtypes of safetensors."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,25 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
         model, config = load_model(path, lazy=True, model_config=rope_fields(config))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: cannot load the model: {_one_line(e)}") from e
+    tokenizer = load_chat_tokenizer(path, config.get("eos_token_id"))
+    policy = policy or choose_policy(parameter_count(path))
+    apply_policy(model, policy)
+    model.freeze()
+    model.eval()
+    return Backbone(path, model, tokenizer, config, policy)
+
+
+def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
+    """mlx-lm's wrapper of the tokenizer in `path`.
+
+    Args:
+        eos_token_ids: what ends an answer, where it is more than the tokenizer's own.
+
+    Raises:
+        InputError: damaged files, or no chat template.
+    """
     try:
-        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_tokenizer(path, eos_token_ids=eos_token_ids)
     except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
         raise InputError(f"{path}: cannot load the tokenizer: {_one_line(e)}") from e
     if not tokenizer.has_chat_template:
@@ -59,11 +86,7 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model or "
             "add one"
         )
-    policy = policy or choose_policy(parameter_count(path))
-    apply_policy(model, policy)
-    model.freeze()
-    model.eval()
-    return Backbone(path, model, tokenizer, config, policy)
+    return tokenizer
 
 
 def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,15 +136,8 @@ def parameter_count(path: Path) -> int:
             module = quantization.get(name.removesuffix(".weight"))
             bits = module["bits"] if isinstance(module, dict) else quantization.get("bits", 4)
             packed = 32 // bits
-        total += packed * _product(shape)
+        total += packed * math.prod(shape)
     return total
-
-
-def _product(shape: list[int]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
@@ -130,8 +146,6 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the header cannot be read.
     """
-    import json
-
     try:
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
@@ -139,9 +153,12 @@ def safetensors_header(file: Path) -> dict[str, Any]:
                 raise ValueError("header longer than the file")
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
-            end = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
-            if end > file.stat().st_size:
-                raise ValueError("the file is cut short")
+            for name, info in header.items():
+                begin, end = info["data_offsets"]
+                if 8 * (end - begin) != BITS[info["dtype"]] * math.prod(info["shape"]):
+                    raise ValueError(f"tensor '{name}' has another size than its shape says")
+                if 8 + length + end > file.stat().st_size:
+                    raise ValueError(f"cut short within tensor '{name}'")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{file}: not a whole safetensors file ({_one_line(e)})") from None
     return header

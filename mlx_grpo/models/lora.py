@@ -31,7 +31,7 @@ def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int =
         blocks: how many of the last blocks get a LoRA; 0 means all.
     """
     count = blocks or len(model.layers)
-    adapted = _with_lora_modules(model, count, {"rank": rank, "scale": scale, "dropout": 0.0})
+    adapted = with_lora_modules(model, count, {"rank": rank, "scale": scale, "dropout": 0.0})
     fresh: Parameters = {}
     for name, module in lora_modules(adapted):
         inputs, r = module.lora_a.shape
@@ -44,7 +44,13 @@ def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int =
     return adapted
 
 
-def _with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any]) -> nn.Module:
+def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any]) -> nn.Module:
+    """A tree that shares the arrays of `model` and has LoRA layers, their values still to be set.
+
+    Args:
+        blocks: how many of the last blocks, at least 1.
+        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer.
+    """
     adapted = share(model)
     adapted.freeze()
     keys = parameters.get("keys") or sorted(
@@ -141,7 +147,7 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
     for name, fields in (("num_layers", config), ("rank", parameters), ("scale", parameters)):
         if not isinstance(fields, dict) or name not in fields:
             raise InputError(f"{directory / 'adapter_config.json'}: field '{name}' is missing")
-    adapted = _with_lora_modules(model, config["num_layers"], {"dropout": 0.0, **parameters})
+    adapted = with_lora_modules(model, config["num_layers"], {"dropout": 0.0, **parameters})
     file = directory / "adapters.safetensors"
     arrays = {name: value.astype(mx.float32) for name, value in load_arrays(file).items()}
     expected = lora_parameters(adapted)

@@ -14,7 +14,12 @@ import mlx.core as mx
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json
-from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
+from mlx_grpo.models.backbone import (
+    Backbone,
+    fingerprint,
+    load_backbone,
+    load_chat_tokenizer,
+)
 from mlx_grpo.models.lora import load_adapter, load_arrays
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import pad_right
@@ -29,13 +34,16 @@ class RewardModel:
     """Scores completions.
 
     `tokenizer` is None where the policy's token ids are used as they are; otherwise texts are put
-    through the reward model's own chat template.
+    through the reward model's own chat template. `padding` is the token at the end of a text that
+    the model was trained not to look at: transformers' classifiers pool at the last token that is
+    not the padding token, even where that is the end-of-sequence token too.
     """
 
     stages: Stages
     weight_1D: mx.array
     bias: mx.array | None
     tokenizer: Any | None
+    padding: int | None = None
 
     def score(self, group: Group) -> list[float]:
         """Raw scores of the completions of a group."""
@@ -47,7 +55,9 @@ class RewardModel:
         if self.tokenizer is None:
             return group.prompt.token_ids, [c.token_ids for c in group.completions]
         texts = [
-            conversation_tokens(self.tokenizer, group.prompt.messages, c.text)
+            without_padding(
+                conversation_tokens(self.tokenizer, group.prompt.messages, c.text), self.padding
+            )
             for c in group.completions
         ]
         shared = _common_prefix(texts)
@@ -75,10 +85,31 @@ def reward_head(
 def conversation_tokens(
     tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str
 ) -> tuple[int, ...]:
-    """A whole conversation, the answer closed, through the reward model's chat template."""
+    """A whole conversation, the answer closed, through the reward model's chat template.
+
+    Raises:
+        InputError: the template refuses it, as Gemma's does with a system message.
+    """
+    from jinja2 import TemplateError
+
     whole = [*messages, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    try:
+        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    except TemplateError as e:
+        roles = ", ".join(m["role"] for m in whole)
+        raise InputError(
+            f"the reward model's chat template refuses a conversation of {roles}: {e}; change the "
+            "prompts or the template"
+        ) from None
     return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def without_padding(ids: tuple[int, ...], padding: int | None) -> tuple[int, ...]:
+    """The token ids up to the last that is not the padding token, two of them at the least."""
+    end = len(ids)
+    while end > 2 and ids[end - 1] == padding:
+        end -= 1
+    return ids[:end]
 
 
 def _common_prefix(rows: list[tuple[int, ...]]) -> int:
@@ -89,6 +120,8 @@ def _common_prefix(rows: list[tuple[int, ...]]) -> int:
 
 def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
     """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
+
+    Its `input` says what it reads: `policy_token_ids` or `chat_template` (its own).
 
     Raises:
         InputError: missing or unfitting files, or an adapter made for another backbone.
@@ -103,6 +136,8 @@ def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
     if kind == "adapter":
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
         stages, tokenizer = Stages(load_adapter(backbone.model, path)), None
+        if config.get("input") == "chat_template":
+            tokenizer = load_chat_tokenizer(path)
     elif kind == "full":
         own = load_backbone(path)
         stages, tokenizer = Stages(own.model), own.tokenizer
@@ -116,7 +151,7 @@ def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
             f"{path / REWARD_HEAD}: tensor 'weight' has width {weight_1D.shape[1]}, the "
             f"backbone has {stages.hidden_size}"
         )
-    return RewardModel(stages, weight_1D, bias, tokenizer)
+    return RewardModel(stages, weight_1D, bias, tokenizer, config.get("padding_token_id"))
 
 
 def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> None:

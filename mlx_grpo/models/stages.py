@@ -158,6 +158,12 @@ class Stages:
             mx.eval(h_prompt, h_rows)
         return h_prompt, h_rows
 
+    @contextmanager
+    def without_blocks(self) -> Iterator[None]:
+        """Within it the model's parameters are those of embedding, final norm and head alone."""
+        with _replaced(self._owner, []):
+            yield
+
     def norm(self, h_BTD: mx.array) -> mx.array:
         """The model's final norm."""
         return self._inject(self._owner, h_BTD)
