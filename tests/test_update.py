@@ -108,12 +108,15 @@ def rated(seed: int, scores: list[float]) -> RatedGroup:
 
 @pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("prompt", [2, 11])  # a short prompt makes the rows fall into two buckets
 def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
-    minibatch: int, epochs: int, level: str
+    minibatch: int, epochs: int, level: str, prompt: int
 ) -> None:
     clip = Clip(level=level)  # type: ignore[arg-type]
     settings = replace(SETTINGS, minibatch_size=minibatch, epochs=epochs, clip=clip)
-    groups = [rated(1, [1.0, -1.0, 0.0]), rated(2, [0.3, 0.1, 2.0]), rated(3, [0.0, 5.0, 1.0])]
+    scores = ([1.0, -1.0, 0.0], [0.3, 0.1, 2.0], [0.0, 5.0, 1.0])
+    whole = [rated(seed, list(s)) for seed, s in enumerate(scores, 1)]
+    groups = [replace(g, prompt_ids=g.prompt_ids[:prompt]) for g in whole]
     shaping, count = Shaping(0.5, "std"), reused_groups(settings)
     results = []
     for reused in (0, count):
