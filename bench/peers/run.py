@@ -3,8 +3,11 @@
 usage: python bench/peers/run.py [--only NAME ...] [--again] [--output bench/results/peers.json]
 
 About twenty minutes on two cores the first time, installations included. A job that is done is kept
-under `.cache/peers/results/` and not run again without --again; one that fails is reported and the
-others go on. Run it with nothing else at work: the times are the fastest of few.
+under `.cache/peers/results/` and not run again without --again (after a change of mlx-grpo: --again --only
+mlx-grpo); one that fails is reported and the others go on. Run it with nothing else at work: the times are the fastest of few.
+
+Whole iterations: the peers take one prompt an iteration, mlx-grpo four; the ratio is of seconds per
+prompt. Rollouts: the ratio is of tokens per second on the same rows.
 """
 
 import argparse
@@ -112,7 +115,7 @@ def _ratio(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
         return ""
     if "seconds_per_prompt_iteration" in r:
         ours = results.get("mlx-grpo, 4 prompts", {}).get("seconds_per_prompt_iteration")
-        return f"{r['seconds_per_prompt_iteration'] / ours:.1f}x (4 prompts)" if ours else ""
+        return f"{r['seconds_per_prompt_iteration'] / ours:.2f}x" if ours else ""
     ours = results.get(f"mlx-grpo rollout, {r['prompts']} prompts", {})
     speed = ours.get("rollout_tokens_per_second")
     return f"{speed / r['rollout_tokens_per_second']:.2f}x" if speed else ""
