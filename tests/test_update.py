@@ -135,12 +135,20 @@ def test_groups_in_several_passes_are_scored_before_the_update() -> None:
     assert reused_groups(replace(SETTINGS, rows_per_pass=2, minibatch_size=4)) == 0
 
 
-def test_a_dead_first_minibatch_costs_no_step() -> None:
+def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_grpo import update as module
+
+    def never(*args: object) -> None:
+        raise AssertionError("a dead group went through a backward pass")
+
+    monkeypatch.setattr(module, "backward_pass", never)
     stages = Stages(actor_of("llama"))
     before = snapshot(stages)
-    group = rated(1, [1.0, 1.0, 1.0])
-    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [group], [], Shaping(0.0), SETTINGS)
-    assert stats.steps == 0 and len(scored) == 1
+    first = rated(1, [1.0, 1.0, 1.0])
+    later = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
+    arguments = (Shaping(0.0), SETTINGS)
+    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
+    assert stats.steps == 0 and len(scored) == 2
     assert snapshot(stages) == before
 
 
