@@ -53,7 +53,8 @@ class TrainConfig:
     epochs: int = 1
     """Passes over each rollout."""
     rows_per_pass: int = 0
-    """Completions per forward and backward pass; fewer need less memory; 0 means a whole group."""
+    """Completions per forward and backward pass; fewer need less memory; 0 means all of similar
+    length, and lets the first forward serve as old log-probs."""
     lora_rank: int = 16
     """Rank of the LoRA on all linear layers of the blocks."""
     lora_scale: float = 2.0

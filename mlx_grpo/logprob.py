@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_grpo.backend import exp_rows
 from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.padding import joined, length_buckets, row_lengths
 
 CHUNK_BYTES = 32 << 20
 """Size of the fp32 logits of one chunk. A handful of arrays of this size live at once."""
@@ -54,9 +55,13 @@ def token_logps(
 ) -> mx.array:
     """Log-probs [K, T] of the completion tokens given the prompt, fp32, zero where `mask_KT` is 0.
     No gradient."""
-    return hidden_logps(
-        stages, shift_right(*stages.forward(prompt_1S, tokens_KT)), tokens_KT, mask_KT, temperature
-    )
+    lengths, parts = row_lengths(mask_KT), []
+    for rows in length_buckets(lengths, prompt_1S.shape[1]):
+        index, longest = mx.array(rows), max(lengths[i] for i in rows)
+        tokens, mask = tokens_KT[index, :longest], mask_KT[index, :longest]
+        hidden = shift_right(*stages.forward(prompt_1S, tokens))
+        parts.append((rows, hidden_logps(stages, hidden, tokens, mask, temperature)))
+    return joined(parts, mask_KT.shape)
 
 
 def hidden_logps(

@@ -1,10 +1,18 @@
-"""Ragged token rows to arrays, padded on the right: a causal model never looks at what is there."""
+"""Ragged token rows to arrays, padded on the right: a causal model never looks at what is there.
+
+Rows of similar length are run together, so that little is computed on padding.
+"""
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TypeVar
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_grpo.types import Group
+from mlx_grpo.types import Group, RatedGroup, ScoredGroup
+
+AnyGroup = TypeVar("AnyGroup", RatedGroup, ScoredGroup)
 
 PAD = 0  # any token will do; masks go by length
 
@@ -20,3 +28,59 @@ def completion_arrays(group: Group) -> tuple[mx.array, mx.array]:
     tokens_KT, lengths = pad_right([c.token_ids for c in group.completions])
     mask_KT = mx.arange(tokens_KT.shape[1])[None] < mx.array(lengths)[:, None]
     return tokens_KT, mask_KT.astype(mx.float32)
+
+
+def row_lengths(mask_KT: mx.array) -> list[int]:
+    """Real tokens of each row."""
+    return [int(n) for n in np.asarray(mask_KT).sum(axis=-1)]
+
+
+def length_buckets(lengths: Sequence[int], prompt: int, most: int = 0) -> list[list[int]]:
+    """Rows cut into buckets of similar length, such that the fewest positions are computed.
+
+    A bucket costs its longest row times its rows, and the prompt once more.
+
+    Args:
+        lengths: tokens of each row.
+        prompt: tokens of the prompt they share.
+        most: rows a bucket may have; 0 means any number.
+
+    Returns:
+        Indices of rows, ascending within a bucket; equal lengths stay in one.
+    """
+    count, order = len(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    cheapest, cuts = [0], [0]  # of the first i rows in that order: cost, and where the last begins
+    for end in range(1, count + 1):
+        first = max(0, end - most) if most else 0
+        costs = [
+            cheapest[start] + prompt + (end - start) * lengths[order[start]]
+            for start in range(first, end)
+        ]
+        cheapest.append(min(costs))
+        cuts.append(first + costs.index(min(costs)))
+    buckets, end = [], count
+    while end:
+        buckets.append(sorted(order[cuts[end] : end]))
+        end = cuts[end]
+    return buckets[::-1]
+
+
+def rows_of(group: AnyGroup, rows: Sequence[int]) -> AnyGroup:
+    """Some rows of a group, cut to the longest of them; fields' names say what their axes are."""
+    index = mx.array(rows)
+    longest = max(row_lengths(group.mask_KT[index]))
+    cut = {}
+    for name in (f.name for f in fields(group)):
+        if name.endswith("_KT"):
+            cut[name] = getattr(group, name)[index, :longest]
+        elif name.endswith("_K"):
+            cut[name] = getattr(group, name)[index]
+    return replace(group, **cut)
+
+
+def joined(parts: Sequence[tuple[list[int], mx.array]], shape: tuple[int, ...]) -> mx.array:
+    """[K, T] of the given shape from (rows, values [rows, T or fewer]), zero elsewhere."""
+    whole_KT = mx.zeros(shape)
+    for rows, values in parts:
+        whole_KT[mx.array(rows), : values.shape[1]] = values
+    return whole_KT

@@ -4,11 +4,9 @@ AdamW step a minibatch."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.grpo import (
@@ -24,6 +22,7 @@ from mlx_grpo.logprob import logps_with_gradient
 from mlx_grpo.models import backward
 from mlx_grpo.models.lora import Parameters, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.scoring import Shaping, is_dead, score
 from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import RatedGroup, ScoredGroup
@@ -101,30 +100,63 @@ def update(
     Raises:
         NotFinite: a log-prob of the first minibatch is not finite; nothing has moved by then.
     """
-    stats, scored = UpdateStats(), []
+    stats = UpdateStats()
+    scored: list[ScoredGroup] = []
     if first:
-        total = _MinibatchSum.over(first, 0, settings)
-        for group in first:
-            safe_point()
-            ahead = forward_pass(stages, group, settings.temperature)
-            scored.append(score(group, ahead.logp_KT, shaping))
-            total.add(stages, scored[-1], ahead)
+        total, scored = _first_minibatch(stages, first, shaping, settings, safe_point)
         _step(stages, optimizer, total, stats)
     groups = [*scored, *later]
     for epoch in range(settings.epochs):
         for start in range(0 if epoch else len(first), len(groups), settings.minibatch_size):
             minibatch = groups[start : start + settings.minibatch_size]
-            total = _MinibatchSum.over(minibatch, start, settings)
-            live = [g for g in minibatch if not is_dead(g)]
-            for part in chain(*(_parts(g, settings.rows_per_pass) for g in live)):
-                safe_point()
-                total.add(stages, part, forward_pass(stages, part, settings.temperature))
+            total = _minibatch(stages, minibatch, start, settings, safe_point)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
                 return groups, stats
             _step(stages, optimizer, total, stats)
     return groups, stats
+
+
+def _first_minibatch(
+    stages: Stages,
+    groups: Sequence[RatedGroup],
+    shaping: Shaping,
+    settings: UpdateSettings,
+    safe_point: SafePoint,
+) -> tuple["_MinibatchSum", list[ScoredGroup]]:
+    """Forward, score, backward, group by group: the traces of one group at a time are held."""
+    total, scored = _MinibatchSum.over(groups, 0, settings), []
+    for group in groups:
+        safe_point()
+        buckets = _buckets(group, 0)
+        ahead = [forward_pass(stages, rows_of(group, b), settings.temperature) for b in buckets]
+        parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
+        scored.append(score(group, joined(parts, group.mask_KT.shape), shaping))
+        for rows in [] if is_dead(scored[-1]) else buckets:
+            total.add(stages, rows_of(scored[-1], rows), ahead.pop(0))
+    return total, scored
+
+
+def _minibatch(
+    stages: Stages,
+    groups: Sequence[ScoredGroup],
+    start: int,
+    settings: UpdateSettings,
+    safe_point: SafePoint,
+) -> "_MinibatchSum":
+    """Forward and backward of the groups that are not dead."""
+    total = _MinibatchSum.over(groups, start, settings)
+    for group in groups:
+        for rows in [] if is_dead(group) else _buckets(group, settings.rows_per_pass):
+            safe_point()
+            part = rows_of(group, rows)
+            total.add(stages, part, forward_pass(stages, part, settings.temperature))
+    return total
+
+
+def _buckets(group: RatedGroup | ScoredGroup, rows: int) -> list[list[int]]:
+    return length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
 
 
 @dataclass
@@ -152,9 +184,7 @@ class _MinibatchSum:
         return cls(settings, positions, completions, tokens)
 
     def add(self, stages: Stages, part: ScoredGroup, ahead: "ForwardPass") -> None:
-        """Run the backward of a pass and add what it gives; a dead group costs nothing."""
-        if is_dead(part):
-            return
+        """Run the backward of a pass and add what it gives."""
         s = self.settings
         weights_KT = token_weights(
             part.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens
@@ -175,29 +205,6 @@ class _MinibatchSum:
         stats.tokens += self.seen
         stats.clipped += self.clipped
         stats.approx_kl += self.kl
-
-
-def _parts(group: ScoredGroup, rows: int) -> list[ScoredGroup]:
-    """Cut a group into parts of at most `rows` completions of similar length; 0 leaves it whole."""
-    if not rows:
-        return [group]
-    lengths = np.asarray(group.mask_KT).sum(axis=-1).astype(int)
-    by_length = np.argsort(-lengths, kind="stable")
-    parts = []
-    for start in range(0, len(by_length), rows):
-        chosen = by_length[start : start + rows]
-        index, longest = mx.array(chosen), int(lengths[chosen].max())
-        parts.append(
-            ScoredGroup(
-                prompt_ids=group.prompt_ids,
-                tokens_KT=group.tokens_KT[index, :longest],
-                mask_KT=group.mask_KT[index, :longest],
-                old_logp_KT=group.old_logp_KT[index, :longest],
-                ref_logp_KT=group.ref_logp_KT[index, :longest],
-                advantages_K=group.advantages_K[index],
-            )
-        )
-    return parts
 
 
 @dataclass(frozen=True)

@@ -108,12 +108,15 @@ def rated(seed: int, scores: list[float]) -> RatedGroup:
 
 @pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("prompt", [2, 11])  # a short prompt makes the rows fall into two buckets
 def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
-    minibatch: int, epochs: int, level: str
+    minibatch: int, epochs: int, level: str, prompt: int
 ) -> None:
     clip = Clip(level=level)  # type: ignore[arg-type]
     settings = replace(SETTINGS, minibatch_size=minibatch, epochs=epochs, clip=clip)
-    groups = [rated(1, [1.0, -1.0, 0.0]), rated(2, [0.3, 0.1, 2.0]), rated(3, [0.0, 5.0, 1.0])]
+    scores = ([1.0, -1.0, 0.0], [0.3, 0.1, 2.0], [0.0, 5.0, 1.0])
+    whole = [rated(seed, list(s)) for seed, s in enumerate(scores, 1)]
+    groups = [replace(g, prompt_ids=g.prompt_ids[:prompt]) for g in whole]
     shaping, count = Shaping(0.5, "std"), reused_groups(settings)
     results = []
     for reused in (0, count):
@@ -132,12 +135,20 @@ def test_groups_in_several_passes_are_scored_before_the_update() -> None:
     assert reused_groups(replace(SETTINGS, rows_per_pass=2, minibatch_size=4)) == 0
 
 
-def test_a_dead_first_minibatch_costs_no_step() -> None:
+def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_grpo import update as module
+
+    def never(*args: object) -> None:
+        raise AssertionError("a dead group went through a backward pass")
+
+    monkeypatch.setattr(module, "backward_pass", never)
     stages = Stages(actor_of("llama"))
     before = snapshot(stages)
-    group = rated(1, [1.0, 1.0, 1.0])
-    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [group], [], Shaping(0.0), SETTINGS)
-    assert stats.steps == 0 and len(scored) == 1
+    first = rated(1, [1.0, 1.0, 1.0])
+    later = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
+    arguments = (Shaping(0.0), SETTINGS)
+    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
+    assert stats.steps == 0 and len(scored) == 2
     assert snapshot(stages) == before
 
 

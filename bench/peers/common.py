@@ -58,17 +58,17 @@ def main(
     parser.add_argument("--prompts", type=int, default=1, help="prompts an iteration")
     parser.add_argument("--iterations", type=int, default=1, help="measured, after a dropped one")
     parser.add_argument("--tokens", type=int, default=NEW_TOKENS, help="of each answer")
-    parser.add_argument("--rollout-only", action="store_true")
+    parser.add_argument(
+        "--rollout-only", action="store_true", help="the dropped iteration then has one prompt"
+    )
     parser.add_argument("--install", action="store_true", help="make the environment and stop")
     args = parser.parse_args()
     if not os.environ.get(INSIDE):
         name, python = Path(sys.argv[0]).stem, sys.executable
         if requirements:
             python = environment(name, requirements, bare)
-        if not args.install:
-            sys.exit(
-                subprocess.run([python, *sys.argv], env=_inside(bool(requirements))).returncode
-            )
+        if not args.install:  # in the place of this process, so that nothing outlives a timeout
+            os.execve(python, [python, *sys.argv], _inside(bool(requirements)))
         return
     import resource
 

@@ -30,8 +30,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     grpo_trainer.generate_grpo = watch.around(grpo_trainer.generate_grpo)
     rows = common.prompts(args.prompts)
     if args.rollout_only:
-        for _ in range(1 + args.iterations):
-            tokens = [r["ids"] for r in rows]
+        for iteration in range(1 + args.iterations):
+            tokens = [r["ids"] for r in (rows if iteration else rows[:1])]
             sampling = (args.tokens, K, 1, "", *ALL_TOKENS.values())
             grpo_trainer.generate_grpo(model, tokenizer, tokens, *sampling)
         iterations: list[float] = []

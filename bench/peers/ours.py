@@ -77,7 +77,7 @@ def _rollout_seconds(parts: RunParts, iteration: int) -> float:
         parts.roles.actor.model,
         backbone.tokenizer,
         backbone.stop_ids,
-        parts.prompts,
+        parts.prompts if iteration else parts.prompts[:1],
         sampling(parts.config, K),
         SEED,
         "rollout",

@@ -3,8 +3,12 @@
 usage: python bench/peers/run.py [--only NAME ...] [--again] [--output bench/results/peers.json]
 
 About twenty minutes on two cores the first time, installations included. A job that is done is kept
-under `.cache/peers/results/` and not run again without --again; one that fails is reported and the
-others go on. Run it with nothing else at work: the times are the fastest of few.
+under `.cache/peers/results/` and not run again without --again (after a change of mlx-grpo:
+`--again --only mlx-grpo`); one that fails is reported and the others go on. Run it with nothing
+else at work: the times are the fastest of few.
+
+Whole iterations: the peers take one prompt an iteration, mlx-grpo four; the ratio is of seconds per
+prompt. Rollouts: the ratio is of tokens per second on the same rows.
 """
 
 import argparse
@@ -58,12 +62,14 @@ JOBS = [
 ]
 
 
-def run(job: Job, again: bool, tokens: int) -> dict[str, Any] | None:
-    """The job's line of JSON, from this run or an earlier one; None if it failed."""
+def run(job: Job, wanted: bool, again: bool, tokens: int) -> dict[str, Any] | None:
+    """The job's line of JSON, from this run or an earlier one; None if there is none."""
     stem = job.name.replace(" ", "-").replace(",", "")
     kept = RESULTS / f"{stem}-{tokens}.json"
-    if kept.is_file() and not again:
+    if kept.is_file() and not (again and wanted):
         return dict(json.loads(kept.read_text()))
+    if not wanted:
+        return None
     print(f"{time.strftime('%H:%M:%S')}  {job.name}", flush=True)
     command = [
         sys.executable,
@@ -112,7 +118,7 @@ def _ratio(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
         return ""
     if "seconds_per_prompt_iteration" in r:
         ours = results.get("mlx-grpo, 4 prompts", {}).get("seconds_per_prompt_iteration")
-        return f"{r['seconds_per_prompt_iteration'] / ours:.1f}x (4 prompts)" if ours else ""
+        return f"{r['seconds_per_prompt_iteration'] / ours:.2f}x" if ours else ""
     ours = results.get(f"mlx-grpo rollout, {r['prompts']} prompts", {})
     speed = ours.get("rollout_tokens_per_second")
     return f"{speed / r['rollout_tokens_per_second']:.2f}x" if speed else ""
@@ -134,7 +140,7 @@ def main() -> None:
     results = {}
     for job in JOBS:
         wanted = not args.only or any(part.casefold() in job.name.casefold() for part in args.only)
-        found = run(job, args.again, args.tokens) if wanted else None
+        found = run(job, wanted, args.again, args.tokens)
         if found:
             results[job.name] = found
     print(f"\nK = {K}, {args.tokens} new tokens, {os.cpu_count()} cores\n")

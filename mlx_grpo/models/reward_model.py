@@ -22,7 +22,7 @@ from mlx_grpo.models.backbone import (
 )
 from mlx_grpo.models.lora import load_adapter, load_arrays
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.padding import pad_right
+from mlx_grpo.padding import length_buckets, pad_right
 from mlx_grpo.types import Group
 
 REWARD_CONFIG = "reward_model.json"
@@ -65,12 +65,15 @@ class RewardModel:
 
     def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
-        rows_KT, lengths = pad_right(rows)
-        _, h_KTD = self.stages.forward(mx.array([prompt_ids]), rows_KT)
-        last_KD = h_KTD[mx.arange(len(rows)), mx.array(lengths) - 1]
-        return [
-            float(s) for s in reward_head(self.stages, last_KD, self.weight_1D, self.bias).tolist()
-        ]
+        scores = [0.0] * len(rows)
+        for bucket in length_buckets(list(map(len, rows)), len(prompt_ids)):
+            rows_KT, lengths = pad_right([rows[i] for i in bucket])
+            _, h_KTD = self.stages.forward(mx.array([prompt_ids]), rows_KT)
+            last_KD = h_KTD[mx.arange(len(bucket)), mx.array(lengths) - 1]
+            found_K = reward_head(self.stages, last_KD, self.weight_1D, self.bias)
+            for i, score in zip(bucket, found_K.tolist(), strict=True):
+                scores[i] = float(score)
+        return scores
 
 
 def reward_head(
