@@ -33,6 +33,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(
                 f"{path}:{number}: not valid JSON ({e.msg}; column {e.colno})"
             ) from None
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
+            raise InputError(f"{path}:{number}: not usable JSON ({e})") from None
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can spell what no text can hold
+            raise InputError(
+                f"{path}:{number}: a \\ud... escape stands alone; surrogates come in pairs"
+            ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
         yield f"{path}:{number}", row
