@@ -32,6 +32,68 @@ PARTS: dict[str, tuple[Part, int]] = {
 }
 
 
+def summary(figures: dict[str, Any]) -> str:
+    """The figures as a table in Markdown, one row a part."""
+    f = figures
+    rows: dict[str, Callable[[], tuple[str, str]]] = {
+        "kill": lambda: (
+            f"`kill -9` at {f['kill']['points']} points, {f['kill']['file_operations']} of them "
+            "file operations, the others random times in all stages; then `--resume`: adapter, "
+            "optimizer, state, metrics, completions equal the uninterrupted run bit for bit",
+            f"{f['kill']['equal']}/{f['kill']['points']}",
+        ),
+        "faults": lambda: (
+            "ENOSPC, EIO or EACCES at a file operation: one line with the reason and the way to "
+            "go on, the checkpoint before loads",
+            f"{f['faults']['contained']}/{f['faults']['faults']}",
+        ),
+        "corruption": lambda: (
+            f"a flipped bit or a cut in one of the {f['corruption']['files']} files of a "
+            "checkpoint, a converted model and an adapter: found, the file named",
+            f"{f['corruption']['detected']}/{f['corruption']['damages']}",
+        ),
+        "signals": lambda: (
+            "SIGTERM at a random time: resumed equal; seconds to exit of the tiny model, p50 / p99",
+            f"{f['signals']['resumed_equal']}/{f['signals']['runs']}; "
+            f"{f['signals']['p50_seconds']:.3f} / {f['signals']['p99_seconds']:.3f}",
+        ),
+        "determinism": lambda: (
+            f"{f['determinism']['runs']} runs of one seed: distinct hashes; largest difference in "
+            "the trained adapter with other `decode_rows` / other `rows_per_pass`",
+            f"{f['determinism']['distinct_hashes']}; {_gap(f, 'decode_rows')} / "
+            f"{_gap(f, 'rows_per_pass')}",
+        ),
+        "nan": lambda: (
+            "NaN or infinity as score, log-prob, loss or gradient: weights and normaliser unmoved",
+            f"{f['nan']['weights_unchanged']}/{f['nan']['injections']}",
+        ),
+        "soak": lambda: (
+            f"{f['soak']['iterations']} iterations, second against last tenth: resident memory, "
+            "open files, bytes of checkpoints",
+            ", ".join(
+                f"{_short(f['soak'][n][0])} -> {_short(f['soak'][n][1])}"
+                for n in ("resident", "descriptors", "checkpoints")
+            ),
+        ),
+        "fuzz": lambda: (
+            "malformed prompts, preference pairs, settings and reward returns: accepted or "
+            "refused in one line",
+            f"{f['fuzz']['one_line']}/{f['fuzz']['inputs']}",
+        ),
+    }
+    lines = [" | ".join(("", *rows[name](), "")).strip() for name in figures]
+    return "\n".join(["| what | kept |", "|---|---|", *lines]) + "\n"
+
+
+def _gap(figures: dict[str, Any], setting: str) -> str:
+    found = figures["determinism"]["differences"]
+    return f"{max(d['adapter'] for name, d in found.items() if name.startswith(setting)):.1g}"
+
+
+def _short(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number > 10_000 else str(number)
+
+
 def main() -> int:
     """Run the parts one after the other."""
     parser = argparse.ArgumentParser(prog="tests.crash.torture", description=__doc__)
@@ -51,6 +113,7 @@ def main() -> int:
             figures[name]["seconds"] = round(time.monotonic() - start, 1)
             sys.stdout.write(f"{name}: {json.dumps(figures[name])}\n")
             sys.stdout.flush()
+    sys.stdout.write(summary(figures))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
