@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check format openblas clean
+.PHONY: help demo test torture check format openblas clean
 
 help:
 	@echo "make demo    train a real model end to end and show what changed"
 	@echo "make test    pass the tests"
+	@echo "make torture kill, starve and corrupt runs; prints what was lost"
 	@echo "make check   lint and types"
 
 demo: $(VENV)/.demo openblas  ## train a real model end to end and show what changed
@@ -15,6 +16,9 @@ demo: $(VENV)/.demo openblas  ## train a real model end to end and show what cha
 
 test: $(VENV)/.test openblas  ## pass the tests
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.dev openblas  ## kill, starve and corrupt runs; about 20 minutes
+	$(BIN)/python -m tests.crash.torture --json bench/results/torture.json
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff check .

@@ -33,6 +33,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(
                 f"{path}:{number}: not valid JSON ({e.msg}; column {e.colno})"
             ) from None
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
+            raise InputError(f"{path}:{number}: not usable JSON ({e})") from None
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can spell what no text can hold
+            raise InputError(
+                f"{path}:{number}: a \\ud... escape stands alone; surrogates come in pairs"
+            ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
         yield f"{path}:{number}", row
@@ -116,13 +124,11 @@ def prompt_tokens(
     Raises:
         InputError: the template refuses the conversation, as Gemma's does with a system message.
     """
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
-    except TemplateError as e:
+    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
         raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
@@ -136,9 +142,16 @@ def answer_tokens(
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """The stop token with which the chat template closes an answer; Gemma's is not its `eos`."""
+    """The stop token with which the chat template closes an answer; Gemma's is not its `eos`.
+
+    Raises:
+        InputError: the template refuses a question with an answer.
+    """
     whole = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    try:
+        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+    except Exception as e:  # as above
+        raise InputError(f"the chat template refuses a question with an answer: {e}") from None
     ids = tokenizer.encode(text, add_special_tokens=False)
     closing = [i for i in ids if i in tokenizer.eos_token_ids]
     return int(closing[-1] if closing else tokenizer.eos_token_id)

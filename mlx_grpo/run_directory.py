@@ -23,7 +23,6 @@ from mlx_grpo.files import (
     write_text,
 )
 from mlx_grpo.guard import Skip
-from mlx_grpo.lock import LOCK
 from mlx_grpo.models.lora import Parameters, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group
@@ -70,7 +69,8 @@ def check_vacant(run: Path, resume: bool) -> None:
     """
     if resume and not is_run(run):
         raise InputError(f"{run}: no run to resume here; start without --resume")
-    if not resume and run.is_dir() and any(p.name != LOCK for p in run.iterdir()):
+    # hidden files: the lock, what a process left that died before its run began, .DS_Store
+    if not resume and run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
         raise InputError(f"{run}: not empty; continue with --resume or choose another --output")
 
 
@@ -156,6 +156,8 @@ def restore(
         write_text(run / CONFIG, to_toml(config))
         return state, []
     saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
+    if "inputs" not in saved.state:
+        raise InputError(f"{run}: made by an older mlx-grpo; start anew in another --output")
     warnings = [f"checkpoint skipped: {reason}" for reason in skipped]
     changes = provenance.differences(saved.state, about)
     if changes and not allow_change:

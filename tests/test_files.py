@@ -2,13 +2,26 @@
 
 import hashlib
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_grpo import files
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, read_json, sha256, write_json, write_text
+from mlx_grpo.files import (
+    atomic_directory,
+    clear_debris,
+    directory_digest,
+    need_space,
+    read_json,
+    sha256,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 
 
 def names(directory: Path) -> list[str]:
@@ -115,3 +128,80 @@ def test_a_bad_json_file_is_named(tmp_path: Path, content: bytes | None, message
     with pytest.raises(InputError) as refusal:
         read_json(file)
     assert str(refusal.value).startswith(f"{file}: {message}")
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """A directory with a manifest."""
+    place = tmp_path / "listed"
+    (place / "sub").mkdir(parents=True)
+    (place / "a.bin").write_bytes(bytes(100))
+    (place / "sub" / "b.txt").write_text("b")
+    (place / ".cache").write_text("not part of it")
+    write_manifest(place, {"made": "here"})
+    return place
+
+
+def test_a_manifest_lists_what_is_there_and_is_found_whole(listed: Path) -> None:
+    manifest = verify_manifest(listed)
+    assert manifest["made"] == "here"
+    assert manifest["files"] == {n: sha256(listed / n) for n in ("a.bin", "sub/b.txt")}
+    write_manifest(listed, {"made": "here"})  # again: it does not list itself
+    assert verify_manifest(listed) == manifest
+    (listed / "README.md").write_text("what is not listed may come and go")
+    assert verify_manifest(listed) == manifest
+
+
+def test_without_a_manifest_there_is_nothing_to_verify(listed: Path) -> None:
+    (listed / "manifest.json").unlink()
+    (listed / "a.bin").write_bytes(b"other")
+    assert verify_manifest(listed) == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda d: (d / "a.bin").write_bytes(bytes(99)), r"a\.bin: does not match manifest\.json"),
+        (lambda d: (d / "sub" / "b.txt").unlink(), r"sub/b\.txt: missing, but manifest\.json"),
+        (lambda d: (d / "manifest.json").write_text("{}"), r"manifest\.json: damaged"),
+        (lambda d: (d / "manifest.json").write_text("{"), r"manifest\.json: not valid JSON"),
+        (
+            lambda d: (d / "manifest.json").write_bytes(
+                (d / "manifest.json").read_bytes().rstrip(b"\n")
+            ),
+            r"manifest\.json: damaged",
+        ),
+    ],
+)
+def test_damage_is_found_and_the_file_named(
+    listed: Path, damage: Callable[[Path], Any], complaint: str
+) -> None:
+    damage(listed)
+    with pytest.raises(InputError, match=complaint):
+        verify_manifest(listed)
+
+
+def test_a_digest_is_of_names_and_contents(listed: Path) -> None:
+    with_manifest = directory_digest(listed)
+    (listed / "manifest.json").unlink()
+    assert directory_digest(listed) == with_manifest
+    (listed / "a.bin").rename(listed / "c.bin")
+    assert directory_digest(listed) != with_manifest
+
+
+def test_what_a_dead_process_left_is_finished_or_removed(tmp_path: Path) -> None:
+    for name in (".best.old", ".final.old", "final", ".step-1.x.tmp", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "from").write_text(name)
+    (tmp_path / ".latest.tmp").write_text("half")
+    (tmp_path / ".lock").write_text("1")
+    clear_debris(tmp_path)
+    assert names(tmp_path) == [".lock", "best", "final", "kept"]
+    assert (tmp_path / "best" / "from").read_text() == ".best.old"
+    assert (tmp_path / "final" / "from").read_text() == "final"
+
+
+def test_too_little_space_is_told_with_the_remedy(tmp_path: Path) -> None:
+    need_space(tmp_path / "not" / "there", 1, "free some")
+    with pytest.raises(InputError, match=r"MB free on its disk, 1,000,000,000,000 MB needed; free"):
+        need_space(tmp_path / "not" / "there", 10**18, "free some")

@@ -321,6 +321,15 @@ def test_a_run_directory_in_use_is_refused(train_arguments: dict[str, Any]) -> N
     assert [p.name for p in config.run_directory.iterdir()] == ["notes.txt"]
 
 
+def test_a_run_that_died_before_it_began_is_not_in_the_way(train_arguments: dict[str, Any]) -> None:
+    config = TrainConfig(**{**train_arguments, "num_iterations": 1})
+    config.run_directory.mkdir()
+    for name in (".lock", ".config.toml.tmp"):
+        (config.run_directory / name).write_text("left over")
+    run_of(config)
+    assert not list(config.run_directory.glob(".*"))
+
+
 def test_nothing_is_crowned_best_when_nothing_passes_the_gate(
     train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,66 @@
+"""What shapes the numbers must not change within a run; all else is free."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo import provenance
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.provenance import changed_fields, differences, hints, input_digests, recorded
+
+INPUTS = {"--prompts": "a" * 64}
+
+
+def about(**changes: Any) -> dict[str, Any]:
+    return recorded(replace(TrainConfig(), **changes), INPUTS)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+def test_every_field_is_free_or_rounding_or_an_input_or_shapes_the_numbers(name: str) -> None:
+    value = asdict(TrainConfig())[name]
+    changed = about(**{name: (1.0, 2.0) if isinstance(value, tuple) else f"{value}x"})
+    harmless = provenance.FREE + provenance.ROUNDING + provenance.BY_CONTENT
+    assert changed_fields(about(), changed) == ([] if name in harmless else [name])
+    assert len(differences(about(), changed)) == (name not in harmless)
+    assert len(hints(about(), changed)) == (name in provenance.ROUNDING)
+
+
+def test_a_difference_names_the_flag_and_both_values() -> None:
+    new = about(K=8, learning_rate=0.1 + 0.2, kl_targets=(0.1, 0.05))
+    assert differences(about(), new) == [
+        "--K 6 -> 8",
+        "--learning-rate 0.0001 -> 0.30000000000000004",
+        "--kl-targets 0.05,0.02,0.01 -> 0.1,0.05",
+    ]
+
+
+def test_other_contents_and_a_missing_input_are_named() -> None:
+    new = {**about(), "inputs": {"--prompts": "b" * 64, "--reward f": "c" * 64}}
+    assert differences(about(), new) == [
+        "--prompts other content (sha256 aaaaaaaa -> bbbbbbbb)",
+        "--reward f other content (sha256 none -> cccccccc)",
+    ]
+
+
+def test_library_versions_only_warn() -> None:
+    new = {**about(), "versions": {**provenance.versions(), "mlx": "9.9"}}
+    assert differences(about(), new) == []
+    assert hints(about(), new) == [f"mlx {provenance.versions()['mlx']} -> 9.9"]
+
+
+def test_inputs_are_known_by_content_not_by_place(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(**train_arguments)
+    digests = input_digests(config, ())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in Path(config.actor_model).iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    assert input_digests(replace(config, actor_model=str(moved)), ()) == digests
+    (moved / "tokenizer_config.json").write_text("{}")  # the tokenizer shapes the numbers, too
+    changed = input_digests(replace(config, actor_model=str(moved)), ())
+    assert {n for n in digests if digests[n] != changed[n]} == {"--actor-model"}
+    assert input_digests(replace(config, rm_model="none"), ())["--rm-model"] == "none"
