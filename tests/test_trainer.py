@@ -117,7 +117,9 @@ def step_names(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("stage", ["rollout", "rate", "score_under", "update", "adamw_step", "_evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["rollout", "rate", "score_under", "update", "adamw_step", "_evaluate"]
+)
 def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     stage: str,
     train_arguments: dict[str, Any],
