@@ -56,7 +56,9 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise InputError(f"{target}: already exists; remove it or choose another directory")
     missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    _remove_orphans(target)
+    prefix = f".{target.name}.{os.getpid()}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -67,6 +69,24 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         for parent in missing:
             if not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _remove_orphans(target: Path) -> None:
+    """Remove unfinished versions of `target` whose process, named by its number, is dead."""
+    for unfinished in target.parent.glob(f".{target.name}.*.*.tmp"):
+        process = unfinished.name.split(".")[-3]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(unfinished)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def swap_directory(new: Path, target: Path) -> None:

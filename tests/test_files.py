@@ -1,7 +1,9 @@
 """Files and directories are complete or absent."""
 
 import hashlib
+import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +207,15 @@ def test_too_little_space_is_told_with_the_remedy(tmp_path: Path) -> None:
     need_space(tmp_path / "not" / "there", 1, "free some")
     with pytest.raises(InputError, match=r"MB free on its disk, 1,000,000,000,000 MB needed; free"):
         need_space(tmp_path / "not" / "there", 10**18, "free some")
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    orphan, other = tmp_path / f".out.{dead.pid}.abc.tmp", tmp_path / f".out.{os.getpid()}.abc.tmp"
+    stranger = tmp_path / ".out.notes.tmp"
+    for directory in (orphan, other, stranger):
+        directory.mkdir()
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert not orphan.exists() and other.exists() and stranger.exists()

@@ -31,7 +31,14 @@ from mlx_grpo.convert.weights import (
     write_weights,
 )
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, read_json, write_json, write_text
+from mlx_grpo.files import (
+    atomic_directory,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from mlx_grpo.models.backbone import (
     fingerprint,
     load_chat_tokenizer,
@@ -163,6 +170,7 @@ def convert_rm(
 
 @contextmanager
 def _opened(source: Source, base: str | None) -> Iterator[Opened]:
+    verify_manifest(source.path)  # of a directory that was written here
     with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
         yield open_source(source, base, Path(scratch))
 
@@ -270,5 +278,6 @@ def _finish(
         ("size", f"{size / 1e6:,.1f} MB"),
         ("what it cost", cost.describe()),
     ]
+    write_manifest(directory)  # before the card, which people edit
     write_text(directory / "README.md", model_card(opened, out.name, table, usage.format(out.name)))
     return row
