@@ -38,6 +38,8 @@ from mlx_grpo.stopping import SafePoint, StopRequested, never_stop, stop_signals
 from mlx_grpo.types import Group
 from mlx_grpo.update import reused_groups, update
 
+GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
+
 
 def train(
     config: TrainConfig,
@@ -96,21 +98,28 @@ def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bo
     about = recorded(config, input_digests(config, parts.evaluator.rewards.custom))
     state = first_state(config)
     run_directory.check_space(run, config, actor)
-    if resume:
-        state, warnings = run_directory.restore(
-            run, config, state, actor, parts.optimizer, about, allow_change
-        )
-        for warning in warnings:
-            ui.warn(warning)
-        ui.say(f"resuming after iteration {state.iteration}")
-    finished = False
+    with _telling_how_to_go_on(run, ui, (OSError,)):
+        if resume:
+            state, warnings = run_directory.restore(
+                run, config, state, actor, parts.optimizer, about, allow_change
+            )
+            for warning in warnings:
+                ui.warn(warning)
+            ui.say(f"resuming after iteration {state.iteration}")
+    with _telling_how_to_go_on(run, ui, (BaseException,)), stop_signals() as safe_point:
+        return _loop(parts, state, run, ui, about, safe_point)
+
+
+@contextmanager
+def _telling_how_to_go_on(
+    run: Path, ui: Console, failures: tuple[type[BaseException], ...]
+) -> Iterator[None]:
     try:
-        with stop_signals() as safe_point:
-            finished = _loop(parts, state, run, ui, about, safe_point)
-    finally:
-        if not finished and run_directory.is_run(run):
-            ui.warn(f"stopped early; go on with: mlx-grpo train --resume --output {run}")
-    return finished
+        yield
+    except failures:
+        if run_directory.is_run(run):
+            ui.warn(GO_ON.format(run=run))
+        raise
 
 
 def _loop(
@@ -127,17 +136,15 @@ def _loop(
     it was the saving that failed.
     """
     config, actor, optimizer = parts.config, parts.roles.actor.model, parts.optimizer
-    saved = state.iteration
+    saved = state
     while True:
         before = Snapshot.of(run, actor, optimizer)
         done = state.iteration == config.num_iterations
         try:
             if _evaluation_due(state, config):
                 state = _evaluate(parts, state, run, ui, safe_point)
-            elif state.iteration > saved and (
-                done or state.iteration % config.checkpoint_every == 0
-            ):
-                saved = state.iteration
+            elif state != saved and _save_due(state, config):
+                saved = state
                 run_directory.save(run, config, state, before, about)
             elif done:
                 break
@@ -147,11 +154,13 @@ def _loop(
                 state = _iterate_and_log(parts, state, run, ui, safe_point)
         except Exception as reason:
             before.put_back(actor, optimizer)
-            if state.iteration > saved:
+            if state.iteration and state != saved:
                 run_directory.save(run, config, state, before, about)
-            if isinstance(reason, StopRequested):
-                return False
-            raise
+            if not isinstance(reason, StopRequested):
+                raise
+            if run_directory.is_run(run):
+                ui.warn(GO_ON.format(run=run))
+            return False
     run_directory.save_named_adapter(run, "final", actor)
     if state.best.step is None:
         ui.warn("no evaluation passed the KL gate: there is no best/ adapter, final/ is the last")
@@ -163,6 +172,11 @@ def _loop(
 def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
     last = state.iteration == config.num_iterations
     return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
+
+
+def _save_due(state: RunState, config: TrainConfig) -> bool:
+    last = state.iteration == config.num_iterations
+    return state.iteration > 0 and (last or state.iteration % config.checkpoint_every == 0)
 
 
 def _check_skips(run: Path, state: RunState, config: TrainConfig) -> None:

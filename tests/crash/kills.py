@@ -156,7 +156,7 @@ def _complaint(status: int, said: str, number: int) -> list[str]:
             (f"exit status {status}", status != 2),
             ("a traceback", "Traceback" in said),
             ("not one line with the reason", not told),
-            ("no way to go on", "--resume" not in said),
+            ("no way to go on", "--resume" not in said and "done: " not in said),
         )
         if wrong
     ]
