@@ -88,7 +88,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _merged_linear(module: LoRALinear) -> nn.Linear:
     base = module.linear
-    linear = nn.Linear(1, 1, bias="bias" in base)
+    # not nn.Linear(...): it draws from MLX's global key, whose unevaluated chain grows for ever
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
     linear.weight = base.weight + ((module.scale * module.lora_b.T) @ module.lora_a.T).astype(
         base.weight.dtype
     )
