@@ -182,6 +182,7 @@ def convert(
     from mlx_grpo.convert import (
         Quantization,
         check_pairs,
+        check_sources,
         check_texts,
         convert_rm,
         convert_sft,
@@ -206,9 +207,10 @@ def convert(
             check_file(file)
     ui, target = Console(quiet), Quantization(bits, group_size)
     sft_out, rm_out = out / f"sft-{bits}bit", out / f"rm-{bits}bit"
-    # both are looked at before either is converted
     sft_source = locate(sft, revision) if sft else None
     rm_source = locate(rm, rm_revision) if rm else None
+    outs = [out for given, out in ((sft, sft_out), (rm, rm_out)) if given and not force]
+    check_sources(sft_source, rm_source, (sft_base, rm_base), outs)
     rows = []
     if sft_source:
         with ui.working("converting the SFT model"):
@@ -228,9 +230,9 @@ def convert(
             (
                 str(r.path),
                 r.form,
-                f"{r.parameters / 1e6:.1f} M",
+                f"{r.parameters / 1e6:.2f} M",
                 f"{r.bits_per_weight:.2f}",
-                f"{r.bytes / 1e6:.1f} MB",
+                f"{r.bytes / 1e6:.2f} MB",
                 r.cost.describe(),
             )
             for r in rows
@@ -239,6 +241,8 @@ def convert(
     for row in rows:
         if advice := row.cost.advice():
             ui.warn(f"{row.path}: {advice}")
+        if row.form == "model" and row.cost.kept and row.bits_per_weight > bits + 1:
+            ui.warn(f"{row.path}: the source is quantized already and was kept as it is")
 
 
 @app.command()

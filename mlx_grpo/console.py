@@ -87,7 +87,8 @@ class Console:
             table.add_column(
                 column,
                 justify="left" if i == 0 or lines else "right",
-                overflow="fold",  # a path is never cut
+                overflow="fold",
+                no_wrap=i == 0 and not lines,  # a path can be copied from the table
             )
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))

@@ -3,7 +3,6 @@
 import errno
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +48,7 @@ def no_space(*_: Any) -> None:
 
 
 def interrupted(*_: Any) -> None:
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt  # what Python makes of SIGINT where it is not ignored
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -59,6 +59,7 @@ __all__ = [
     "Quantization",
     "RewardForm",
     "check_pairs",
+    "check_sources",
     "check_texts",
     "convert_rm",
     "convert_sft",
@@ -101,8 +102,7 @@ def convert_sft(
             false.
     """
     with _opened(source, base) as opened, _writing(out, replace, source) as directory:
-        if opened.head:
-            raise InputError(f"{source.path}: this is a reward model; give it as --rm")
+        _check_role(opened, wants_head=False)
         _write_model(opened, directory, target)
         cost = Cost(kept=_kept(opened, target))
         if texts and not cost.kept:
@@ -140,12 +140,7 @@ def convert_rm(
         check_fingerprint(source.path / REWARD_CONFIG, own, sft)
         base = str(sft)
     with _opened(source, base) as opened, _writing(out, replace, source) as directory:
-        if not opened.head:
-            raise InputError(
-                f"{source.path}: not a reward model; give a *ForSequenceClassification with one "
-                f"label, a model or LoRA adapter with {REWARD_HEAD}, or the output of "
-                "'mlx-grpo train-rm'"
-            )
+        _check_role(opened, wants_head=True)
         about = _about(opened, own)
         own_adapter = own.get("kind") == "adapter"
         as_adapter = form != "full" and (own_adapter or _shares(opened, sft, form == "adapter"))
@@ -166,6 +161,40 @@ def convert_rm(
             cost = reward_cost(opened.model, after, opened.head, tokenizer, padding, pairs)
         kind = "adapter" if as_adapter else "model"
         return _finish(opened, directory, out, kind, cost, USE_RM)
+
+
+def check_sources(
+    sft: Source | None, rm: Source | None, bases: tuple[str | None, str | None], outs: list[Path]
+) -> None:
+    """Look at both sources, before the first is converted.
+
+    Args:
+        bases: of the SFT adapter and of the reward adapter, where they are named.
+        outs: directories that must not be there yet.
+
+    Raises:
+        InputError: a source is unreadable or in the other's place, or a directory is there.
+    """
+    for out in outs:
+        if out.exists():
+            raise InputError(f"{out}: already exists; replace it with --force, or choose --out")
+    if sft:
+        with _opened(sft, bases[0]) as opened:
+            _check_role(opened, wants_head=False)
+    if rm and not (rm.path / REWARD_CONFIG).is_file():
+        with _opened(rm, bases[1]) as opened:
+            _check_role(opened, wants_head=True)
+
+
+def _check_role(opened: Opened, wants_head: bool) -> None:
+    path = opened.source.path
+    if opened.head and not wants_head:
+        raise InputError(f"{path}: this is a reward model; give it as --rm")
+    if wants_head and not opened.head:
+        raise InputError(
+            f"{path}: not a reward model; give a *ForSequenceClassification with one label, a "
+            f"model or LoRA adapter with {REWARD_HEAD}, or the output of 'mlx-grpo train-rm'"
+        )
 
 
 @contextmanager
@@ -253,8 +282,8 @@ def _shares(opened: Opened, sft: Path, insist: bool) -> bool:
     different = first_difference(stream(model, config, opened), sft)
     if different and insist:
         raise InputError(
-            f"{opened.source.path}: tensor '{different}' differs from that of {sft}, so they "
-            "cannot share a backbone; use --rm-as full"
+            f"{opened.source.path}: layer '{different.rpartition('.')[0]}' differs from that of "
+            f"{sft}, so they cannot share a backbone; use --rm-as full"
         )
     return different is None
 
@@ -268,14 +297,15 @@ def _finish(
         bits = bits_per_weight(directory, count)
     else:
         files = [directory / "adapters.safetensors"]
-        count = sum(a.size for a in load_arrays(files[0]).values())
-        bits = 8 * files[0].stat().st_size / count
+        arrays = load_arrays(files[0]).values()
+        count = sum(a.size for a in arrays)
+        bits = 8 * sum(a.nbytes for a in arrays) / count
     size = sum(f.stat().st_size for f in files)
     row = Converted(out, form, count, bits, size, cost)
     table = [
-        ("parameters", f"{count / 1e6:,.1f} M"),
+        ("parameters", f"{count:,}"),
         ("bits per weight", f"{bits:.2f}"),
-        ("size", f"{size / 1e6:,.1f} MB"),
+        ("size", f"{size / 1e6:,.2f} MB"),
         ("what it cost", cost.describe()),
     ]
     write_manifest(directory)  # before the card, which people edit

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from mlx_grpo.convert.opened import Opened
 from mlx_grpo.convert.source import Source
@@ -42,6 +43,6 @@ def model_card(opened: Opened, title: str, table: Sequence[tuple[str, str]], usa
 
 
 def _described(source: Source) -> str:
-    # of a local path only the name: where it lay is nobody's business
-    name = source.name if source.revision else source.path.name
+    # of an absolute path only the name: where it lay on this machine is nobody's business
+    name = source.path.name if Path(source.name).is_absolute() else source.name
     return f"`{name}`" + (f", revision `{source.revision}`" if source.revision else "")

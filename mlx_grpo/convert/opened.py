@@ -171,7 +171,10 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> Opened:
     try:
         opened = open_source(locate(name), None, scratch)
     except InputError as e:
-        raise InputError(f"{source.path}: the base of this adapter is missing: {e}") from e
+        raise InputError(
+            f"{source.path}: the base of this adapter cannot be used ({e}); name it with "
+            "--sft-base or --rm-base"
+        ) from e
     read = read_peft if source.kind == "peft" else read_mlx_adapter
     adapter = read(source.path, source.config, scratch)
     own = (source.path / "tokenizer.json").is_file()

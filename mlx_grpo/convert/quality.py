@@ -49,6 +49,8 @@ class Cost:
     spearman: float | None = None
     agreement: float | None = None
     """Share of preference pairs that both reward models order alike."""
+    texts: int = 0
+    """How many answers or pairs were measured on."""
     kept: bool = False
     """The source's own values were kept."""
 
@@ -56,11 +58,14 @@ class Cost:
         """For the table."""
         if self.kl_per_token is not None and self.perplexity_before and self.perplexity_after:
             change = self.perplexity_after / self.perplexity_before - 1
-            return f"KL {self.kl_per_token:.4f} nats/token, perplexity {change:+.1%}"
+            return (
+                f"KL {self.kl_per_token:.4f} nats/token, perplexity {change:+.1%} "
+                f"({self.texts} texts)"
+            )
         if self.pearson is not None and self.spearman is not None and self.agreement is not None:
             return (
                 f"scores: Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f}, "
-                f"pairs ordered alike {self.agreement:.1%}"
+                f"{round(self.agreement * self.texts)} of {self.texts} pairs ordered alike"
             )
         return "values kept" if self.kept else "not measured"
 
@@ -106,7 +111,7 @@ def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> Cost:
         )
         sums = [a + b for a, b in zip(sums, found, strict=True)]
     kl, nll_before, nll_after = (s / len(targets) for s in sums)
-    return Cost(kl, math.exp(nll_before), math.exp(nll_after))
+    return Cost(kl, math.exp(nll_before), math.exp(nll_after), texts=len(rows))
 
 
 def _compare(
@@ -156,6 +161,7 @@ def reward_cost(
         pearson=pearson(old, new),
         spearman=pearson(ranks(old), ranks(new)),
         agreement=sum(alike) / len(alike),
+        texts=len(alike),
     )
 
 

@@ -88,7 +88,8 @@ def _download(name: str, revision: str | None) -> Path:
         cached = _cached(name, revision)
         if cached is None:
             raise InputError(
-                f"{name}: no such directory, and the Hub cannot be reached ({one_line(e)})"
+                f"{name}: no such directory, and the Hub cannot be reached ({one_line(e)}); fetch "
+                "it elsewhere and give its directory"
             ) from e
         return cached
 

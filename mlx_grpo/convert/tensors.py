@@ -128,8 +128,10 @@ def _translate(file: Path, scratch: Path) -> Path:
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch raises many kinds for a damaged or unsafe file
-        reason = " ".join(str(e).split())[:160]
-        raise InputError(f"{file}: cannot be read as plain weights ({reason})") from None
+        reason = one_line(e).split(". ")[0]
+        raise InputError(
+            f"{file}: damaged, incomplete, or more than plain weights ({reason}); fetch it again"
+        ) from None
     if not isinstance(values, dict) or not all(torch.is_tensor(v) for v in values.values()):
         raise InputError(f"{file}: holds something else than tensors by name")
     target = scratch / f"{file.parent.name}-{file.stem}.safetensors"

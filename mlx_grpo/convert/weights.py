@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo.convert.opened import Opened
 from mlx_grpo.convert.tensors import check_values
+from mlx_grpo.errors import InputError
 from mlx_grpo.files import write_json
 from mlx_grpo.models.backbone import weight_files
 from mlx_grpo.models.lora import save_arrays
@@ -45,10 +46,16 @@ def quantized_config(opened: Opened, model: nn.Module, target: Quantization) -> 
     }
     predicate = getattr(model, "quant_predicate", None)
     for path, module in model.named_modules():
-        if predicate and hasattr(module, "to_quantized"):
-            choice = predicate(path, module)  # a family may keep a layer finer, or whole
-            if choice is not True:
-                quantization[path] = choice
+        if not hasattr(module, "to_quantized"):
+            continue
+        choice = predicate(path, module) if predicate else True
+        if choice is not True:  # a family may keep a layer finer, or whole
+            quantization[path] = choice
+        elif module.weight.shape[-1] % target.group_size:
+            raise InputError(
+                f"{opened.source.path}: layer '{path}' is {module.weight.shape[-1]} wide, which "
+                f"--group-size {target.group_size} does not divide; choose a smaller one"
+            )
     return {**config, "quantization": quantization, "quantization_config": quantization}
 
 
@@ -89,7 +96,7 @@ def _quantized(path: str, module: nn.Module, quantization: dict[str, Any] | None
         return module
     choice = quantization.get(path, quantization)
     if choice is False or module.weight.shape[-1] % choice["group_size"]:
-        return module
+        return module  # the second only where another model's settings are tried on this one
     return module.to_quantized(choice["group_size"], choice["bits"], choice.get("mode", "affine"))
 
 

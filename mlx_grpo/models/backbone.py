@@ -83,8 +83,8 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
         raise InputError(f"{path}: cannot load the tokenizer: {_one_line(e)}") from e
     if not tokenizer.has_chat_template:
         raise InputError(
-            f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model or "
-            "add one"
+            f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model, or "
+            "put one into chat_template.jinja beside it"
         )
     return tokenizer
 

@@ -165,7 +165,7 @@ def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> No
         raise InputError(
             f"{place}: made for a backbone with fingerprint {str(expected)[:12]}, but "
             f"{backbone} has {found[:12]}; "
-            "train it again with 'mlx-grpo train-rm'"
+            "convert it again beside this model, or train one for it with 'mlx-grpo train-rm'"
         )
 
 
