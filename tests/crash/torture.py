@@ -38,18 +38,19 @@ def summary(figures: dict[str, Any]) -> str:
     rows: dict[str, Callable[[], tuple[str, str]]] = {
         "kill": lambda: (
             f"`kill -9` at {f['kill']['points']} points, {f['kill']['file_operations']} of them "
-            "file operations, the others random times in all stages; then `--resume`: adapter, "
-            "optimizer, state, metrics, completions equal the uninterrupted run bit for bit",
+            "file operations, the others random times in all stages, some runs twice; then "
+            "`--resume`: adapter, optimizer, state, metrics, completions equal the uninterrupted "
+            "run bit for bit",
             f"{f['kill']['equal']}/{f['kill']['points']}",
         ),
         "faults": lambda: (
             "ENOSPC, EIO or EACCES at a file operation: one line with the reason and the way to "
-            "go on, the checkpoint before loads",
+            "go on, the checkpoint before loads; one in eight also resumed, equal",
             f"{f['faults']['contained']}/{f['faults']['faults']}",
         ),
         "corruption": lambda: (
             f"a flipped bit or a cut in one of the {f['corruption']['files']} files of a "
-            "checkpoint, a converted model and an adapter: found, the file named",
+            "checkpoint, a model directory and an adapter: found, the file named",
             f"{f['corruption']['detected']}/{f['corruption']['damages']}",
         ),
         "signals": lambda: (
