@@ -1,42 +1,30 @@
-"""The training loop: prompts -> rollout -> reward -> log-probs -> advantage -> update.
-
-`iterate` is the algorithm, one stage after the other; `train` is the run around it.
-"""
+"""A run: load, iterate, evaluate, save; stop and go on. The algorithm is `iteration.py`."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from mlx_grpo import log, run_directory
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console, duration
-from mlx_grpo.data import batch_indices
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
-from mlx_grpo.guard import NotFinite, Skip, check_finite
+from mlx_grpo.iteration import iterate
 from mlx_grpo.lock import locked
-from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.metrics import Clock
 from mlx_grpo.parts import (
     RunParts,
     first_state,
     load_parts,
-    sampling,
     target_at,
-    update_settings,
 )
 from mlx_grpo.provenance import input_digests, recorded
-from mlx_grpo.rollout import rollout
 from mlx_grpo.run_directory import Snapshot
-from mlx_grpo.scoring import Shaping, measure, rate, score_under
 from mlx_grpo.state import RunState
-from mlx_grpo.stopping import SafePoint, StopRequested, never_stop, stop_signals
-from mlx_grpo.types import Group
-from mlx_grpo.update import reused_groups, update
+from mlx_grpo.stopping import SafePoint, StopRequested, stop_signals
 
 GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
 
@@ -201,82 +189,6 @@ def _iterate_and_log(
     for skip in done.skips:
         ui.warn(f"iteration {step}: {skip.stage} not finite, left out; see {run / log.SKIPPED}")
     return done.state
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """What an iteration leaves."""
-
-    state: RunState
-    metrics: dict[str, Any]
-    groups: list[Group]
-    raw_PK: list[list[float]]
-    skips: list[Skip]
-
-
-def iterate(
-    parts: RunParts, state: RunState, ui: Console, safe_point: SafePoint = never_stop
-) -> Iteration:
-    """One iteration of GRPO.
-
-    Raises:
-        StopRequested: at a safe point; adapter and optimizer may have moved by then.
-    """
-    config, roles, clock = parts.config, parts.roles, Clock()
-    mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
-    progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
-    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
-    prompts = [parts.prompts[i] for i in indices]
-    target = target_at(config, state.iteration)
-
-    with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
-        groups = rollout(
-            roles.actor.model,
-            roles.backbone.tokenizer,
-            roles.backbone.stop_ids,
-            prompts,
-            sampling(config, config.K),
-            config.seed,
-            "rollout",
-            state.iteration,
-            safe_point=safe_point,
-        )
-    with clock.stage("reward"), ui.working(f"{progress}: reward"):
-        raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
-    shaping = Shaping(state.controller.penalty, config.scale_advantages)
-    settings = update_settings(config, target)
-    try:
-        check_finite("reward", dict(enumerate(raw_PK)))
-        normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
-        with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
-            rated = rate(
-                groups, raw_PK, roles.reference, normalizer, config.temperature, safe_point
-            )
-            first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
-            later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
-        with clock.stage("update"), ui.working(f"{progress}: update"):
-            parts.optimizer.learning_rate = state.controller.learning_rate
-            scored, stats = update(
-                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point
-            )
-    except NotFinite as e:  # raised before the first step of the optimizer
-        metrics = skipped_metrics(state, groups, e.skip, clock)
-        return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
-    state = replace(state, normalizer=normalizer)
-    measures = measure(groups, scored)
-
-    metrics = {
-        **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
-        **clock.iteration_metrics(measures.tokens, config.num_iterations - state.iteration - 1),
-    }
-    state = replace(
-        state,
-        iteration=state.iteration + 1,
-        controller=state.controller.step(measures.kl, target),
-        tokens_seen=state.tokens_seen + measures.tokens,
-        skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
-    )
-    return Iteration(state, metrics, groups, raw_PK, stats.skips)
 
 
 def _evaluate(

@@ -23,7 +23,7 @@ TRAIN = (
     *("--eval-prompts", "{held_out}", "--output", "runs/one", "--num-iterations", "2"),
     *("--batch-size", "2", "--K", "2", "--max-completion-length", "4", "--lora-rank", "2"),
 )
-CONVERT = ("convert", "--no-verify", "--out", "weights")
+CONVERT = ("convert", "--no-verify", "--group-size", "32", "--out", "weights")
 TRAIN_RM = ("train-rm", "--model", "{sft}", "--output", "weights/rm", "--pairs")
 
 
@@ -211,7 +211,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     "a reward model for another backbone": (
         (*TRAIN, "--actor-model", "{other}"),
         r"reward_model\.json: made for a backbone with fingerprint \w+, but \S+other has \w+; "
-        r"train it again with 'mlx-grpo train-rm'",
+        r"convert it again beside this model, or train one",
     ),
     "nothing to resume": (
         (*TRAIN, "--resume"),

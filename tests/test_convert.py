@@ -170,7 +170,7 @@ def damage(directory: Path, how: str) -> None:
     [
         ("cut short", r"model\.safetensors"),
         ("cut in the header", r"model\.safetensors"),
-        ("pickled", r"pytorch_model\.bin: cannot be read as plain weights"),
+        ("pickled", r"pytorch_model\.bin: damaged, incomplete, or more than plain weights"),
         ("other architecture", "unheard_of"),
         ("no configuration", r"neither config\.json nor adapter_config\.json is here; give"),
         ("a tensor missing", r"model\.layers\.1\.mlp\.up_proj\.weight"),

@@ -124,12 +124,12 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "an empty .bin": (
         "bin",
         empty("pytorch_model.bin"),
-        r"/pytorch_model\.bin: cannot be read as plain weights",
+        r"/pytorch_model\.bin: damaged, incomplete, or more than plain weights",
     ),
     "a .bin with code": (
         "bin",
         pickled({"w": Evil()}),
-        r"/pytorch_model\.bin: cannot be read as plain weights",
+        r"/pytorch_model\.bin: damaged, incomplete, or more than plain weights",
     ),
     "a .bin of another kind": (
         "bin",
@@ -238,7 +238,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "a base that is gone": (
         "rm-peft",
         fields("adapter_config.json", base_model_name_or_path="./gone"),
-        r": the base of this adapter is missing: \./gone: no such directory",
+        r": the base of this adapter cannot be used \(\./gone: no such directory",
     ),
     "no alpha": (
         "peft",

@@ -106,12 +106,32 @@ def test_with_force_the_old_directory_stays_until_the_new_one_is_whole(
     assert [p.name for p in (tmp_path / "w").iterdir()] == ["sft-4bit"]
 
 
-def test_a_failure_of_the_reward_model_leaves_the_finished_sft_model(
+def test_both_sources_are_looked_at_before_either_is_converted(
     sft: Path, tmp_path: Path, command: Command
 ) -> None:
     code, _, err = command("--sft", str(sft), "--rm", str(sft), "--no-verify")
     assert code == 2 and "not a reward model" in err
-    assert [p.name for p in (tmp_path / "w").iterdir()] == ["sft-4bit"]
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_group_that_does_not_divide_a_layer_is_refused(
+    sft: Path, tmp_path: Path, command: Command
+) -> None:
+    code, _, err = command("--sft", str(sft), "--no-verify", "--group-size", "64")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert re.search(r"layer '\S+' is 32 wide, which --group-size 64 does not divide; choose", err)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_source_that_is_quantized_already_is_kept_and_said_to_be(
+    sft: Path, tmp_path: Path, command: Command
+) -> None:
+    assert command("--sft", str(sft), "--no-verify", "--bits", "8")[0] == 0
+    code, _, err = command("--sft", "w/sft-8bit", "--no-verify")
+    assert code == 0 and "the source is quantized already and was kept as it is" in err
+    stored = "model.safetensors"
+    kept, source = (tmp_path / "w" / name / stored for name in ("sft-4bit", "sft-8bit"))
+    assert kept.read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize(

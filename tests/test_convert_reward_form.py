@@ -85,7 +85,7 @@ def test_another_backbone_is_kept_whole_and_adapter_refused_with_the_tensor(tmp_
     score = reward_model.score_ids(tuple(TOKENS[:9]), [tuple(TOKENS[9:])])
     assert score == pytest.approx([torch_score(model, TOKENS)], abs=1e-4)
     source, out = locate(str(tmp_path / "rm")), tmp_path / "refused"
-    complaint = r"rm: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' differs .*; use --rm-as full"
+    complaint = r"rm: layer 'model\.layers\.1\.mlp\.up_proj' differs .*; use --rm-as full"
     with pytest.raises(InputError, match=complaint):
         convert_rm(source, out, tmp_path / "out-sft", EXACT, None, "adapter")
     with pytest.raises(InputError, match=r"nowhere: no SFT model here; convert it first, or use"):

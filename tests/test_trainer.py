@@ -127,9 +127,9 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_grpo import trainer, update
+    from mlx_grpo import iteration, trainer, update
 
-    place: Any = update if stage == "adamw_step" else trainer
+    place: Any = {"adamw_step": update, "_evaluate": trainer}.get(stage, iteration)
     real, calls = getattr(place, stage), []
     nth = {"adamw_step": 5, "_evaluate": 2}.get(stage, 3)  # two optimizer steps an iteration
 
@@ -154,9 +154,9 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
 def test_a_failure_in_an_iteration_saves_the_ones_before(
     train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import trainer
+    from mlx_grpo import iteration
 
-    real, calls = trainer.update, []
+    real, calls = iteration.update, []
 
     def runs_out_of_memory(*args: Any) -> Any:
         calls.append(1)
@@ -169,7 +169,7 @@ def test_a_failure_in_an_iteration_saves_the_ones_before(
         **{**train_arguments, "checkpoint_every": 9, "output": str(tmp_path / "s")}
     )
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Insufficient"):
-        patch.setattr(trainer, "update", runs_out_of_memory)
+        patch.setattr(iteration, "update", runs_out_of_memory)
         train(config, QUIET)
     assert step_names(config.run_directory) == ["step-000002"]
     assert_equal(run_of(config, resume=True), whole)

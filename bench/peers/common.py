@@ -35,9 +35,9 @@ def prompts(count: int) -> list[dict[str, Any]]:
     return rows[:count]
 
 
-def length_reward(texts: list[str]) -> list[float]:
+def length_reward(completions: list[str]) -> list[float]:
     """The reward of the comparison: shorter is better."""
-    return [-float(len(text)) for text in texts]
+    return [-float(len(text)) for text in completions]
 
 
 def main(

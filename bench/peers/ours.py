@@ -17,14 +17,9 @@ from common import LEARNING_RATE, MODEL, RANK, SCALE, SEED, K
 from mlx_grpo.backend import peak_memory
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
+from mlx_grpo.iteration import iterate
 from mlx_grpo.parts import RunParts, first_state, load_parts, sampling
 from mlx_grpo.rollout import rollout
-from mlx_grpo.trainer import iterate
-
-
-def length(completions: list[str]) -> list[float]:
-    """The reward of the comparison."""
-    return common.length_reward(completions)
 
 
 def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
@@ -36,7 +31,7 @@ def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
     config = TrainConfig(
         actor_model=str(MODEL),
         rm_model="none",
-        reward=(f"{Path(__file__).resolve()}:length",),
+        reward=(f"{Path(common.__file__).resolve()}:length_reward",),
         prompts=str(place / "prompts.jsonl"),
         eval_prompts=str(place / "held_out.jsonl"),
         seed=SEED,
@@ -61,7 +56,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rollouts.append(_rollout_seconds(parts, iteration))
             peaks.append(peak_memory())
             continue
-        state, metrics, *_ = iterate(parts, state, console)
+        done = iterate(parts, state, console)
+        state, metrics = done.state, done.metrics
         rollouts.append(metrics["time/rollout"])
         seconds.append(metrics["time/iteration"])
         peaks.append(metrics["memory/peak"])

@@ -1,0 +1,97 @@
+"""One iteration of GRPO: prompts -> rollout -> reward -> log-probs -> advantage -> update.
+
+Shao et al. 2024, arXiv:2402.03300, with the advantage left unscaled and the KL in the reward.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.console import Console
+from mlx_grpo.data import batch_indices
+from mlx_grpo.guard import NotFinite, Skip, check_finite
+from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.parts import RunParts, sampling, target_at, update_settings
+from mlx_grpo.rollout import rollout
+from mlx_grpo.scoring import Shaping, measure, rate, score_under
+from mlx_grpo.state import RunState
+from mlx_grpo.stopping import SafePoint, never_stop
+from mlx_grpo.types import Group
+from mlx_grpo.update import reused_groups, update
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What an iteration leaves."""
+
+    state: RunState
+    metrics: dict[str, Any]
+    groups: list[Group]
+    raw_PK: list[list[float]]
+    skips: list[Skip]
+
+
+def iterate(
+    parts: RunParts, state: RunState, ui: Console, safe_point: SafePoint = never_stop
+) -> Iteration:
+    """One iteration of GRPO.
+
+    Raises:
+        StopRequested: at a safe point; adapter and optimizer may have moved by then.
+    """
+    config, roles, clock = parts.config, parts.roles, Clock()
+    mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
+    progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
+    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
+    prompts = [parts.prompts[i] for i in indices]
+    target = target_at(config, state.iteration)
+
+    with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
+        groups = rollout(
+            roles.actor.model,
+            roles.backbone.tokenizer,
+            roles.backbone.stop_ids,
+            prompts,
+            sampling(config, config.K),
+            config.seed,
+            "rollout",
+            state.iteration,
+            safe_point=safe_point,
+        )
+    with clock.stage("reward"), ui.working(f"{progress}: reward"):
+        raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
+    shaping = Shaping(state.controller.penalty, config.scale_advantages)
+    settings = update_settings(config, target)
+    try:
+        check_finite("reward", dict(enumerate(raw_PK)))
+        normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
+        with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
+            rated = rate(
+                groups, raw_PK, roles.reference, normalizer, config.temperature, safe_point
+            )
+            first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
+            later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
+        with clock.stage("update"), ui.working(f"{progress}: update"):
+            parts.optimizer.learning_rate = state.controller.learning_rate
+            scored, stats = update(
+                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point
+            )
+    except NotFinite as e:  # raised before the first step of the optimizer
+        metrics = skipped_metrics(state, groups, e.skip, clock)
+        return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
+    state = replace(state, normalizer=normalizer)
+    measures = measure(groups, scored)
+
+    metrics = {
+        **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
+        **clock.iteration_metrics(measures.tokens, config.num_iterations - state.iteration - 1),
+    }
+    state = replace(
+        state,
+        iteration=state.iteration + 1,
+        controller=state.controller.step(measures.kl, target),
+        tokens_seen=state.tokens_seen + measures.tokens,
+        skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
+    )
+    return Iteration(state, metrics, groups, raw_PK, stats.skips)
