@@ -77,11 +77,12 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
         ui.say(f"     {sft} is there already")
     else:
         convert_sft(locate(str(smollm2_gguf())), sft, Quantization(), None)
-    if fingerprint(sft) != reward_source.config.get("backbone_fingerprint"):
+    shipped = read_json(reward_source.path / REWARD_CONFIG)
+    if fingerprint(sft) != shipped.get("backbone_fingerprint"):
         raise InputError(f"{sft}: not the demo's model; give an empty directory with --work")
     if not rm.exists():
         convert_rm(reward_source, rm, sft, Quantization(), None)
-    elif read_json(rm / REWARD_CONFIG) != reward_source.config:
+    elif read_json(rm / REWARD_CONFIG) != shipped:
         raise InputError(f"{rm}: not the demo's reward model; give an empty directory with --work")
 
     run = work / "runs" / "demo"
