@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_grpo import checkpoint, run_directory, trainer
 from mlx_grpo.errors import InputError
+from mlx_grpo.iteration import Iteration
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import load_adapter
 from tests.crash.harness import Child, World, finish, training
@@ -169,7 +170,10 @@ def soak(world: World, count: int, rng: random.Random) -> dict[str, Any]:
     """A run of many iterations: memory, open files and files on disk, early against late."""
     run = world.root / "soak"
     shutil.rmtree(run, ignore_errors=True)
-    config = world.config(num_iterations=count, eval_every=25, checkpoint_every=10)
+    # all that may be kept is kept before the second tenth, where the measuring begins
+    config = world.config(
+        num_iterations=count, eval_every=max(4, count // 20), checkpoint_every=max(2, count // 50)
+    )
 
     def act() -> list[dict[str, int]]:
         import mlx.core as mx
@@ -177,7 +181,7 @@ def soak(world: World, count: int, rng: random.Random) -> dict[str, Any]:
         samples: list[dict[str, int]] = []
         real = trainer.iterate
 
-        def sampled(*arguments: Any) -> trainer.Iteration:
+        def sampled(*arguments: Any) -> Iteration:
             done = real(*arguments)
             samples.append(
                 {

@@ -43,6 +43,20 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not_been(tmp_path: Path
     assert figures(tmp_path, "signals", 4)["resumed_equal"] == 4
 
 
+def test_one_seed_gives_one_run_whatever_the_width(tmp_path: Path) -> None:
+    assert figures(tmp_path, "determinism", 2)["distinct_hashes"] == 1
+
+
+def test_a_value_that_is_not_finite_moves_no_weight(tmp_path: Path) -> None:
+    found = figures(tmp_path, "nan", 4)
+    assert found["weights_unchanged"] == found["injections"] >= 4
+
+
+def test_a_long_run_does_not_grow(tmp_path: Path) -> None:
+    found = figures(tmp_path, "soak", 80)
+    assert found["descriptors"][0] == found["descriptors"][1]
+
+
 def test_the_harness_sees_a_resume_that_forgets_something() -> None:
     script = (
         "import sys; from tests.crash import torture; from mlx_grpo import log\n"

@@ -114,10 +114,10 @@ def main() -> int:
             figures[name]["seconds"] = round(time.monotonic() - start, 1)
             sys.stdout.write(f"{name}: {json.dumps(figures[name])}\n")
             sys.stdout.flush()
+            if given.json:  # after each part: the whole takes a while
+                given.json.parent.mkdir(parents=True, exist_ok=True)
+                given.json.write_text(json.dumps(figures, indent=2) + "\n")
     sys.stdout.write(summary(figures))
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(figures, indent=2) + "\n")
     return int(any(part["failures"] for part in figures.values()))
 
 
