@@ -4,6 +4,7 @@ Protocol for a directory: write into a temporary sibling, fsync every file, rena
 parent. `manifest.json` lists the sha256 of every file beside it: {"files": {name: sha256}}.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -29,10 +30,13 @@ def sha256(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file or a directory entry to disk."""
+    """Flush a file or a directory entry to disk; macOS keeps it in the drive's cache unless asked
+    for more than fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 

@@ -1,7 +1,10 @@
 """The trainer's end of a custom reward function that runs in a process of its own."""
 
+import contextlib
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +40,7 @@ class RewardProcess:
         self.timeout = timeout
         worker = Path(reward_worker.__file__)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START, str(worker), spec, str(timeout)],
+            [sys.executable, "-B", "-c", START, str(worker), spec, str(timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -92,6 +95,7 @@ class RewardProcess:
         return reply
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
+        """End the process and those that it started, whatever they are doing."""
+        with contextlib.suppress(ProcessLookupError):  # ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)  # it leads a group of its own
         self._process.communicate()

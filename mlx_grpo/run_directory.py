@@ -1,5 +1,6 @@
 """A run on disk: configuration, logs, checkpoints, adapters; opened, saved, restored."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +154,7 @@ def restore(
     if not checkpoint.step_directories(run / CHECKPOINTS):
         for name in log.LOGS:
             log.cut(run / name, 0)
+        _remove_best(run)
         write_text(run / CONFIG, to_toml(config))
         return state, []
     saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
@@ -177,8 +179,16 @@ def restore(
     restored = state.with_json(saved.state)
     if restored.skipped_in_a_row >= config.max_skipped_steps:  # it ended there; count anew
         restored = replace(restored, skipped_in_a_row=0)
-    changed = provenance.changed_fields(saved.state, about)
-    return _with_changes(restored, state, changed), warnings
+    restored = _with_changes(restored, state, provenance.changed_fields(saved.state, about))
+    if restored.best.step is None:
+        _remove_best(run)
+    return restored, warnings
+
+
+def _remove_best(run: Path) -> None:
+    """Remove a `best/` that the state does not know: of iterations that are to be done again."""
+    if (run / "best").exists():
+        shutil.rmtree(run / "best")
 
 
 def _check_shapes(run: Path, adapter: Parameters, actor: nn.Module) -> None:

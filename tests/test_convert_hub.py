@@ -253,4 +253,8 @@ def test_one_format_of_weights_and_the_texts_are_needed(
 def test_of_an_adapter_the_adapter_is_needed() -> None:
     files = ["adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"]
     assert sorted(needed_files(files)) == sorted(files[:3])
+    head = ["adapter_config.json", "adapters.safetensors", "reward_head.safetensors"]
+    assert sorted(needed_files(head)) == head
+    whole = ["config.json", "model-1.safetensors", "consolidated.safetensors"]
+    assert sorted(needed_files(whole)) == whole[:2]
     assert "adapter_model.bin" in needed_files(["adapter_config.json", "adapter_model.bin"])

@@ -79,6 +79,30 @@ def test_the_base_can_be_named_where_the_adapter_names_another_place(tmp_path: P
     assert widest(found_logps(tmp_path / "out"), torch_logps(expected, TOKENS)) <= 1e-4
 
 
+def test_a_base_that_is_an_adapter_or_a_reward_model_is_refused(tmp_path: Path) -> None:
+    base = sources.causal(tmp_path / "base", "llama")
+    sources.classifier(tmp_path / "rm", "llama")
+    sources.peft_adapter(tmp_path / "first", tmp_path / "base", base)
+    second = sources.causal(tmp_path / "base2", "llama")
+    sources.peft_adapter(tmp_path / "second", tmp_path / "first", second)
+    for name, complaint in (("first", "is an adapter too; merge"), ("rm", "is a reward model;")):
+        with pytest.raises(InputError, match=f"second: its base .*{name} {complaint}"):
+            source = locate(str(tmp_path / "second"))
+            convert_sft(source, tmp_path / "out", EXACT, None, base=str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("field", ["init_lora_weights", "layer_replication"])
+def test_an_adapter_that_is_more_than_a_sum_is_refused(field: str, tmp_path: Path) -> None:
+    base = sources.causal(tmp_path / "base", "llama")
+    sources.peft_adapter(tmp_path / "peft", tmp_path / "base", base)
+    place = tmp_path / "peft" / "adapter_config.json"
+    value = "pissa_niter_4" if field == "init_lora_weights" else [[0, 1]]
+    place.write_text(json.dumps({**json.loads(place.read_text()), field: value}))
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {field} .*merge_and_unload"):
+        convert_sft(locate(str(tmp_path / "peft")), tmp_path / "out", EXACT, None)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, r"adapter_config\.json: use_dora True is not converted; merge it"),
     "all biases": ({"bias": "all"}, r"adapter_config\.json: bias 'all' is not converted; merge it"),

@@ -95,6 +95,28 @@ def test_a_trained_adapter_is_copied_and_scores_the_same(
     assert row.parameters == sum(a.size for a in arrays.values())
 
 
+def test_a_trained_adapter_made_a_model_of_its_own_reads_the_same_tokens(
+    tmp_path: Path, sft: Path, backbone: Backbone, reward_model: Path
+) -> None:
+    from mlx_grpo.types import Completion, Group, Prompt
+
+    source = locate(str(reward_model))
+    row = convert_rm(source, tmp_path / "rm", sft, Quantization(16), None, "full")
+    assert row.form == "model"
+    before, after = (load_reward_model(d, backbone) for d in (reward_model, tmp_path / "rm"))
+    prompt = Prompt("p", ({"role": "user", "content": "why?"},), PROMPT)
+    group = Group(prompt, tuple(Completion(r, "other text", "stop", (0.0,)) for r in ROWS))
+    assert before.inputs(group) == after.inputs(group)
+    assert after.score(group) == pytest.approx(before.score(group), abs=0.05)  # fused in bf16
+
+
+def test_scores_that_do_not_vary_do_not_correlate_with_those_that_do() -> None:
+    from mlx_grpo.convert.quality import pearson
+
+    assert pearson([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == 0.0
+    assert pearson([1.0, 1.0], [2.0, 2.0]) == 1.0
+
+
 def test_a_trained_adapter_is_refused_on_another_backbone(
     tmp_path: Path, reward_model: Path
 ) -> None:

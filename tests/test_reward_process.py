@@ -111,3 +111,17 @@ def test_the_complaint_is_one_line_with_prompt_and_function(tmp_path: Path) -> N
     with pytest.raises(InputError) as failure:
         CustomReward("loud", loud)(group("a", "b"))
     assert str(failure.value) == "reward 'loud' failed on prompt 'p1': ValueError: two lines"
+
+
+def test_what_a_reward_started_ends_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "forks.py"
+    file.write_text(
+        "import multiprocessing, time\n"
+        "def forks(completions):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(600,))\n"
+        "    child.start()\n"
+        "    child.join()\n"
+    )
+    process = RewardProcess(f"{file}:forks", timeout=0.5)
+    with pytest.raises(RewardError, match=r"no answer within 0\.5 s"):
+        process({"completions": ["a"]})  # returns: nobody holds its pipe any more

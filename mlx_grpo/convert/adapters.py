@@ -21,6 +21,8 @@ from mlx_grpo.errors import InputError
 from mlx_grpo.models.lora import lora_modules, set_parameters, with_lora_modules
 
 PEFT_PREFIX = "base_model.model."
+CHANGES_THE_BASE = {"pissa", "olora", "corda", "loftq", "lora"}
+"""Initialisations of PEFT that take the first update out of the weights; `lora` is `lora_ga`."""
 MERGE = "merge it with peft's merge_and_unload() and convert the result"
 
 
@@ -53,6 +55,7 @@ def read_peft(directory: Path, config: dict[str, Any], scratch: Path) -> Adapter
     for field, plain in (("use_dora", False), ("bias", "none"), ("fan_in_fan_out", False)):
         if (config.get(field) or plain) != plain:
             raise InputError(f"{place}: {field} {config[field]!r} is not converted; {MERGE}")
+    _check_plain(config, place)
     files = tensor_files(directory, "adapter_model", scratch)
     tensors, file = read_tensors(files), files[0].source
     named = {
@@ -64,6 +67,16 @@ def read_peft(directory: Path, config: dict[str, Any], scratch: Path) -> Adapter
     for module, (a, b) in _pairs(found, ".lora_A.weight", ".lora_B.weight", file).items():
         loras[module] = LoRA(a.T, b.T, _peft_scale(config, module, a.shape[0], place))
     return Adapter(loras, head)
+
+
+def _check_plain(config: dict[str, Any], place: Path) -> None:
+    """Raise InputError where the base was changed too, or not every token gets the update."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.split("_")[0].lower() in CHANGES_THE_BASE:
+        raise InputError(f"{place}: init_lora_weights {start!r} changed the base too; {MERGE}")
+    for field in ("alora_invocation_tokens", "layer_replication"):
+        if config.get(field):
+            raise InputError(f"{place}: {field} is not converted; {MERGE}")
 
 
 def _peft_name(name: str) -> str:
@@ -156,12 +169,13 @@ def _linear(modules: dict[str, nn.Module], name: str, lora: LoRA, directory: Pat
     module = modules.get(name)
     if not isinstance(module, nn.Linear | nn.QuantizedLinear):
         raise InputError(f"{directory}: the base model has no linear layer '{name}'")
-    packing = 32 // module.bits if isinstance(module, nn.QuantizedLinear) else 1
     rows, columns = module.weight.shape
-    if lora.a.shape != (columns * packing, lora.b.shape[0]) or lora.b.shape[1] != rows:
+    if isinstance(module, nn.QuantizedLinear):
+        columns = columns * 32 // module.bits
+    if lora.a.shape != (columns, lora.b.shape[0]) or lora.b.shape[1] != rows:
         raise InputError(
             f"{directory}: LoRA of '{name}' has shapes {list(lora.a.shape)} and "
-            f"{list(lora.b.shape)}, the base's layer is [{rows}, {columns * packing}]"
+            f"{list(lora.b.shape)}, the base's layer is [{rows}, {columns}]"
         )
     return module
 

@@ -175,10 +175,19 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> Opened:
             f"{source.path}: the base of this adapter cannot be used ({e}); name it with "
             "--sft-base or --rm-base"
         ) from e
+    if opened.loras is not None:
+        raise InputError(
+            f"{source.path}: its base {opened.source.path} is an adapter too; merge that one first"
+        )
     read = read_peft if source.kind == "peft" else read_mlx_adapter
     adapter = read(source.path, source.config, scratch)
     own = (source.path / "tokenizer.json").is_file()
     head = _checked_head(source, adapter.head, {})
+    if opened.head and not head:
+        raise InputError(
+            f"{source.path}: its base {opened.source.path} is a reward model; give the language "
+            "model it was made of"
+        )
     return replace(
         opened,
         source=source,

@@ -112,9 +112,9 @@ def needed_files(files: list[str]) -> list[str]:
     """Of a repository's files those that a conversion reads: top level, one format of weights."""
     top = [f for f in files if "/" not in f]
     texts = [f for f in top if f.endswith(TEXT_FILES) or f == "README.md"]
-    tensors = [f for f in top if f.endswith(".safetensors")]
-    if ADAPTER_CONFIG in top and "config.json" not in top:
-        tensors = [f for f in tensors if f.startswith("adapter")]
+    adapter = ADAPTER_CONFIG in top and "config.json" not in top
+    stems = ("adapter", "reward_head") if adapter else ("model", "reward_head")
+    tensors = [f for f in top if f.endswith(".safetensors") and f.startswith(stems)]
     return texts + (tensors or [f for f in top if f.endswith(".bin") and "training" not in f])
 
 

@@ -98,12 +98,16 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     if not parameters:
         return {}
     local = parameters.get("sliding_attention") or {}
-    main = parameters.get("full_attention") or (parameters if "rope_theta" in parameters else {})
+    main = parameters.get("full_attention") or parameters
     found: dict[str, Any] = {}
     if "rope_theta" in main:
         found["rope_theta"] = main["rope_theta"]
-    if main.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {k: v for k, v in main.items() if k != "rope_theta"}
+    if "partial_rotary_factor" in main:
+        found["partial_rotary_factor"] = main["partial_rotary_factor"]
+    if (kind := main.get("rope_type", "default")) != "default":
+        # some families of mlx-lm look for the kind under its older name
+        scaling = {k: v for k, v in main.items() if k not in ("rope_theta", "sliding_attention")}
+        found["rope_scaling"] = {**scaling, "type": kind}
     if "rope_theta" in local:
         found["rope_local_base_freq"] = local["rope_theta"]
     return {k: v for k, v in found.items() if config.get(k) is None}
@@ -131,12 +135,11 @@ def parameter_count(path: Path) -> int:
     for name, shape in shapes.items():
         if name.endswith((".scales", ".biases")) and name.rsplit(".", 1)[0] + ".weight" in shapes:
             continue
-        packed = 1
+        bits = 32
         if dtypes[name] == "U32":
             module = quantization.get(name.removesuffix(".weight"))
             bits = module["bits"] if isinstance(module, dict) else quantization.get("bits", 4)
-            packed = 32 // bits
-        total += packed * math.prod(shape)
+        total += math.prod(shape) * 32 // bits
     return total
 
 

@@ -136,16 +136,16 @@ def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
     kind = config.get("kind")
     if kind == "adapter":
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
-        stages, tokenizer = Stages(load_adapter(backbone.model, path)), None
-        if config.get("input") == "chat_template":
-            tokenizer = load_chat_tokenizer(path)
+        stages = Stages(load_adapter(backbone.model, path))
     elif kind == "full":
-        own = load_backbone(path)
-        stages, tokenizer = Stages(own.model), own.tokenizer
+        stages = Stages(load_backbone(path).model)
     else:
         raise InputError(
             f"{path / REWARD_CONFIG}: field 'kind' must be 'adapter' or 'full', not {kind!r}"
         )
+    # one trained here reads the policy's token ids, whether it became a model of its own or not
+    own_text = config.get("input") == "chat_template"
+    tokenizer = load_chat_tokenizer(path) if own_text else None
     weight_1D, bias = load_head(path / REWARD_HEAD)
     if weight_1D.shape[1] != stages.hidden_size:
         raise InputError(
