@@ -43,3 +43,12 @@ def test_a_field_of_a_wrong_type_is_refused_or_of_no_effect(
         found = convert_damaged(role, source, accepted="harmless")
         if field in SIZES and not (field == "vocab_size" and x == 0):
             assert found is not None, x
+
+
+def test_an_activation_that_would_not_be_computed_is_refused(
+    convert_damaged: Callable[..., str | None], source_copy: Callable[[str], Path]
+) -> None:
+    source = source_copy("sft")
+    fields(hidden_act="relu")(source)
+    found = convert_damaged("sft", source)
+    assert found is not None and "hidden_act 'relu' is not what mlx-lm computes for llama" in found

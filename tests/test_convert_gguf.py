@@ -200,6 +200,7 @@ def test_a_tensor_type_that_mlx_does_not_read_exactly_is_refused_by_name(
         ({"general.architecture": "phi2"}, "architecture 'phi2' is not supported; use 'llama'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama' with pre-tokenizer 'gpt-2' is not"),
         ({"tokenizer.chat_template": None}, "no chat template"),
+        ({"llama.rope.scaling.type": "yarn"}, "rotary scaling is not converted"),
         ({"tokenizer.ggml.merges": None}, r"damaged tokenizer metadata: .*merges"),
         ({"tokenizer.ggml.token_type": [1]}, r"damaged tokenizer metadata: "),
         ({"llama.rope.freq_base": None}, r"llama\.rope\.freq_base"),

@@ -132,6 +132,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str
         raise InputError(
             f"{path}: GGUF architecture '{architecture}' is not supported; use 'llama'"
         )
+    if metadata.get("llama.rope.scaling.type", "none") != "none":
+        raise InputError(f"{path}: its rotary scaling is not converted; use the original model")
     try:
         config = _config(metadata, weights)
     except (KeyError, AttributeError, TypeError) as e:

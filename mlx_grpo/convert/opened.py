@@ -30,6 +30,8 @@ from mlx_grpo.models.reward_model import REWARD_HEAD
 from mlx_grpo.models.stages import Stages
 
 Weights = dict[str, mx.array]
+SILU_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
+"""Their activation is fixed in mlx-lm, whatever the configuration says."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,11 @@ def _check_fields(place: Path, config: dict[str, Any]) -> None:
     for name, (kind, word) in kinds.items():
         if not isinstance(config.get(name), kind | None):
             raise InputError(f"{place}: field '{name}' must be a {word}, not {config[name]!r}")
+    family, activation = config.get("model_type"), config.get("hidden_act") or "silu"
+    if family in SILU_FAMILIES and activation not in ("silu", "swish"):
+        raise InputError(
+            f"{place}: hidden_act {activation!r} is not what mlx-lm computes for {family}: SiLU"
+        )
     quantization = config.get("quantization")
     for name in ("bits", "group_size"):
         if quantization is not None and not isinstance(quantization.get(name), int):
