@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo import __version__
-from mlx_grpo.config import RewardTrainConfig, TrainConfig
+from mlx_grpo.config import RewardTrainConfig, TrainConfig, flag_of
 from mlx_grpo.config_sources import build_config, field_help, field_types, typed_flags
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
@@ -96,14 +96,13 @@ def _option(cls: type, name: str, default: Any, repeated: bool) -> inspect.Param
         text += f" One of: {', '.join(typing.get_args(kind))}."
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     text += f" (default: {shown})" if shown else ""
-    flag = "--K" if name == "K" else f"--{name.replace('_', '-')}"
     plain = (
         list[str] if repeated else str
     )  # read as text, so that one place checks types for flags and files
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
         kind, "CHOICE" if "One of" in text else "LIST"
     )
-    option = typer.Option(flag, help=text, show_default=False, metavar=metavar)
+    option = typer.Option(flag_of(name), help=text, show_default=False, metavar=metavar)
     annotation = Annotated[plain | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation

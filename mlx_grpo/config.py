@@ -10,6 +10,11 @@ from typing import Any, Literal
 from mlx_grpo.errors import InputError
 
 
+def flag_of(name: str) -> str:
+    """The command line's option for a field."""
+    return "--K" if name == "K" else f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Every number of a training run."""

@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Bad input: one line with file, place, field and remedy; the command line exits with 2."""
+
+
+def one_line(error: object) -> str:
+    """The beginning of another library's complaint, without line breaks."""
+    return " ".join(str(error).split())[:300]

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.config import TrainConfig, flag_of
 from mlx_grpo.files import directory_digest, sha256
 from mlx_grpo.rewards import CustomReward
 
@@ -57,7 +57,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A text for each difference that changes the numbers: `--flag old -> new`."""
     before, after = saved["config"], now["config"]
     flags = [
-        f"{_flag(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        f"{flag_of(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
         for n in changed_fields(saved, now)
     ]
     inputs = saved["inputs"].keys() | now["inputs"].keys()
@@ -74,7 +74,7 @@ def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A text for each difference that may change the last bits only."""
     before, after = saved["config"], now["config"]
     flags = [
-        f"{_flag(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        f"{flag_of(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
         for n in ROUNDING
         if before.get(n) != after[n]
     ]
@@ -84,10 +84,6 @@ def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if saved["versions"].get(name) != new
     ]
     return flags + libraries
-
-
-def _flag(name: str) -> str:
-    return "--K" if name == "K" else f"--{name.replace('_', '-')}"
 
 
 def _shown(value: Any) -> str:

@@ -18,13 +18,12 @@ from mlx_grpo.convert.tensors import (
     TensorFile,
     Tensors,
     check_values,
-    one_line,
     read_tensors,
     split_head,
     tensor_files,
 )
 from mlx_grpo.convert.tokenizer import copy_tokenizer
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.models.backbone import rope_fields
 from mlx_grpo.models.reward_model import REWARD_HEAD
 from mlx_grpo.models.stages import Stages

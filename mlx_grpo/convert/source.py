@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_grpo.convert.tensors import one_line
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"

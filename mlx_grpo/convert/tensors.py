@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import safetensors_header
 
@@ -162,8 +161,3 @@ def split_head(
             leaves = [leaf for leaf in ("weight", "bias") if f"{prefix}.{leaf}" in rest]
             return rest, {leaf: rest.pop(f"{prefix}.{leaf}") for leaf in leaves}
     return rest, {}
-
-
-def one_line(error: Any) -> str:
-    """The beginning of an error's text, without line breaks."""
-    return " ".join(str(error).split())[:240]

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.files import read_json, verify_manifest
 
 BITS = {
@@ -59,7 +59,7 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
         # the configuration that comes back has the stop tokens of generation_config.json
         model, config = load_model(path, lazy=True, model_config=rope_fields(config))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
-        raise InputError(f"{path}: cannot load the model: {_one_line(e)}") from e
+        raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
     tokenizer = load_chat_tokenizer(path, config.get("eos_token_id"))
     policy = policy or choose_policy(parameter_count(path))
     apply_policy(model, policy)
@@ -80,7 +80,7 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
     try:
         tokenizer = load_tokenizer(path, eos_token_ids=eos_token_ids)
     except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
-        raise InputError(f"{path}: cannot load the tokenizer: {_one_line(e)}") from e
+        raise InputError(f"{path}: cannot load the tokenizer: {one_line(e)}") from e
     if not tokenizer.has_chat_template:
         raise InputError(
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model, or "
@@ -111,10 +111,6 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" in local:
         found["rope_local_base_freq"] = local["rope_theta"]
     return {k: v for k, v in found.items() if config.get(k) is None}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -163,7 +159,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
                 if 8 + length + end > file.stat().st_size:
                     raise ValueError(f"cut short within tensor '{name}'")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{file}: not a whole safetensors file ({_one_line(e)})") from None
+        raise InputError(f"{file}: not a whole safetensors file ({one_line(e)})") from None
     return header
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.files import fsync_path, read_json, verify_manifest, write_json
 from mlx_grpo.models.backbone import share
 from mlx_grpo.rng import key
@@ -130,7 +130,7 @@ def load_arrays(path: Path) -> Parameters:
         arrays = mx.load(str(path))
         mx.eval(arrays)
     except (FileNotFoundError, RuntimeError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(e).split())[:200]})") from e
+        raise InputError(f"{path}: cannot be read ({one_line(e)})") from e
     return arrays
 
 
