@@ -1,0 +1,92 @@
+"""The example reward marks as its text says, its prompts say what it checks, and a run takes it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.constraints import all_met, constraints
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
+from mlx_grpo.data import read_jsonl
+from mlx_grpo.trainer import train
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FILES = ("constraints_train.jsonl", "constraints_eval.jsonl")
+LIMITS = ("min_words", "max_words", "keyword")
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(EXAMPLES / name)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "mark"),
+    [
+        ("Green tea is good.", "stop", 1.0),
+        ("Tea is green and good for you.", "stop", (1 - 1 / 6 + 1 + 1) / 3),  # a word too many
+        ("Tea.", "stop", (1 - 2 / 3 + 1 + 1) / 3),  # two words short of three
+        ("Steak is good.", "stop", 2 / 3),  # 'tea' is not a word in it
+        ("Green tea is good", "stop", (1 + 1 + 0.5) / 3),
+        ("Green tea is good.", "length", (1 + 1 + 0.5) / 3),
+        ("good " * 40, "length", 0.0),
+        ("", "stop", 0.5 / 3),
+    ],
+)
+def test_marks_of_cases_done_by_hand(text: str, reason: str, mark: float) -> None:
+    (found,) = constraints([text], [reason], min_words=3, max_words=6, keyword="tea")
+    assert found == pytest.approx(mark)
+    assert all_met([text], [reason], 3, 6, "tea") == [float(mark == 1.0)]
+
+
+def test_held_out_answers_meet_every_constraint() -> None:
+    for row in read(FILES[1]):
+        limits = {name: row[name] for name in LIMITS}
+        assert constraints([row["response"]], ["stop"], **limits) == [1.0], row["id"]
+
+
+def test_prompts_say_in_words_what_their_fields_demand() -> None:
+    train, held_out = map(read, FILES)
+    assert len(train) >= 200
+    assert len(held_out) >= 60
+    for row in train + held_out:
+        words = f"in {row['min_words']} to {row['max_words']} words"
+        assert words in row["prompt"]
+        assert f'"{row["keyword"]}", and end with a full stop' in row["prompt"]
+    questions = [
+        {row["prompt"].split(" Answer in ")[0] for row in rows} for rows in (train, held_out)
+    ]
+    assert not questions[0] & questions[1]
+
+
+def test_the_files_are_what_their_script_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_constraints.py", "--out", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "make_constraints.py"), run_name="__main__")
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes()
+
+
+def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[str, Any]) -> None:
+    config = TrainConfig(
+        **{
+            **train_arguments,
+            "rm_model": "none",
+            "reward": tuple(f"{EXAMPLES}/constraints.py:{f}" for f in ("constraints", "all_met")),
+            "reward_weights": (1.0, 0.0),
+            "prompts": str(EXAMPLES / FILES[0]),
+            "eval_prompts": str(EXAMPLES / FILES[1]),
+            "eval_limit": 2,
+            "num_iterations": 1,
+            "eval_every": 1,
+        }
+    )
+    assert train(config, Console(quiet=True))
+    lines = (config.run_directory / "metrics.jsonl").read_text().splitlines()
+    (iteration,) = [row for row in map(json.loads, lines) if "reward" in row]
+    assert iteration["reward"] == pytest.approx(iteration["rewards/constraints/mean"])
+    assert "rewards/all_met/mean" in iteration
