@@ -1,0 +1,65 @@
+"""The command line: flags to configuration, errors to one line, nothing else. A file a command."""
+
+from typing import Annotated, Any
+
+import typer
+
+from mlx_grpo import __version__
+from mlx_grpo.cli import convert, demo, evaluate, train, train_rm
+from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
+
+app = typer.Typer(
+    help="GRPO for language models on Apple silicon.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("convert")(convert.convert)
+app.command("train")(train.train)
+app.command("train-rm")(train_rm.train_reward_model)
+app.command("eval")(evaluate.evaluate)
+
+UsageError: Any = typer.BadParameter.__mro__[
+    1
+]  # typer carries its own copy of click, which it does not export
+
+
+def _version(show: bool) -> None:
+    if show:
+        Console().say(f"mlx-grpo {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """GRPO for language models on Apple silicon: one process, one copy of the weights."""
+
+
+def main() -> int:
+    """Entry point: 0 when done, 2 for bad input, 130 when interrupted."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+    except InputError as e:
+        Console().error(" ".join(str(e).split()))
+        return 2
+    except OSError as e:
+        place = f"{e.filename}: " if e.filename else ""
+        Console().error(f"{place}{e.strerror or e}")
+        return 2
+    except UsageError as e:
+        if message := e.format_message():  # empty where a missing command has shown the help
+            Console().error(f"{message} (see --help)")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        Console().error("interrupted")
+        return 130
+    if code == 130:  # what typer makes of Ctrl-C, without a word
+        Console().error("interrupted")
+    return code if isinstance(code, int) else 0

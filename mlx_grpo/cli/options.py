@@ -1,0 +1,69 @@
+"""What commands share: an option per field of a configuration class, and --quiet."""
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from mlx_grpo.config import flag_of
+from mlx_grpo.config_sources import field_help, field_types
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+
+def with_flags(
+    cls: type, repeated: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per field of a configuration class.
+
+    The function receives those that were given, as `flags`.
+
+    Args:
+        repeated: fields whose option may be given several times.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        kinds = typing.get_type_hints(command, include_extras=True)
+        own = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kinds[p.name])
+            for p in list(inspect.signature(command).parameters.values())[1:]
+        ]
+        options = [
+            _option(cls, field.name, field.default, field.name in repeated) for field in fields(cls)
+        ]
+        names = [option.name for option in options]
+
+        def wrapper(**arguments: Any) -> None:
+            given = {n: arguments.pop(n) for n in names}
+            command({n: v for n, v in given.items() if v not in (None, [])}, **arguments)
+
+        wrapper.__doc__ = command.__doc__
+        wrapper.__name__ = command.__name__
+        wrapper.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*options, *own)}
+        return wrapper
+
+    return decorate
+
+
+def _option(cls: type, name: str, default: Any, repeated: bool) -> inspect.Parameter:
+    kind = field_types(cls)[name]
+    text = field_help(cls)[name]
+    if typing.get_origin(kind) is typing.Literal:
+        text += f" One of: {', '.join(typing.get_args(kind))}."
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    text += f" (default: {shown})" if shown else ""
+    plain = (
+        list[str] if repeated else str
+    )  # read as text, so that one place checks types for flags and files
+    metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
+        kind, "CHOICE" if "One of" in text else "LIST"
+    )
+    option = typer.Option(flag_of(name), help=text, show_default=False, metavar=metavar)
+    annotation = Annotated[plain | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )

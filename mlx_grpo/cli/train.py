@@ -1,0 +1,66 @@
+"""`mlx-grpo train`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_grpo.cli.options import Quiet, with_flags
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.config_sources import build_config
+from mlx_grpo.console import Console
+
+
+@with_flags(TrainConfig, repeated=("seed", "reward"))
+def train(
+    flags: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the fields below.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --output with its own settings, bit for bit. Free to change: "
+            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout; decode_rows and "
+            "rows_per_pass move the last bits; inputs may move to another path.",
+        ),
+    ] = False,
+    allow_config_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-config-change",
+            help="Resume although other settings, or the contents of inputs, have changed.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One iteration; nothing is kept.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a LoRA on the SFT model with GRPO.
+
+    --seed may be given several times: the runs follow one another.
+    """
+    from mlx_grpo.run_directory import CONFIG, is_run
+    from mlx_grpo.trainer import train as run
+
+    seeds = flags.pop("seed", [])
+    configs = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
+    if not configs:
+        configs = [build_config(config, set or (), flags)]
+    if len(configs) > 1:
+        configs = [replace(c, output=c.output and f"{c.output}/seed-{c.seed}") for c in configs]
+    for c in configs:
+        started = is_run(c.run_directory)
+        if resume and started and config is None:
+            # the run knows its own settings; flags that contradict them are refused later
+            given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
+            c = build_config(c.run_directory / CONFIG, set or (), given)
+        # of several seeds, those not started yet start now
+        goes_on = resume and (started or len(configs) == 1)
+        finished = run(c, Console(quiet), goes_on, dry_run, allow_config_change)
+        if not finished:
+            break
