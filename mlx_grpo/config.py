@@ -81,6 +81,9 @@ class TrainConfig:
     """Custom reward function, module:function or file.py:function; may be given several times."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the custom rewards, in their order; empty means 1 each."""
+    eval_reward: tuple[str, ...] = ()
+    """Like --reward, but only measured, never trained on: a gold judge that shows whether the
+    reward is being fooled. May be given several times."""
     reward_timeout: float = 60.0
     """Seconds a custom reward function may take for one prompt's completions; then the run ends."""
     rm_weight: float = 1.0

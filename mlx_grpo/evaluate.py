@@ -3,7 +3,7 @@ best; who wins."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -43,6 +43,8 @@ class Evaluation:
     rewards: tuple[float, ...]
     """Raw reward of each answer."""
     groups: tuple[Group, ...]
+    by_source: dict[str, list[float]] = field(default_factory=dict)
+    """What each reward model or function gave to each answer."""
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl."""
@@ -52,6 +54,7 @@ class Evaluation:
             "eval_perplexity": self.perplexity,
             "eval_completions/mean_length": self.mean_length,
             "eval_completions/clipped_ratio": 1 - self.finished,
+            **{f"eval_rewards/{n}/mean": sum(s) / len(s) for n, s in self.by_source.items()},
         }
 
 
@@ -92,8 +95,12 @@ class Evaluator:
             safe_point=safe_point,
         )
         flat: list[float] = []
+        by_source: dict[str, list[float]] = {}
         for done, group in enumerate(groups, 1):
-            flat += self.rewards([group], safe_point)[0][0]
+            (rewards,), sources = self.rewards([group], safe_point)
+            flat += rewards
+            for name, scores in sources.items():
+                by_source.setdefault(name, []).extend(scores)
             after_each("held-out rewards", done, len(groups))
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
@@ -104,6 +111,7 @@ class Evaluator:
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=tuple(flat),
             groups=tuple(groups),
+            by_source=by_source,
         )
 
     def _kl(self, groups: Sequence[Group], policy: Stages, progress: Progress) -> float:

@@ -85,7 +85,9 @@ def iterate(
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
-        **clock.iteration_metrics(measures.tokens, config.num_iterations - state.iteration - 1),
+        **clock.iteration_metrics(
+            measures.tokens, stats.tokens, config.num_iterations - state.iteration - 1
+        ),
     }
     state = replace(
         state,

@@ -1,5 +1,5 @@
-"""metrics.jsonl, completions.jsonl and skipped.jsonl: one JSON object a line, appended, never
-rewritten; cut back only on resume, to what they held at the checkpoint.
+"""The logs of a run, `LOGS`: one JSON object a line, appended, never rewritten; cut back only on
+resume, to what they held at the checkpoint.
 
 Metric names are TRL's where TRL has one. Times are in seconds under `time/`, memory in bytes under
 `memory/`.
@@ -15,8 +15,9 @@ from mlx_grpo.files import fsync_path
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
+EVAL_COMPLETIONS = "eval_completions.jsonl"
 SKIPPED = "skipped.jsonl"
-LOGS = (METRICS, COMPLETIONS, SKIPPED)
+LOGS = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, SKIPPED)
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:

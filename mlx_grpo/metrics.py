@@ -38,14 +38,21 @@ class Clock:
             **{f"memory/{name}": peak for name, peak in self.peaks.items()},
         }
 
-    def iteration_metrics(self, sampled_tokens: int, iterations_left: int) -> dict[str, float]:
-        """`metrics`, and what follows from them for a whole iteration."""
+    def iteration_metrics(
+        self, sampled_tokens: int, updated_tokens: int, iterations_left: int
+    ) -> dict[str, float]:
+        """`metrics`, and what follows from them for a whole iteration.
+
+        Args:
+            updated_tokens: those that went through the update, once per epoch.
+        """
         total = sum(self.seconds.values())
         return {
             **self.metrics(),
             "time/iteration": total,
             "time/left": total * iterations_left,
             "time/tokens_per_second": sampled_tokens / self.seconds["rollout"],
+            "time/update_tokens_per_second": updated_tokens / self.seconds["update"],
             "memory/peak": max(self.peaks.values()),
         }
 

@@ -16,7 +16,7 @@ from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.reward_model import load_reward_model
+from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
@@ -24,6 +24,14 @@ from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Group, Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What no run changes, so that several can share it."""
+
+    backbone: Backbone
+    reward_model: RewardModel | None
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,28 @@ class RunParts:
     optimizer: optim.AdamW
 
 
-def load_parts(config: TrainConfig, ui: Console) -> RunParts:
-    """Load weights once and build everything a run needs.
+def load_weights(config: TrainConfig) -> Weights:
+    """Load the SFT model and the reward model.
+
+    Raises:
+        InputError: one is missing or wrong.
+    """
+    backbone = load_backbone(Path(config.actor_model))
+    raise_wired_limit()
+    rm = None if config.rm_model == "none" else load_reward_model(Path(config.rm_model), backbone)
+    return Weights(backbone, rm)
+
+
+def load_parts(config: TrainConfig, ui: Console, weights: Weights | None = None) -> RunParts:
+    """Build everything a run needs.
+
+    Args:
+        weights: those of `config`, where another run has loaded them.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    evaluator = load_evaluator(config, ui)
+    evaluator = load_evaluator(config, ui, weights)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed)
@@ -52,17 +75,16 @@ def load_parts(config: TrainConfig, ui: Console) -> RunParts:
     return RunParts(config, roles, prompts, evaluator, optimizer)
 
 
-def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
+def load_evaluator(config: TrainConfig, ui: Console, weights: Weights | None = None) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config)
-    backbone = load_backbone(Path(config.actor_model))
-    raise_wired_limit()
+    weights = weights or load_weights(config)
+    backbone = weights.backbone
     held_out = _prompts(config.eval_prompts, backbone, config.max_prompt_length, ui)
-    rm = None if config.rm_model == "none" else load_reward_model(Path(config.rm_model), backbone)
     one_each = sampling(config, 1)
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
@@ -75,7 +97,7 @@ def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
         reference=Stages(backbone.model),
         prompts=tuple(prompts),
         answers=reference_answers(backbone.tokenizer, prompts, ask),
-        rewards=RewardMix(rm, config.rm_weight, custom),
+        rewards=RewardMix(weights.reward_model, config.rm_weight, custom),
         sampling=one_each,
         seed=config.seed,
     )
@@ -83,13 +105,11 @@ def load_evaluator(config: TrainConfig, ui: Console) -> Evaluator:
 
 def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
     weights = config.reward_weights or (1.0,) * len(config.reward)
-    names = [spec.rpartition(":")[2] for spec in config.reward]
+    weighted = [*zip(config.reward, weights, strict=True), *((s, 0.0) for s in config.eval_reward)]
+    names = [spec.rpartition(":")[2] for spec, _ in weighted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
-    return tuple(
-        load_reward(spec, weight, config.reward_timeout)
-        for spec, weight in zip(config.reward, weights, strict=True)
-    )
+    return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
 
 
 def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:

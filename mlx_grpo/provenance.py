@@ -48,16 +48,22 @@ def recorded(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
 
 def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields of the configuration that shape the numbers and differ."""
-    before, after = saved["config"], now["config"]
+    before, after = _settings(saved), now["config"]
     shaping = [n for n in after if n not in FREE + ROUNDING + BY_CONTENT]
-    return [n for n in shaping if before.get(n) != after[n]]
+    return [n for n in shaping if before[n] != after[n]]
+
+
+def _settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint; a field that its version did not have is at its default."""
+    defaults = json.loads(json.dumps(asdict(TrainConfig())))
+    return {**defaults, **saved["config"]}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A text for each difference that changes the numbers: `--flag old -> new`."""
-    before, after = saved["config"], now["config"]
+    before, after = _settings(saved), now["config"]
     flags = [
-        f"{flag_of(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        f"{flag_of(n)} {_shown(before[n])} -> {_shown(after[n])}"
         for n in changed_fields(saved, now)
     ]
     inputs = saved["inputs"].keys() | now["inputs"].keys()
@@ -72,11 +78,11 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A text for each difference that may change the last bits only."""
-    before, after = saved["config"], now["config"]
+    before, after = _settings(saved), now["config"]
     flags = [
-        f"{flag_of(n)} {_shown(before.get(n))} -> {_shown(after[n])}"
+        f"{flag_of(n)} {_shown(before[n])} -> {_shown(after[n])}"
         for n in ROUNDING
-        if before.get(n) != after[n]
+        if before[n] != after[n]
     ]
     libraries = [
         f"{name} {saved['versions'].get(name)} -> {new}"

@@ -50,7 +50,7 @@ class ScoreNormalizer:
 
 @dataclass(frozen=True)
 class CustomReward:
-    """A user's reward function and its weight."""
+    """A user's reward function and its weight; a weight of 0 means measured, not trained on."""
 
     name: str
     function: RewardFunction
@@ -116,7 +116,8 @@ class RewardMix:
             total = [0.0] * len(group.completions)
             for name, weight, scores in self._sources(group, safe_point):
                 parts.setdefault(name, []).extend(scores)
-                total = [t + weight * s for t, s in zip(total, scores, strict=True)]
+                if weight:  # 0 times a NaN would be one
+                    total = [t + weight * s for t, s in zip(total, scores, strict=True)]
             totals.append(total)
         return totals, parts
 
@@ -130,8 +131,8 @@ class RewardMix:
 
     def check_finite(self, group: Group) -> None:
         """Raise InputError that names the source whose score of this group is not finite."""
-        for name, _, scores in self._sources(group, never_stop):
-            if not all(map(math.isfinite, scores)):
+        for name, weight, scores in self._sources(group, never_stop):
+            if weight and not all(map(math.isfinite, scores)):
                 raise InputError(
                     f"reward '{name}' returned {scores} on prompt '{group.prompt.id}'; a reward "
                     "must be a finite number"

@@ -73,6 +73,11 @@ def judge(prompt: str, answer: str, finish_reason: str) -> Judgement:
     )
 
 
+def gold(prompt: str, completions: list[str], finish_reasons: list[str]) -> list[float]:
+    """The rubric as a reward function: `--eval-reward mlx_grpo.rubric:gold`."""
+    return [judge(prompt, c, f).score for c, f in zip(completions, finish_reasons, strict=True)]
+
+
 def _fresh(answer: str, answer_words: list[str]) -> float:
     trigrams = list(zip(answer_words, answer_words[1:], answer_words[2:], strict=False))
     if not trigrams:

@@ -15,7 +15,7 @@ from mlx_grpo import checkpoint, log, provenance
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.config_sources import to_toml
 from mlx_grpo.errors import InputError
-from mlx_grpo.evaluate import Best
+from mlx_grpo.evaluate import Best, Evaluation
 from mlx_grpo.files import (
     atomic_directory,
     clear_debris,
@@ -26,7 +26,7 @@ from mlx_grpo.files import (
 from mlx_grpo.guard import Skip
 from mlx_grpo.models.lora import Parameters, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
-from mlx_grpo.types import Group
+from mlx_grpo.types import Completion, Group, Prompt
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -174,7 +174,7 @@ def restore(
     logs = saved.state["logs"]
     Snapshot(saved.adapter, saved.optimizer, logs).put_back(actor, optimizer)
     for name in log.LOGS:
-        log.cut(run / name, logs[name])
+        log.cut(run / name, logs.get(name, 0))  # an older checkpoint knows fewer logs
     write_text(run / CONFIG, to_toml(config))
     restored = state.with_json(saved.state)
     if restored.skipped_in_a_row >= config.max_skipped_steps:  # it ended there; count anew
@@ -225,18 +225,33 @@ def log_completions(
 ) -> None:
     """Append every sampled answer with its raw reward."""
     rows = [
-        {
-            "step": step,
-            "id": group.prompt.id,
-            "prompt": group.prompt.messages[-1]["content"],
-            "completion": c.text,
-            "finish_reason": c.finish_reason,
-            "reward": reward,
-        }
+        _answer(step, group.prompt, c, reward)
         for group, rewards in zip(groups, raw_PK, strict=True)
         for c, reward in zip(group.completions, rewards, strict=True)
     ]
     log.append(run / log.COMPLETIONS, *rows)
+
+
+def log_evaluation(run: Path, step: int, evaluation: Evaluation) -> None:
+    """Append every held-out answer with its raw reward and what each source of it gave."""
+    answers = [(g.prompt, c) for g in evaluation.groups for c in g.completions]
+    rows = [
+        _answer(step, prompt, c, reward)
+        | {f"rewards/{name}": scores[i] for name, scores in evaluation.by_source.items()}
+        for i, ((prompt, c), reward) in enumerate(zip(answers, evaluation.rewards, strict=True))
+    ]
+    log.append(run / log.EVAL_COMPLETIONS, *rows)
+
+
+def _answer(step: int, prompt: Prompt, completion: Completion, reward: float) -> dict[str, Any]:
+    return {
+        "step": step,
+        "id": prompt.id,
+        "prompt": prompt.messages[-1]["content"],
+        "completion": completion.text,
+        "finish_reason": completion.finish_reason,
+        "reward": reward,
+    }
 
 
 def log_skips(run: Path, step: int, groups: Sequence[Group], skips: Sequence[Skip]) -> None:

@@ -17,6 +17,7 @@ from mlx_grpo.lock import locked
 from mlx_grpo.metrics import Clock
 from mlx_grpo.parts import (
     RunParts,
+    Weights,
     first_state,
     load_parts,
     target_at,
@@ -35,33 +36,35 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     allow_change: bool = False,
+    weights: Weights | None = None,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
 
     Args:
         allow_change: resume although settings or inputs that shape the numbers have changed.
+        weights: those of `config`, where another run has loaded them.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
     if dry_run:
-        with _loaded(config, ui) as parts:
+        with _loaded(config, ui, weights) as parts:
             _dry_run(parts, ui)
         return True
     run = config.run_directory
     with locked(run):
         run_directory.check_vacant(run, resume)
-        with _loaded(config, ui) as parts:
+        with _loaded(config, ui, weights) as parts:
             return _run(parts, run, ui, resume, allow_change)
 
 
 @contextmanager
-def _loaded(config: TrainConfig, ui: Console) -> Iterator[RunParts]:
+def _loaded(config: TrainConfig, ui: Console, weights: Weights | None) -> Iterator[RunParts]:
     names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
-        parts = load_parts(config, ui)
+        parts = load_parts(config, ui, weights)
     try:
         yield parts
     finally:
@@ -214,6 +217,7 @@ def _evaluate(
         run_directory.save_named_adapter(run, "best", roles.actor.model)
     metrics = {"step": step, **evaluation.metrics(), "eval_best": passed, **clock.metrics()}
     log.append(run / log.METRICS, metrics)
+    run_directory.log_evaluation(run, step, evaluation)
     above = (
         f"KL above its gate of {target:g}" if evaluation.kl >= target else "perplexity not better"
     )

@@ -64,3 +64,10 @@ def test_inputs_are_known_by_content_not_by_place(
     changed = input_digests(replace(config, actor_model=str(moved)), ())
     assert {n for n in digests if digests[n] != changed[n]} == {"--actor-model"}
     assert input_digests(replace(config, rm_model="none"), ())["--rm-model"] == "none"
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> None:
+    older = about()
+    del older["config"]["eval_reward"], older["config"]["decode_rows"]
+    assert differences(older, about()) == hints(older, about()) == []
+    assert differences(older, about(eval_reward=("m:f",))) == ["--eval-reward  -> m:f"]

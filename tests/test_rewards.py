@@ -227,3 +227,13 @@ def test_a_reward_file_may_define_dataclasses(write: Callable[[str], str]) -> No
         "def marks(completions):\n    return [Mark().value for _ in completions]\n"
     )
     assert load_reward(f"{path}:marks")(group("a", "b")) == [2.0, 2.0]
+
+
+def test_a_weight_of_zero_measures_and_trains_nothing_even_where_it_is_not_a_number() -> None:
+    gold = here("gold", lambda completions: [math.nan, 7.0], 0.0)
+    length = here("length", lambda completions: [len(c) for c in completions])
+    mix = RewardMix(None, 1.0, (length, gold))
+    totals, by_source = mix([group("a", "bcd")])
+    assert totals == [[1.0, 3.0]]
+    assert by_source["gold"][1] == 7.0
+    mix.check_finite(group("a", "bcd"))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_grpo import provenance
+from mlx_grpo import log, provenance
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
@@ -76,7 +77,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed = run_of(config, resume=True)
 
     assert rows(resumed) == rows(whole)
-    for name in ("final/adapters.safetensors", "completions.jsonl"):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -106,7 +107,7 @@ def whole(train_arguments: dict[str, Any], tmp_path: Path) -> Path:
 def assert_equal(run: Path, whole: Path) -> None:
     """The same run, bit for bit."""
     assert rows(run) == rows(whole)
-    for name in ("final/adapters.safetensors", "completions.jsonl"):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     for name in ("adapter.safetensors", "optimizer.safetensors"):
         last = "checkpoints/step-000004"
@@ -362,3 +363,23 @@ def test_the_recomputed_log_probs_agree_with_those_of_the_rollout(
     run = run_of(TrainConfig(**train_arguments))
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows(run) if "reward" in r]
     assert max(gaps) < 1e-4
+
+
+def test_a_gold_judge_is_measured_and_changes_nothing(
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    with_gold = {"eval_reward": ("mlx_grpo.rubric:gold",), "output": str(tmp_path / "gold")}
+    run = run_of(TrainConfig(**{**train_arguments, **with_gold}))
+    final = "final/adapters.safetensors"
+    assert (run / final).read_bytes() == (whole / final).read_bytes()
+    assert all("rewards/gold/mean" in r or "eval_rewards/gold/mean" in r for r in rows(run))
+
+
+def test_every_held_out_answer_is_logged_with_its_rewards(whole: Path) -> None:
+    answers = log.read(whole / log.EVAL_COMPLETIONS)
+    assert Counter(a["step"] for a in answers) == {0: 3, 2: 3, 4: 3}
+    for row in rows(whole):
+        if "eval_reward" in row:
+            given = [a["reward"] for a in answers if a["step"] == row["step"]]
+            assert sum(given) / len(given) == pytest.approx(row["eval_reward"])
+    assert {"id", "prompt", "completion", "finish_reason", "rewards/reward_model"} < set(answers[0])

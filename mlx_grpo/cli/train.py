@@ -12,7 +12,7 @@ from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 
 
-@with_flags(TrainConfig, repeated=("seed", "reward"))
+@with_flags(TrainConfig, repeated=("seed", "reward", "eval_reward"))
 def train(
     flags: dict[str, Any],
     config: Annotated[
@@ -45,7 +45,7 @@ def train(
     --seed may be given several times: the runs follow one another.
     """
     from mlx_grpo.run_directory import CONFIG, is_run
-    from mlx_grpo.trainer import train as run
+    from mlx_grpo.seeds import Planned, train_all
 
     seeds = flags.pop("seed", [])
     configs = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
@@ -53,6 +53,7 @@ def train(
         configs = [build_config(config, set or (), flags)]
     if len(configs) > 1:
         configs = [replace(c, output=c.output and f"{c.output}/seed-{c.seed}") for c in configs]
+    runs = []
     for c in configs:
         started = is_run(c.run_directory)
         if resume and started and config is None:
@@ -60,7 +61,5 @@ def train(
             given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
             c = build_config(c.run_directory / CONFIG, set or (), given)
         # of several seeds, those not started yet start now
-        goes_on = resume and (started or len(configs) == 1)
-        finished = run(c, Console(quiet), goes_on, dry_run, allow_config_change)
-        if not finished:
-            break
+        runs.append(Planned(c, resume and (started or len(configs) == 1)))
+    train_all(runs, Console(quiet), dry_run, allow_config_change)

@@ -199,6 +199,7 @@ def contents(run: Path) -> dict[str, Any]:
         "state": state,
         "metrics": numbers,
         "completions": (run / "completions.jsonl").read_bytes(),
+        "held-out completions": (run / "eval_completions.jsonl").read_bytes(),
         "entries": sorted(p.name for p in run.iterdir()),
         "debris": sorted(p.name for p in (run / "checkpoints").glob(".*")),
     }

@@ -1,0 +1,35 @@
+"""Several runs in turn, as a rule the seeds of one experiment, on weights that are loaded once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_grpo.config import TrainConfig, check
+from mlx_grpo.console import Console
+from mlx_grpo.parts import load_weights
+from mlx_grpo.run_directory import check_vacant
+from mlx_grpo.trainer import train
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be trained."""
+
+    config: TrainConfig
+    resume: bool = False
+
+
+def train_all(
+    runs: Sequence[Planned], ui: Console, dry_run: bool = False, allow_change: bool = False
+) -> bool:
+    """Train one after the other; False if a signal ended one early, and then the rest is left.
+
+    Raises:
+        InputError: wrong input; a directory in the way of the last run is found before the first.
+    """
+    for run in runs:
+        check(run.config)
+        if not dry_run:
+            check_vacant(run.config.run_directory, run.resume)
+    shared = len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1
+    weights = load_weights(runs[0].config) if shared else None
+    return all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)

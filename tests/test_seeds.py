@@ -1,0 +1,63 @@
+"""Several seeds: weights loaded once, each run the same as alone, nothing found out too late."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo import parts, trainer
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
+from mlx_grpo.seeds import Planned, train_all
+from mlx_grpo.trainer import train
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def configs(train_arguments: dict[str, Any], tmp_path: Path) -> list[TrainConfig]:
+    """Two seeds of a short run."""
+    base = TrainConfig(**{**train_arguments, "num_iterations": 2})
+    return [replace(base, seed=s, output=str(tmp_path / f"seed-{s}")) for s in (1, 2)]
+
+
+def adapter(config: TrainConfig) -> bytes:
+    return (config.run_directory / "final" / "adapters.safetensors").read_bytes()
+
+
+def test_weights_are_loaded_once_and_each_seed_is_the_run_it_is_alone(
+    configs: list[TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    real = parts.load_backbone
+    monkeypatch.setattr(parts, "load_backbone", lambda p: (loaded.append(p), real(p))[1])
+    assert train_all([Planned(c) for c in configs], QUIET)
+    assert len(loaded) == 1
+    for config in configs:
+        alone = replace(config, output=str(tmp_path / "alone" / str(config.seed)))
+        train(alone, QUIET)
+        assert adapter(alone) == adapter(config)
+    assert adapter(configs[0]) != adapter(configs[1])
+
+
+def test_a_directory_in_the_way_of_the_last_seed_is_found_before_the_first(
+    configs: list[TrainConfig],
+) -> None:
+    configs[1].run_directory.mkdir()
+    (configs[1].run_directory / "something").touch()
+    with pytest.raises(InputError, match=r"seed-2: not empty"):
+        train_all([Planned(c) for c in configs], QUIET)
+    assert not configs[0].run_directory.exists()
+
+
+def test_a_stop_during_one_seed_leaves_the_rest(
+    configs: list[TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_loop", lambda *_: False)
+    started: list[int] = []
+    real = trainer.first_state
+    monkeypatch.setattr(trainer, "first_state", lambda c: (started.append(c.seed), real(c))[1])
+    assert train_all([Planned(c) for c in configs], QUIET) is False
+    assert started == [1]
