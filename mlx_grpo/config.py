@@ -145,8 +145,8 @@ class RewardTrainConfig:
     """Directory to write."""
     seed: int = 42
     """Seed of the split, the order and the LoRA."""
-    epochs: int = 1
-    """Passes over the training pairs."""
+    epochs: int = 3
+    """Passes over the training pairs, at the most."""
     batch_size: int = 4
     """Prompts per optimizer step, each with all of its pairs."""
     learning_rate: float = 4e-4
@@ -161,8 +161,15 @@ class RewardTrainConfig:
     """Factor of the LoRA (absolute)."""
     lora_blocks: int = 0
     """Last blocks that get a LoRA; fewer train faster; 0 means all."""
+    eval_every: int = 20
+    """Optimizer steps between evaluations on the held-out prompts that choose the weights."""
+    patience: int = 5
+    """Stop after this many evaluations without a lower held-out loss; 0: never. The weights of the
+    lowest are kept either way."""
     valid_fraction: float = 0.1
-    """Share of the prompts held out; all pairs of a prompt are on one side."""
+    """Share of the prompts held out to choose the weights; 0: keep the last ones."""
+    test_fraction: float = 0.1
+    """Share of the prompts held out for the figures, and for nothing else."""
     max_length: int = 512
     """Pairs longer than this many tokens, prompt included, are skipped and counted."""
 
@@ -186,6 +193,7 @@ AT_LEAST_ZERO = {
     "kl_stop_factor",
     "lora_blocks",
     "clip_range_high",
+    "patience",
 }
 
 
@@ -211,6 +219,8 @@ def check_ranges(config: Any) -> None:
         elif type(value) is int:
             need(config, name, value >= 1, "at least 1")
         elif name == "valid_fraction":
+            need(config, name, 0 <= value < 1, "at least 0 and below 1")
+        elif name == "test_fraction":
             need(config, name, 0 < value < 1, "between 0 and 1")
 
 

@@ -10,6 +10,7 @@ from mlx_grpo.rng import permutation
 from mlx_grpo.types import FinishReason, PreferencePair, Prompt
 
 ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "valid", "test")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,9 +162,11 @@ def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prefer
     """Read preference pairs; those beyond `max_tokens`, prompt included, are left out and counted.
 
     Optional fields `chosen_finish_reason` and `rejected_finish_reason` (`stop` or `length`) tell
-    answers that ended by themselves from answers that were cut off.
+    answers that ended by themselves from answers that were cut off, `split` (`train`, `valid` or
+    `test`) says what a pair is for.
     """
     pairs: list[PreferencePair] = []
+    sides: dict[tuple[int, ...], tuple[str, str]] = {}
     too_long = 0
     for place, row in read_jsonl(path):
         prompt_ids = prompt_tokens(place, tokenizer, row_messages(place, row))
@@ -183,18 +186,32 @@ def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prefer
             raise InputError(
                 f"{place}: 'chosen' and 'rejected' are the same answer; remove the row"
             )
+        split = _pair_split(
+            place, row, *sides.setdefault(prompt_ids, (place, row.get("split", "")))
+        )
         if len(prompt_ids) + max(map(len, answers)) > max_tokens:
             too_long += 1
             continue
-        pairs.append(
-            PreferencePair(str(row.get("id", place.rsplit(":", 1)[1])), prompt_ids, *answers)
-        )
+        identifier = str(row.get("id", place.rsplit(":", 1)[1]))
+        pairs.append(PreferencePair(identifier, prompt_ids, answers[0], answers[1], split))
     if not pairs:
         raise InputError(
             f"{path}: no usable pairs ({too_long} longer than {max_tokens} tokens); see "
             "--max-length"
         )
     return pairs, too_long
+
+
+def _pair_split(place: str, row: dict[str, Any], first: str, expected: Any) -> str:
+    """What a pair is for; a prompt on two sides would make the held-out figures worthless."""
+    split = row.get("split", "")
+    if split not in ("", *SPLITS):
+        raise InputError(f"{place}: field 'split' must be one of {', '.join(SPLITS)}")
+    if split != expected:
+        raise InputError(
+            f"{place}: field 'split' is '{split}', but the same prompt has '{expected}' at {first}"
+        )
+    return str(split)
 
 
 def order(seed: int, epoch: int, n: int) -> list[int]:

@@ -82,7 +82,7 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
         raise InputError(f"{sft}: not the demo's model; give an empty directory with --work")
     if not rm.exists():
         convert_rm(reward_source, rm, sft, Quantization(), None)
-    elif read_json(rm / REWARD_CONFIG) != shipped:
+    elif read_json(rm / REWARD_CONFIG).get("training") != shipped.get("training"):
         raise InputError(f"{rm}: not the demo's reward model; give an empty directory with --work")
 
     run = work / "runs" / "demo"

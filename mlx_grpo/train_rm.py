@@ -8,17 +8,19 @@ All answers to one prompt run together, [K, T] behind the prompt, whichever pair
 is scored once.
 """
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_grpo.config import RewardTrainConfig, check_ranges
 from mlx_grpo.data import load_pairs
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, write_json, write_manifest
+from mlx_grpo.files import atomic_directory, sha256, write_json, write_manifest, write_text
 from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
 from mlx_grpo.models.lora import (
@@ -30,6 +32,7 @@ from mlx_grpo.models.lora import (
     set_parameters,
 )
 from mlx_grpo.models.reward_model import (
+    LEARNING_CURVE,
     REWARD_CONFIG,
     REWARD_HEAD,
     RewardModel,
@@ -37,54 +40,26 @@ from mlx_grpo.models.reward_model import (
 )
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import pad_right
+from mlx_grpo.preferences import PairGroup, Split, group_pairs, pair_count, split_groups
+from mlx_grpo.reward_quality import Quality, judged_pairs, pair_loss, quality, ranking
 from mlx_grpo.rng import permutation
-from mlx_grpo.types import PreferencePair
 from mlx_grpo.update import adamw_step, new_optimizer
 
-CALIBRATION_BINS = 10
 HEAD = "reward_head.weight"
 
 
 @dataclass(frozen=True)
-class PairGroup:
-    """All pairs of one prompt: distinct answers, and which beats which."""
+class CurvePoint:
+    """A line of `learning_curve.jsonl`."""
 
-    prompt_ids: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    pairs: tuple[tuple[int, int], ...]
-    """(index of chosen, index of rejected)."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Held-out quality of a reward model."""
-
-    accuracy: float
-    """Share of pairs ranked as labelled."""
-    calibration_error: float
-    """Expected calibration error of max(p, 1 - p), p = sigmoid(score difference), equal-width
-    bins."""
-    loss: float
+    step: int
     pairs: int
-    shorter_wins: float
-    """Share of pairs whose shorter answer is the chosen one: what a rule without a model would get
-    right."""
-
-
-def group_pairs(pairs: Sequence[PreferencePair]) -> list[PairGroup]:
-    """Gather pairs by prompt, in the order of first appearance."""
-    by_prompt: dict[tuple[int, ...], list[PreferencePair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt_ids, []).append(pair)
-    groups = []
-    for prompt_ids, members in by_prompt.items():
-        answers: dict[tuple[int, ...], int] = {}
-        for pair in members:
-            for ids in (pair.chosen_ids, pair.rejected_ids):
-                answers.setdefault(ids, len(answers))
-        indices = tuple((answers[p.chosen_ids], answers[p.rejected_ids]) for p in members)
-        groups.append(PairGroup(prompt_ids, tuple(answers), indices))
-    return groups
+    """Pairs trained on so far, repeated ones included."""
+    train_loss: float
+    """Mean over the pairs since the line before, each under the weights of its step."""
+    valid_loss: float | None = None
+    """Of the pairs that choose the weights, where there are any."""
+    valid_accuracy: float | None = None
 
 
 def bradley_terry_loss(scores_K: mx.array, pairs: Sequence[tuple[int, int]]) -> mx.array:
@@ -115,37 +90,19 @@ def group_gradients(
     return {**gradients, HEAD: g_head_1D}, value.item() / weight
 
 
-def calibration_error(probabilities: Sequence[float], bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of p(chosen wins),
-    folded to [0.5, 1]."""
-    sums = [[0.0, 0.0, 0] for _ in range(bins)]
-    for p in probabilities:
-        confidence = max(p, 1 - p)
-        slot = sums[min(int((confidence - 0.5) * 2 * bins), bins - 1)]
-        slot[0] += confidence
-        slot[1] += 1.0 if p > 0.5 else 0.5 if p == 0.5 else 0.0
-        slot[2] += 1
-    return sum(abs(right - confidence) for confidence, right, n in sums if n) / len(probabilities)
-
-
-def measure(model: RewardModel, groups: Sequence[PairGroup]) -> Quality:
-    """Quality on held-out pairs."""
-    differences, shorter = [], 0.0
-    for group in groups:
-        scores = model.score_ids(group.prompt_ids, list(group.answers))
-        for chosen, rejected in group.pairs:
-            differences.append(scores[chosen] - scores[rejected])
-            lengths = len(group.answers[chosen]), len(group.answers[rejected])
-            shorter += 1.0 if lengths[0] < lengths[1] else 0.5 if lengths[0] == lengths[1] else 0.0
-    count = len(differences)
-    probabilities = [1 / (1 + math.exp(-d)) if d > -700 else 0.0 for d in differences]
-    return Quality(
-        accuracy=sum(1.0 if d > 0 else 0.5 if d == 0 else 0.0 for d in differences) / count,
-        calibration_error=calibration_error(probabilities),
-        loss=sum(math.log1p(math.exp(-abs(d))) + max(-d, 0.0) for d in differences) / count,
-        pairs=count,
-        shorter_wins=shorter / count,
-    )
+def batch_gradients(
+    stages: Stages, weight_1D: mx.array, batch: Sequence[PairGroup]
+) -> tuple[Parameters, float]:
+    """Gradients of the mean loss over the pairs of several prompts, and the summed loss."""
+    weight = 1 / pair_count(batch)
+    total: Parameters = {}
+    loss = 0.0
+    for group in batch:
+        gradients, group_loss = group_gradients(stages, weight_1D, group, weight)
+        total = {n: total[n] + g for n, g in gradients.items()} if total else gradients
+        mx.eval(total)
+        loss += group_loss
+    return total, loss
 
 
 def train_rm(
@@ -153,7 +110,7 @@ def train_rm(
     say: Callable[[str], None] = lambda _: None,
     backbone: Backbone | None = None,
 ) -> Quality:
-    """Train, measure on the held-out pairs, and write the directory.
+    """Train, keep the weights with the lowest held-out loss, measure, and write the directory.
 
     Raises:
         InputError: any of the inputs is missing or wrong, or the output directory exists.
@@ -167,16 +124,15 @@ def train_rm(
                 f"{config.pairs}: {too_long} pairs longer than {config.max_length} tokens are "
                 "skipped"
             )
-        train_groups, valid_groups = split(group_pairs(pairs), config.valid_fraction, config.seed)
-        count = sum(len(g.pairs) for g in train_groups)
-        say(
-            f"training on {count} pairs of {len(train_groups)} prompts, {len(valid_groups)} "
-            "prompts held out"
-        )
-        model = _fit(config, backbone, train_groups, say)
-        quality = measure(model, valid_groups)
+        groups = group_pairs(pairs)
+        split = split_groups(groups, config.valid_fraction, config.test_fraction, config.seed)
+        say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
+        model, curve = _fit(config, backbone, split, say)
+        measured = quality(judged_pairs(model, split.test))
         save_adapter(directory, model.stages.model, mx.bfloat16)
         save_arrays(directory / REWARD_HEAD, {"weight": model.weight_1D})
+        lines = (json.dumps(asdict(point)) + "\n" for point in curve)
+        write_text(directory / LEARNING_CURVE, "".join(lines))
         write_json(
             directory / REWARD_CONFIG,
             {
@@ -184,64 +140,85 @@ def train_rm(
                 "pooling": "last_token",
                 "input": "policy_token_ids",
                 "backbone_fingerprint": fingerprint(backbone.path),
-                "held_out": asdict(quality),
+                "temperature": measured.temperature,
+                "held_out": asdict(measured),
                 "training": asdict(config),
+                "pairs_sha256": sha256(Path(config.pairs)),
             },
         )
         write_manifest(directory)
-    return quality
+    return measured
 
 
-def split(
-    groups: list[PairGroup], fraction: float, seed: int
-) -> tuple[list[PairGroup], list[PairGroup]]:
-    """Hold out a share of the prompts, at least one."""
-    held_out = max(1, round(fraction * len(groups)))
-    if held_out >= len(groups):
-        raise InputError(
-            f"pairs of {len(groups)} prompts leave none to train on with --valid-fraction "
-            f"{fraction:g}; give more prompts or hold out fewer"
-        )
-    shuffled = [groups[i] for i in permutation(seed, "split", n=len(groups))]
-    return shuffled[held_out:], shuffled[:held_out]
+def _counted(groups: Sequence[PairGroup]) -> str:
+    return f"{pair_count(groups)} pairs of {len(groups)} prompts"
 
 
 def _fit(
-    config: RewardTrainConfig,
-    backbone: Backbone,
-    groups: list[PairGroup],
-    say: Callable[[str], None],
-) -> RewardModel:
+    config: RewardTrainConfig, backbone: Backbone, split: Split, say: Callable[[str], None]
+) -> tuple[RewardModel, list[CurvePoint]]:
+    """The model with the lowest loss on `split.valid` (without any: the last), and the curve."""
     adapted = add_lora(
         backbone.model, config.lora_rank, config.lora_scale, config.seed, config.lora_blocks
     )
     adapted.train()
     stages = Stages(adapted)
-    weight_1D = mx.zeros((1, stages.hidden_size))
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
+    weights = {**lora_parameters(adapted), HEAD: mx.zeros((1, stages.hidden_size))}
+    best, lowest, best_step = weights, math.inf, 0
+    curve: list[CurvePoint] = []
+    batches = list(_batches(config, split.train))
+    loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
+    for step, batch in enumerate(batches, 1):
+        gradients, batch_loss = batch_gradients(stages, weights[HEAD], batch)
+        optimizer.learning_rate = config.learning_rate * (1 - (step - 1) / len(batches))
+        weights, norm = adamw_step(optimizer, gradients, weights, config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")
+        _set_adapter(adapted, weights)
+        loss, pairs = loss + batch_loss, pairs + pair_count(batch)
+        if step % config.eval_every and step < len(batches):
+            continue
+        seen += pairs
+        point = CurvePoint(step, seen, loss / pairs)
+        if split.valid:
+            judged = judged_pairs(RewardModel(stages, weights[HEAD], None, None), split.valid)
+            point = replace(
+                point,
+                valid_loss=pair_loss([p.difference for p in judged]),
+                valid_accuracy=ranking(judged).accuracy,
+            )
+        curve.append(point)
+        if point.valid_loss is None or point.valid_loss < lowest:
+            best, best_step = weights, step
+            lowest = math.inf if point.valid_loss is None else point.valid_loss
+        say(_line(point, len(batches), step == best_step))
+        loss, pairs = 0.0, 0
+        if config.patience and step - best_step >= config.patience * config.eval_every:
+            say(f"no lower held-out loss for {config.patience} evaluations; the best are kept")
+            break
+    _set_adapter(adapted, best)
+    return RewardModel(stages, best[HEAD], None, None), curve
+
+
+def _batches(config: RewardTrainConfig, groups: list[PairGroup]) -> Iterator[list[PairGroup]]:
+    """Prompts of each optimizer step: the epochs' orders end to end."""
     visits = [
         i
         for epoch in range(config.epochs)
         for i in permutation(config.seed, "pairs", epoch, n=len(groups))
     ]
-    recent: list[float] = []
     for start in range(0, len(visits), config.batch_size):
-        batch = [groups[i] for i in visits[start : start + config.batch_size]]
-        count = sum(len(g.pairs) for g in batch)
-        total: Parameters = {}
-        for group in batch:
-            gradients, loss = group_gradients(stages, weight_1D, group, 1 / count)
-            total = {n: total[n] + g for n, g in gradients.items()} if total else gradients
-            mx.eval(total)
-            recent.append(loss / len(group.pairs))
-        optimizer.learning_rate = config.learning_rate * (1 - start / len(visits))
-        current = {**lora_parameters(adapted), HEAD: weight_1D}
-        updated, norm = adamw_step(optimizer, total, current, config.max_grad_norm)
-        if not math.isfinite(norm):
-            raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")
-        weight_1D = updated.pop(HEAD)
-        set_parameters(adapted, updated)
-        if (start // config.batch_size) % 10 == 9:
-            say(f"{start + len(batch)}/{len(visits)} prompts  loss {sum(recent) / len(recent):.4f}")
-            recent = []
-    return RewardModel(stages, weight_1D, None, None)
+        yield [groups[i] for i in visits[start : start + config.batch_size]]
+
+
+def _set_adapter(adapted: nn.Module, weights: Parameters) -> None:
+    set_parameters(adapted, {n: v for n, v in weights.items() if n != HEAD})
+
+
+def _line(point: CurvePoint, steps: int, best: bool) -> str:
+    text = f"step {point.step}/{steps}  {point.pairs} pairs  loss {point.train_loss:.4f}"
+    if point.valid_loss is None:
+        return text
+    held_out = f"held-out loss {point.valid_loss:.4f}  accuracy {point.valid_accuracy:.1%}"
+    return f"{text}  {held_out}{'  -> best' if best else ''}"

@@ -81,3 +81,5 @@ class PreferencePair:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]
     rejected_ids: tuple[int, ...]
+    split: str = ""
+    """`train`, `valid` or `test`, where the file says so."""

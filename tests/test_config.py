@@ -187,8 +187,14 @@ def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_a_reward_model_needs_held_out_and_training_prompts(fraction: float) -> None:
-    check_ranges(RewardTrainConfig())
-    with pytest.raises(InputError, match="--valid-fraction: must be between 0 and 1"):
+    check_ranges(RewardTrainConfig(valid_fraction=0.0))
+    with pytest.raises(InputError, match="--test-fraction: must be between 0 and 1"):
+        check_ranges(RewardTrainConfig(test_fraction=fraction))
+
+
+@pytest.mark.parametrize("fraction", [1.0, -0.5])
+def test_the_share_that_chooses_the_weights_leaves_some_to_train_on(fraction: float) -> None:
+    with pytest.raises(InputError, match="--valid-fraction: must be at least 0 and below 1"):
         check_ranges(RewardTrainConfig(valid_fraction=fraction))
 
 

@@ -145,6 +145,8 @@ def test_pairs_carry_prompt_and_both_answers_with_their_finish_reasons(
         ({"rejected": 3}, "field 'rejected' must be a text"),
         ({"rejected": "yes"}, "'chosen' and 'rejected' are the same answer"),
         ({"chosen_finish_reason": "eos"}, "'chosen_finish_reason' must be 'stop' or 'length'"),
+        ({"split": "dev"}, "field 'split' must be one of train, valid, test"),
+        ({"split": ["train"]}, "field 'split' must be one of train, valid, test"),
     ],
 )
 def test_a_bad_pair_is_refused_by_field(
@@ -153,6 +155,28 @@ def test_a_bad_pair_is_refused_by_field(
     row = {"prompt": "a", "chosen": "yes", "rejected": "no", **changes}
     path = write_jsonl(tmp_path / "pairs.jsonl", [row])
     with pytest.raises(InputError, match=rf"pairs\.jsonl:1: .*{complaint}"):
+        load_pairs(path, tokenizer, 64)
+
+
+def test_a_pair_keeps_the_side_its_row_names(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "chosen": "yes", "rejected": "no", "split": "valid"},
+        {"prompt": "b", "chosen": "yes", "rejected": "no"},
+    ]
+    pairs, _ = load_pairs(write_jsonl(tmp_path / "p.jsonl", rows), tokenizer, 64)
+    assert [p.split for p in pairs] == ["valid", ""]
+
+
+@pytest.mark.parametrize("second", [{"split": "valid"}, {}])
+def test_a_prompt_on_two_sides_is_refused(
+    tokenizer: Any, tmp_path: Path, second: dict[str, str]
+) -> None:
+    rows = [
+        {"prompt": "a", "chosen": "yes", "rejected": "no", "split": "train"},
+        {"prompt": "a", "chosen": "si", "rejected": "no", **second},
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(InputError, match=r"pairs\.jsonl:2: .*the same prompt has 'train' at .*:1"):
         load_pairs(path, tokenizer, 64)
 
 

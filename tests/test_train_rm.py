@@ -1,82 +1,27 @@
-"""Preference pairs become a reward model: gathered by prompt, split by prompt, learnt, measured."""
+"""Preference pairs become a reward model: its gradients, its training, what is written."""
 
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 from conftest import write_jsonl
 
 from mlx_grpo.config import RewardTrainConfig
+from mlx_grpo.convert import Quantization, convert_rm, locate
+from mlx_grpo.data import read_jsonl
 from mlx_grpo.errors import InputError
+from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import Backbone, fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.preferences import PairGroup
 from mlx_grpo.rng import key
-from mlx_grpo.train_rm import (
-    HEAD,
-    PairGroup,
-    bradley_terry_loss,
-    calibration_error,
-    group_gradients,
-    group_pairs,
-    measure,
-    split,
-    train_rm,
-)
-from mlx_grpo.types import PreferencePair
-
-
-def pair(prompt: int, chosen: int, rejected: int) -> PreferencePair:
-    return PreferencePair("x", (prompt,), (chosen, 9), (rejected, 9))
-
-
-def test_pairs_gather_by_prompt_and_share_their_answers() -> None:
-    groups = group_pairs([pair(1, 10, 11), pair(2, 10, 12), pair(1, 12, 10), pair(1, 12, 11)])
-    assert groups == [
-        PairGroup((1,), ((10, 9), (11, 9), (12, 9)), ((0, 1), (2, 0), (2, 1))),
-        PairGroup((2,), ((10, 9), (12, 9)), ((0, 1),)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("count", "fraction", "held_out"), [(20, 0.1, 2), (20, 0.5, 10), (5, 0.01, 1), (2, 0.1, 1)]
-)
-def test_a_split_keeps_all_pairs_of_a_prompt_on_one_side(
-    count: int, fraction: float, held_out: int
-) -> None:
-    groups = group_pairs([pair(p, 10 + i, 20) for i in range(3) for p in range(count)])
-    train, valid = split(groups, fraction, seed=1)
-    assert len(valid) == held_out
-    assert all(len(g.pairs) == 3 for g in (*train, *valid))
-    assert sorted(g.prompt_ids for g in (*train, *valid)) == [(p,) for p in range(count)]
-
-
-def test_a_split_depends_on_the_seed_alone() -> None:
-    groups = group_pairs([pair(p, 10, 20) for p in range(20)])
-    assert split(groups, 0.3, seed=1) == split(groups, 0.3, seed=1)
-    assert split(groups, 0.3, seed=1)[1] != split(groups, 0.3, seed=2)[1]
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "error"),
-    [
-        ([1.0, 1.0], 0.0),  # sure and right
-        ([0.0, 0.0], 1.0),  # sure and wrong
-        ([0.5] * 4, 0.0),  # undecided, and right half of the time
-        ([0.9] * 9 + [0.1], 0.0),  # 90 % sure, right nine times of ten
-        ([0.9] * 5 + [0.1] * 5, 0.4),  # 90 % sure, right half of the time
-        ([0.72, 0.28], 0.22),
-        ([1.0, 1.0, 0.52, 0.48], 0.01),  # (2 * 0 + 2 * 0.02) / 4
-        ([0.61, 0.98], 0.205),  # (0.39 + 0.02) / 2: two bins do not cancel
-        ([0.6, 0.99, 0.01], (0.4 + 2 * 0.49) / 3),
-    ],
-)
-def test_calibration_error_of_cases_done_by_hand(probabilities: list[float], error: float) -> None:
-    assert calibration_error(probabilities) == pytest.approx(error)
+from mlx_grpo.train_rm import HEAD, bradley_terry_loss, group_gradients, train_rm
 
 
 @pytest.mark.parametrize("difference", [0.0, 2.5, -2.5, 80.0, -200.0])
@@ -84,34 +29,6 @@ def test_the_loss_of_a_pair_is_minus_log_sigmoid_even_far_out(difference: float)
     loss = bradley_terry_loss(mx.array([1.0, 1.0 + difference]), [(1, 0)]).item()
     expected = math.log1p(math.exp(-abs(difference))) + max(-difference, 0.0)
     assert loss == pytest.approx(expected, rel=1e-6, abs=1e-30)
-
-
-class Scores:
-    """Stands in for a reward model: the score of an answer is its first token."""
-
-    def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
-        return [float(r[0]) for r in rows]
-
-
-def test_quality_of_a_case_done_by_hand() -> None:
-    groups = [
-        PairGroup((1,), ((3, 0, 0), (1, 0)), ((0, 1),)),  # right by 2, the longer one chosen
-        PairGroup((2,), ((1,), (2, 0), (2, 1)), ((0, 1), (1, 2))),  # wrong by 1; undecided
-    ]
-    quality = measure(Scores(), groups)  # type: ignore[arg-type]
-    assert (quality.pairs, quality.accuracy) == (3, 0.5)
-    assert quality.shorter_wins == 0.5
-    losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log(2)]
-    assert quality.loss == pytest.approx(sum(losses) / 3)
-    sure, unsure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
-    assert quality.calibration_error == pytest.approx((1 - sure + unsure) / 3)
-
-
-def test_scores_far_apart_do_not_overflow() -> None:
-    group = PairGroup((1,), ((0,), (5000,)), ((0, 1), (1, 0)))
-    quality = measure(Scores(), [group])  # type: ignore[arg-type]
-    assert quality.loss == 2500.0
-    assert quality.calibration_error == pytest.approx(0.5)
 
 
 def test_staged_gradients_agree_with_finite_differences(backbone: Backbone) -> None:
@@ -152,8 +69,9 @@ def toy(sft: Path, tmp_path: Path) -> RewardTrainConfig:
         output=str(tmp_path / "rm"),
         lora_rank=2,
         learning_rate=1e-2,
-        epochs=3,
-        valid_fraction=0.25,
+        valid_fraction=0.125,
+        test_fraction=0.25,
+        eval_every=2,
     )
 
 
@@ -204,15 +122,79 @@ def test_a_failed_training_leaves_no_directory(toy: RewardTrainConfig, backbone:
     assert [p.name for p in Path(toy.output).parent.iterdir()] == ["pairs.jsonl"]
 
 
-@pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (2, 0.9)])
 def test_pairs_that_leave_nothing_to_train_on_are_refused(
-    toy: RewardTrainConfig, backbone: Backbone, count: int, fraction: float
+    toy: RewardTrainConfig, backbone: Backbone
 ) -> None:
     lines = Path(toy.pairs).read_text().splitlines(keepends=True)
-    Path(toy.pairs).write_text("".join(lines[:count]))
-    with pytest.raises(InputError):
-        train_rm(replace(toy, valid_fraction=fraction), backbone=backbone)
+    Path(toy.pairs).write_text("".join(lines[:2]))
+    with pytest.raises(InputError, match="leave none to train on"):
+        train_rm(toy, backbone=backbone)
     assert not Path(toy.output).exists()
+
+
+def curve_of(config: RewardTrainConfig) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(Path(config.output) / "learning_curve.jsonl")]
+
+
+def test_the_curve_has_a_line_per_evaluation(toy: RewardTrainConfig, backbone: Backbone) -> None:
+    train_rm(toy, backbone=backbone)
+    curve = curve_of(toy)
+    # 15 prompts in steps of 4, three epochs end to end: 12 steps, the last of a single prompt
+    assert [row["step"] for row in curve] == [2, 4, 6, 8, 10, 12]
+    assert [row["pairs"] for row in curve] == [8, 16, 24, 32, 40, 45]
+    assert curve[-1]["train_loss"] < curve[0]["train_loss"]
+    assert curve[-1]["valid_loss"] < curve[0]["valid_loss"]
+    assert curve[-1]["valid_accuracy"] == 1.0
+
+
+def labels_of_no_use(toy: RewardTrainConfig, place: Path) -> RewardTrainConfig:
+    """Training pairs that teach the contrary of those that choose the weights."""
+    rows = [
+        {"prompt": f"say {i}", "chosen": "yes", "rejected": "no", "split": side}
+        if side == "train"
+        else {"prompt": f"say {i}", "chosen": "no", "rejected": "yes", "split": side}
+        for i, side in enumerate(["train"] * 24 + ["valid"] * 3 + ["test"] * 3)
+    ]
+    return replace(toy, pairs=str(write_jsonl(place / "contrary.jsonl", rows)), epochs=9)
+
+
+def test_training_stops_when_held_out_pairs_gain_nothing_and_keeps_the_best(
+    toy: RewardTrainConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    config = replace(labels_of_no_use(toy, tmp_path), patience=2)
+    said: list[str] = []
+    stopped = train_rm(config, said.append, backbone)
+    curve = curve_of(config)
+    lowest = min(curve, key=lambda row: row["valid_loss"])
+    assert curve[-1]["step"] - lowest["step"] == 2 * config.eval_every
+    assert curve[-1]["step"] < 54  # of nine epochs
+    assert said[-1].startswith("no lower held-out loss for 2 evaluations")
+    # the pairs measured are like those that choose, so their loss tells which weights were kept
+    kept, last = lowest["valid_loss"], curve[-1]["valid_loss"]
+    assert abs(stopped.loss - kept) < abs(stopped.loss - last)
+
+
+def test_without_pairs_that_choose_the_last_weights_are_kept(
+    toy: RewardTrainConfig, backbone: Backbone
+) -> None:
+    said: list[str] = []
+    train_rm(replace(toy, valid_fraction=0.0), said.append, backbone)
+    curve = curve_of(toy)
+    assert [row["valid_loss"] for row in curve] == [None] * len(curve)
+    assert "valid: 0 pairs of 0 prompts" in said[0]
+
+
+def test_converting_keeps_figures_temperature_and_curve(
+    toy: RewardTrainConfig, backbone: Backbone, tmp_path: Path
+) -> None:
+    quality = train_rm(toy, backbone=backbone)
+    source, sft = locate(toy.output), Path(toy.model)
+    convert_rm(source, tmp_path / "converted", sft, Quantization(), None)
+    about = read_json(tmp_path / "converted" / "reward_model.json")
+    assert about["held_out"]["accuracy"] == quality.accuracy
+    assert about["temperature"] == quality.temperature
+    curve = (tmp_path / "converted" / "learning_curve.jsonl").read_text()
+    assert curve == (Path(toy.output) / "learning_curve.jsonl").read_text()
 
 
 def test_an_output_in_use_is_refused(toy: RewardTrainConfig, backbone: Backbone) -> None:

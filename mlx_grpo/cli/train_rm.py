@@ -11,24 +11,14 @@ from mlx_grpo.console import Console
 @with_flags(RewardTrainConfig)
 def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     """Train a reward model on preference pairs: LoRA and scalar head, Bradley-Terry loss."""
+    from mlx_grpo.reward_quality import show_quality
     from mlx_grpo.train_rm import train_rm
 
     ui = Console(quiet)
     config = RewardTrainConfig(**typed_flags(RewardTrainConfig, flags))
     with ui.working("training the reward model"):
         quality = train_rm(config, ui.say)
-    ui.table(
-        f"Held-out pairs ({quality.pairs})",
-        ("accuracy", "calibration error", "loss", "shorter answer wins"),
-        [
-            (
-                f"{quality.accuracy:.1%}",
-                f"{quality.calibration_error:.3f}",
-                f"{quality.loss:.3f}",
-                f"{quality.shorter_wins:.1%}",
-            )
-        ],
-    )
+    show_quality(ui, quality)
     ui.say(
         f"written to {config.output}; use it with 'mlx-grpo convert --rm {config.output}' or "
         "'mlx-grpo train --rm-model'"

@@ -6,6 +6,7 @@ what it cost. The way of the data: `source` finds out what is there, `opened` re
 down.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,12 @@ from mlx_grpo.models.lora import (
     save_adapter,
     save_arrays,
 )
-from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, check_fingerprint
+from mlx_grpo.models.reward_model import (
+    LEARNING_CURVE,
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    check_fingerprint,
+)
 
 __all__ = [
     "Converted",
@@ -152,6 +158,8 @@ def convert_rm(
             _write_model(opened, directory, target)
             about |= {"kind": "full"}
         write_json(directory / REWARD_CONFIG, about)
+        if (source.path / LEARNING_CURVE).is_file():
+            shutil.copyfile(source.path / LEARNING_CURVE, directory / LEARNING_CURVE)
         # an adapter made on these very weights, or weights that were not touched
         kept = own_adapter if as_adapter else _kept(opened, target)
         cost = Cost(kept=kept)

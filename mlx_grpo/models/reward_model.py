@@ -27,6 +27,7 @@ from mlx_grpo.types import Group
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
+LEARNING_CURVE = "learning_curve.jsonl"
 
 
 @dataclass(frozen=True)

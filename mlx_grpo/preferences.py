@@ -1,0 +1,86 @@
+"""Preference pairs gathered by prompt, and divided into those that train, choose and measure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.rng import permutation
+from mlx_grpo.types import PreferencePair
+
+
+@dataclass(frozen=True)
+class PairGroup:
+    """All pairs of one prompt: distinct answers, and which beats which."""
+
+    prompt_ids: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[int, int], ...]
+    """(index of chosen, index of rejected)."""
+    split: str = ""
+    """What the file says: `train`, `valid`, `test`, or nothing."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts that are trained on, that choose the weights, and that only the figures see."""
+
+    train: list[PairGroup]
+    valid: list[PairGroup]
+    test: list[PairGroup]
+
+
+def group_pairs(pairs: Sequence[PreferencePair]) -> list[PairGroup]:
+    """Gather pairs by prompt, in the order of first appearance."""
+    by_prompt: dict[tuple[int, ...], list[PreferencePair]] = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair.prompt_ids, []).append(pair)
+    groups = []
+    for prompt_ids, members in by_prompt.items():
+        answers: dict[tuple[int, ...], int] = {}
+        for pair in members:
+            for ids in (pair.chosen_ids, pair.rejected_ids):
+                answers.setdefault(ids, len(answers))
+        indices = tuple((answers[p.chosen_ids], answers[p.rejected_ids]) for p in members)
+        groups.append(PairGroup(prompt_ids, tuple(answers), indices, members[0].split))
+    return groups
+
+
+def split_groups(
+    groups: Sequence[PairGroup], valid_fraction: float, test_fraction: float, seed: int
+) -> Split:
+    """Divide prompts, never the pairs of one prompt.
+
+    Where the file says `split`, that holds. A file that knows only `train` and `valid` keeps its
+    `valid` for the figures; a share of its training prompts then chooses the weights.
+
+    Raises:
+        InputError: nothing would be left to train on, or to measure.
+    """
+    sides = {
+        side: [g for g in groups if g.split == side] for side in ("", "train", "valid", "test")
+    }
+    test, valid, rest = sides["test"], sides["valid"], sides["train"] + sides[""]
+    if valid and not test:
+        test, valid = valid, []
+    rest = [rest[i] for i in permutation(seed, "split", n=len(rest))]
+    count = len(groups)
+    if not sides["train"]:
+        test, rest = _first(rest, max(1, round(test_fraction * count)))
+    if valid_fraction and not valid:
+        valid, rest = _first(rest, max(1, round(valid_fraction * count)))
+    if not rest or not test:
+        raise InputError(
+            f"pairs of {count} prompts leave none to {'measure' if rest else 'train on'} with "
+            f"--valid-fraction {valid_fraction:g} and --test-fraction {test_fraction:g}; give more "
+            "prompts or hold out fewer"
+        )
+    return Split(rest, valid, test)
+
+
+def _first(groups: list[PairGroup], count: int) -> tuple[list[PairGroup], list[PairGroup]]:
+    return groups[:count], groups[count:]
+
+
+def pair_count(groups: Sequence[PairGroup]) -> int:
+    """Pairs of all prompts."""
+    return sum(len(g.pairs) for g in groups)
