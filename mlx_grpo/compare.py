@@ -13,7 +13,7 @@ from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.parts import load_evaluator
 from mlx_grpo.rubric import judge
-from mlx_grpo.run_directory import CONFIG, is_run
+from mlx_grpo.run_directory import CONFIG, chosen_adapter, is_run
 from mlx_grpo.types import Completion
 
 SHOWN = 3
@@ -35,18 +35,10 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
     """
     if not is_run(run):
         raise InputError(f"{run}: no run here (config.toml is missing)")
-    if adapter not in ("", "best", "final"):
-        raise InputError(f"--adapter: must be best or final, not '{adapter}'")
+    directory = chosen_adapter(run, adapter)
     config = replace(build_config(run / CONFIG), eval_limit=0)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
-    candidates = [run / name for name in ([adapter] if adapter else ["best", "final"])]
-    directory = next((d for d in candidates if d.is_dir()), None)
-    if directory is None:
-        raise InputError(
-            f"{run}: no adapter in {' or '.join(f'{d.name}/' for d in candidates)}; has the run "
-            "finished?"
-        )
     with ui.working("loading"):
         evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone

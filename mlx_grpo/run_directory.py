@@ -30,6 +30,7 @@ from mlx_grpo.types import Completion, Group, Prompt
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
 SPARE_BYTES = 32 << 20
 """Disk space beyond the arrays: logs, manifests, what else runs on the machine."""
 LOG_BYTES_PER_TOKEN = 8
@@ -78,6 +79,22 @@ def check_vacant(run: Path, resume: bool) -> None:
 def is_run(run: Path) -> bool:
     """Whether a run was started in this directory."""
     return (run / CONFIG).is_file()
+
+
+def chosen_adapter(run: Path, name: str) -> Path:
+    """Directory of a run's adapter `best`, `final`, or "" for best if there.
+
+    Raises:
+        InputError: no such adapter.
+    """
+    if name not in ("", "best", "final"):
+        raise InputError(f"--adapter: must be best or final, not '{name}'")
+    candidates = [run / n for n in ([name] if name else ["best", "final"])]
+    for directory in candidates:
+        if directory.is_dir():
+            return directory
+    places = " or ".join(f"{d.name}/" for d in candidates)
+    raise InputError(f"{run}: no adapter in {places}; has the run finished?")
 
 
 def open_new(run: Path, config: TrainConfig) -> None:

@@ -10,6 +10,7 @@ import transformers
 from conftest import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 
 from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.lora import load_arrays
 
 TOKENS = [BOS, *((7 * i * i + 3 * i) % 256 for i in range(24))]
 
@@ -85,3 +86,20 @@ def found_logps(directory: Path, tokens: list[int] = TOKENS) -> list[float]:
 def widest(a: list[float], b: list[float]) -> float:
     """Largest absolute difference."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def load_dequantized(model: Any, directory: Path) -> None:
+    """Put the values that a quantized directory stands for into a torch model."""
+    arrays = load_arrays(directory / "model.safetensors")
+    values = {}
+    for name, value in arrays.items():
+        stem = name.removesuffix(".weight")
+        if f"{stem}.scales" in arrays and name == f"{stem}.weight":
+            scales, biases = (
+                arrays[f"{stem}.{s}"].astype(mx.float32) for s in ("scales", "biases")
+            )
+            value = mx.dequantize(value, scales, biases, group_size=32, bits=4)
+        if not name.endswith((".scales", ".biases")):
+            values[name] = torch.tensor(value.astype(mx.float32).tolist())
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight", "score.weight"}

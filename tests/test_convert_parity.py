@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -15,13 +14,12 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 import sources
 import torch
-from hf_models import TOKENS, found_logps, torch_logps, torch_score, widest
+from hf_models import TOKENS, found_logps, load_dequantized, torch_logps, torch_score, widest
 from sources import FAMILIES
 
 from mlx_grpo.convert import Converted, Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.data import read_jsonl
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.lora import load_arrays
 from mlx_grpo.models.reward_model import load_reward_model
 
 BOUND = 1e-4
@@ -207,23 +205,6 @@ def test_an_mlx_backbone_or_lora_with_a_reward_head(
     sources.add_mlx_adapter(model, tmp_path / "lora")
     difference = check_score(tmp_path / "lora", tmp_path / "fused", head_score(model, head))
     note("llama", f"rm: mlx-lm LoRA + {end}", difference)
-
-
-def load_dequantized(model: Any, directory: Path) -> None:
-    """Put the values that a quantized directory stands for into a torch model."""
-    arrays = load_arrays(directory / "model.safetensors")
-    values = {}
-    for name, value in arrays.items():
-        stem = name.removesuffix(".weight")
-        if f"{stem}.scales" in arrays and name == f"{stem}.weight":
-            scales, biases = (
-                arrays[f"{stem}.{s}"].astype(mx.float32) for s in ("scales", "biases")
-            )
-            value = mx.dequantize(value, scales, biases, group_size=32, bits=4)
-        if not name.endswith((".scales", ".biases")):
-            values[name] = torch.tensor(value.astype(mx.float32).tolist())
-    missing, unexpected = model.load_state_dict(values, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight", "score.weight"}
 
 
 def torch_cost(before: Any, after: Any, encode: Any, texts: Path) -> tuple[float, float]:

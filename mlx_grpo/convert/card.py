@@ -33,6 +33,7 @@ def model_card(opened: Opened, title: str, table: Sequence[tuple[str, str]], usa
         ("made with", ", ".join(f"{p} {version(p)}" for p in ("mlx-grpo", "mlx", "mlx-lm"))),
     ]
     head = ["library_name: mlx", *([f"license: {known}"] if known and " " not in known else [])]
+    head += [f"base_model: {base.name}"] if base.revision else []
     return "\n".join(
         [
             *("---", *head, "---", f"# {title}", "", "Converted by `mlx-grpo convert`.", ""),

@@ -117,13 +117,26 @@ def needed_files(files: list[str]) -> list[str]:
     return texts + (tensors or [f for f in top if f.endswith(".bin") and "training" not in f])
 
 
+def declared_base(directory: Path) -> str | None:
+    """The Hub id that the card of a converted model gives as `base_model`."""
+    return _card_field(directory, "base_model")
+
+
+def _card_field(directory: Path, name: str) -> str | None:
+    """A field at the head of a directory's README.md."""
+    card = directory / "README.md"
+    if not card.is_file():
+        return None
+    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:80]:
+        if line.startswith(f"{name}:"):
+            return line.removeprefix(f"{name}:").strip().strip("\"'") or None
+    return None
+
+
 def licence(directory: Path) -> str | None:
     """The licence that the card of a model or a licence file beside it names."""
-    card = directory / "README.md"
-    if card.is_file():
-        for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:80]:
-            if line.startswith("license:"):
-                return line.removeprefix("license:").strip().strip("\"'") or None
+    if named := _card_field(directory, "license"):
+        return named
     file = next((f for f in sorted(directory.glob("LICEN[CS]E*")) if f.is_file()), None)
     if file is None:
         return None
