@@ -93,8 +93,9 @@ class TrainConfig:
     reward_clip: float = 5.0
     """Normalised scores are clipped to plus or minus this."""
 
-    kl_control: Literal["reward", "lr", "none"] = "reward"
-    """What holds the KL on target: a penalty in the reward, the learning rate, or nothing."""
+    kl_control: Literal["decay", "reward", "lr", "none"] = "decay"
+    """What holds the KL on target: decay of the adapter towards the reference, a penalty in the
+    reward, the learning rate, or nothing."""
     kl_schedule: Literal["phased", "constant", "linear"] = "phased"
     """How the KL target moves over the run."""
     kl_targets: tuple[float, ...] = (0.05, 0.02, 0.01)
@@ -102,9 +103,10 @@ class TrainConfig:
     kl_phases: tuple[float, ...] = ()
     """Relative lengths of the phases; empty means equal ones."""
     kl_beta: float = 10.0
-    """First weight of the KL penalty, in normalised score per (nat per token)."""
+    """First weight of the KL penalty of --kl-control reward, in normalised score per (nat per
+    token)."""
     kl_gain: float = 1.0
-    """Gain of the controller: beta moves by at most 20 % times this per iteration."""
+    """Gain of the controller: 1 is what was tuned (bench/kl_simulation.py)."""
     kl_beta_min: float = 0.1
     """Smallest penalty weight."""
     kl_beta_max: float = 1000.0

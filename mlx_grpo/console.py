@@ -56,10 +56,11 @@ class Console:
     def iteration(self, metrics: dict[str, Any], total: int) -> None:
         """One line for a training iteration."""
         m = metrics
+        held = f"beta {m['kl/beta']:.3g}" if m["kl/beta"] else f"decay {m['kl/decay']:.2f}"
         line = (
             f"{m['step']:>4}/{total}  reward {m['reward']:+.3f}  kl "
             f"{m['kl']:.4f}/{m['kl/target']:.3g}  "
-            f"beta {m['kl/beta']:.3g}  clip {m['clip_ratio/region_mean']:.3f}  "
+            f"{held}  clip {m['clip_ratio/region_mean']:.3f}  "
             f"length {m['completions/mean_length']:.0f}  finished "
             f"{1 - m['completions/clipped_ratio']:.0%}  "
             f"dead {m['frac_dead_groups']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "

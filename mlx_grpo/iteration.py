@@ -3,6 +3,7 @@
 Shao et al. 2024, arXiv:2402.03300, with the advantage left unscaled and the KL in the reward.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_grpo.console import Console
 from mlx_grpo.data import batch_indices
 from mlx_grpo.guard import NotFinite, Skip, check_finite
 from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.parts import RunParts, sampling, target_at, update_settings
 from mlx_grpo.rollout import rollout
 from mlx_grpo.scoring import Shaping, measure, rate, score_under
@@ -82,9 +84,13 @@ def iterate(
         return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
     state = replace(state, normalizer=normalizer)
     measures = measure(groups, scored)
+    controller = state.controller.step(measures.kl, target)
+    if controller.decay:
+        scale_adapter(roles.actor.model, math.exp(-controller.decay))
 
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
+        "kl/decay": controller.decay,
         **clock.iteration_metrics(
             measures.tokens, stats.tokens, config.num_iterations - state.iteration - 1
         ),
@@ -92,7 +98,7 @@ def iterate(
     state = replace(
         state,
         iteration=state.iteration + 1,
-        controller=state.controller.step(measures.kl, target),
+        controller=controller,
         tokens_seen=state.tokens_seen + measures.tokens,
         skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
     )

@@ -1,6 +1,14 @@
 """Hold the KL to the reference on a target that falls in phases: pure, no arrays.
 
 Actuators:
+- `decay`: after the update the adapter is scaled by exp(-d), as decoupled weight decay towards the
+  reference (Loshchilov & Hutter 2017, arXiv:1711.05101, with a rate that is controlled):
+      e = kl / target - 1
+      d = clip(s + gain * 0.25 * e, 0, 0.5)
+      s <- clip(s + gain * 0.15 * e, 0, 0.5), but not upwards where d is at its bound
+  A small adapter's KL grows with the square of its scale, so d acts at once and with a strength
+  that is known; the sum s learns what each iteration's updates add. The error is not taken in
+  logarithms: a batch's KL is noisy, and it is its mean that is to be on target.
 - `reward`: the shaped reward is z_i - beta * kl_i, and beta follows the measured KL (Ziegler et al.
   2019, arXiv:1909.08593, section 2.2):
       e = clip(kl / target - 1, -0.2, 0.2)
@@ -15,10 +23,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 ERROR_CLIP = 0.2
+DECAY_NOW = 0.25
+DECAY_SUM = 0.15
+DECAY_MAX = 0.5
 LR_FACTOR = 1.5
 
 Schedule = Literal["phased", "constant", "linear"]
-Actuator = Literal["reward", "lr", "none"]
+Actuator = Literal["decay", "reward", "lr", "none"]
 
 
 def kl_target(
@@ -61,11 +72,21 @@ class KLController:
     beta_max: float
     learning_rate_min: float
     learning_rate_max: float
+    decay: float = 0.0
+    """What the adapter is to be scaled down by, as exp(-decay)."""
+    decay_sum: float = 0.0
 
     def step(self, kl: float, target: float) -> "KLController":
         """The controller after an iteration whose mean KL (k3, nats per token) was `kl`."""
         if not math.isfinite(kl):
             return self
+        if self.actuator == "decay":
+            error = kl / target - 1
+            decay = _bounded(self.decay_sum + self.gain * DECAY_NOW * error)
+            decay_sum = _bounded(self.decay_sum + self.gain * DECAY_SUM * error)
+            if decay == DECAY_MAX:  # a jump is answered by d alone, s would overshoot
+                decay_sum = min(decay_sum, self.decay_sum)
+            return replace(self, decay=decay, decay_sum=decay_sum)
         if self.actuator == "reward":
             error = min(max(kl / target - 1, -ERROR_CLIP), ERROR_CLIP)
             beta = min(max(self.beta * (1 + self.gain * error), self.beta_min), self.beta_max)
@@ -82,3 +103,7 @@ class KLController:
     def penalty(self) -> float:
         """Weight of the per-completion KL in the shaped reward."""
         return self.beta if self.actuator == "reward" else 0.0
+
+
+def _bounded(decay: float) -> float:
+    return min(max(decay, 0.0), DECAY_MAX)

@@ -41,6 +41,8 @@ class RunState:
             "iteration": self.iteration,
             "beta": self.controller.beta,
             "learning_rate": self.controller.learning_rate,
+            "decay": self.controller.decay,
+            "decay_sum": self.controller.decay_sum,
             "normalizer": {"mean": self.normalizer.mean, "std": self.normalizer.std},
             "best": {
                 "step": self.best.step,
@@ -56,7 +58,8 @@ class RunState:
         best = saved["best"]
         return RunState(
             controller=replace(
-                self.controller, beta=saved["beta"], learning_rate=saved["learning_rate"]
+                self.controller,
+                **{name: saved[name] for name in ("beta", "learning_rate", "decay", "decay_sum")},
             ),
             normalizer=replace(self.normalizer, **saved["normalizer"]),
             best=Best() if best["step"] is None else Best(best["step"], best["perplexity"]),

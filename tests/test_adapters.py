@@ -20,6 +20,7 @@ from mlx_grpo.models.lora import (
     lora_parameters,
     save_adapter,
     save_arrays,
+    scale_adapter,
     set_parameters,
 )
 from mlx_grpo.rng import key
@@ -185,3 +186,13 @@ def test_a_failed_load_leaves_the_backbone_untouched(saved: Path) -> None:
         load_adapter(model, saved)
     assert not lora_parameters(model)
     assert mx.array_equal(logits(model), before).item()
+
+
+def test_scaling_an_adapter_scales_what_it_adds(backbone: Backbone) -> None:
+    actor = trained(backbone.model)
+    layers = [model.model.layers[0].self_attn.q_proj for model in (backbone.model, actor)]
+    x = mx.ones((1, layers[1].lora_a.shape[0]))
+    added = layers[1](x) - layers[0](x)
+    scale_adapter(actor, 0.25)
+    assert mx.allclose(layers[1](x) - layers[0](x), 0.25 * added, atol=1e-5).item()
+    assert mx.abs(added).max().item() > 0.1

@@ -137,7 +137,7 @@ CONFIG_FILES = {
     "a wrong type": ("K = 'many'\n", r"field 'K' must be a whole number, not 'many'"),
     "a wrong choice": (
         "kl_control = 'magic'\n",
-        r"field 'kl_control' must be one of reward, lr, none",
+        r"field 'kl_control' must be one of decay, reward, lr, none",
     ),
 }
 

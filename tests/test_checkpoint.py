@@ -213,7 +213,7 @@ def test_a_process_killed_midway_leaves_no_directory_with_the_final_name(
 
 
 def run_state(**changes: Any) -> RunState:
-    controller = KLController("reward", 1 / 3, 1e-4 / 7, 1.0, 0.1, 1000.0, 1e-6, 1e-3)
+    controller = KLController("decay", 1 / 3, 1e-4 / 7, 1.0, 0.1, 1000.0, 1e-6, 1e-3, 1 / 7, 1 / 9)
     return RunState(controller, ScoreNormalizer(0.99, 5.0), **changes)
 
 
@@ -223,6 +223,6 @@ def test_the_state_of_a_run_survives_the_file(tmp_path: Path, best: Best) -> Non
     observed = RunState(**{**vars(state), "normalizer": state.normalizer.observe([0.1, 0.7])})
     path = save(tmp_path, Checkpoint(4, {}, {}, observed.to_json()), keep=1)
     fresh = RunState(
-        KLController("reward", 9.0, 9.0, 1.0, 0.1, 1000.0, 1e-6, 1e-3), state.normalizer
+        KLController("decay", 9.0, 9.0, 1.0, 0.1, 1000.0, 1e-6, 1e-3), state.normalizer
     )
     assert fresh.with_json(load(path).state) == observed

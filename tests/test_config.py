@@ -82,7 +82,10 @@ def test_lists_come_from_arrays_and_from_commas(tmp_path: Path) -> None:
         ("learning_rate=fast", "field 'learning_rate' must be a finite number, not 'fast'"),
         ("learning_rate=nan", "field 'learning_rate' must be a finite number, not 'nan'"),
         ("learning_rate=inf", "field 'learning_rate' must be a finite number, not 'inf'"),
-        ("kl_control=best", "field 'kl_control' must be one of reward, lr, none, not 'best'"),
+        (
+            "kl_control=best",
+            "field 'kl_control' must be one of decay, reward, lr, none, not 'best'",
+        ),
         ("kl_targets=1,x", "field 'kl_targets' must be a finite number, not 'x'"),
     ],
 )
@@ -102,7 +105,7 @@ def test_a_wrong_assignment_is_refused(assignment: str, message: str) -> None:
         ("learning_rate = inf", "field 'learning_rate' must be a finite number, not inf"),
         ("prompts = 3", "field 'prompts' must be a text, not 3"),
         ("K = [3]", "field 'K' must be a whole number, not [3]"),
-        ("kl_control = 1", "field 'kl_control' must be one of reward, lr, none, not 1"),
+        ("kl_control = 1", "field 'kl_control' must be one of decay, reward, lr, none, not 1"),
         ("reward = [1]", "field 'reward' must be a text, not 1"),
         ("[kl]\ncontroll = 1", "unknown key 'kl.controll'; did you mean 'kl_control'?"),
         ("K 6", "not valid TOML"),

@@ -105,16 +105,42 @@ def test_the_learning_rate_stays_within_its_bounds(kl: float, bound: float) -> N
     assert state.learning_rate == bound
 
 
+def decays(*ratios: float) -> list[float]:
+    """The decay after each of these values of kl / target."""
+    state, seen = controller("decay"), []
+    for ratio in ratios:
+        state = state.step(0.02 * ratio, 0.02)
+        seen.append(state.decay)
+    return seen
+
+
+def test_decay_acts_at_once_and_learns_what_stays() -> None:
+    assert decays(1.2, 1.2, 1.2) == pytest.approx([0.05, 0.08, 0.11])  # 0.25 e + 0.15 sum(e)
+
+
+def test_a_jump_is_not_remembered() -> None:
+    assert decays(10.0, 1.0) == [0.5, 0.0]
+
+
+def test_decay_is_at_most_a_half_and_never_grows_the_adapter() -> None:
+    assert decays(99.0, 0.1, 0.1) == [0.5, 0.0, 0.0]
+    assert decays(0.0) == [0.0]
+
+
+def test_the_gain_scales_the_decay() -> None:
+    assert replace(controller("decay"), gain=0.5).step(0.024, 0.02).decay == pytest.approx(0.025)
+
+
 def test_without_an_actuator_nothing_moves() -> None:
     assert controller("none").step(5.0, 0.02) == controller("none")
 
 
 def test_only_the_reward_actuator_penalises_the_reward() -> None:
-    penalties = {a: controller(a).penalty for a in ("reward", "lr", "none")}
-    assert penalties == {"reward": 10.0, "lr": 0.0, "none": 0.0}
+    penalties = {a: controller(a).penalty for a in ("decay", "reward", "lr", "none")}
+    assert penalties == {"decay": 0.0, "reward": 10.0, "lr": 0.0, "none": 0.0}
 
 
-@pytest.mark.parametrize("actuator", ["reward", "lr", "none"])
+@pytest.mark.parametrize("actuator", ["decay", "reward", "lr", "none"])
 @pytest.mark.parametrize("kl", [float("nan"), float("inf")])
 def test_a_kl_that_is_not_finite_moves_nothing(actuator: Actuator, kl: float) -> None:
     assert controller(actuator).step(kl, 0.05) == controller(actuator)

@@ -265,7 +265,9 @@ def finished(train_arguments: dict[str, Any]) -> TrainConfig:
 def test_a_change_that_is_wanted_is_told_and_takes_effect(
     finished: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = replace(finished, num_iterations=5, learning_rate=1e-4, kl_beta=3.0)
+    changed = replace(
+        finished, num_iterations=5, learning_rate=1e-4, kl_beta=3.0, kl_control="reward"
+    )
     assert train(changed, QUIET, resume=True, allow_change=True)
     warnings = capsys.readouterr().err
     assert "changed since the checkpoint: --learning-rate 0.01 -> 0.0001" in warnings
@@ -355,6 +357,20 @@ def test_an_adapter_moves_only_where_rewards_differ(
     assert {r["frac_reward_zero_std"] for r in iterations} == {1.0}
     assert {r["frac_dead_groups"] for r in iterations} == {1.0}
     assert {r["policy/optimizer_steps"] for r in iterations} == {0}
+
+
+def test_decay_keeps_a_run_nearer_to_the_reference(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = {**train_arguments, "kl_targets": (1e-4,), "kl_schedule": "constant"}
+    last = {}
+    for control in ("decay", "none"):
+        run = run_of(
+            TrainConfig(**{**arguments, "kl_control": control, "output": str(tmp_path / control)})
+        )
+        last[control] = [r for r in rows(run) if "reward" in r][-1]
+    assert last["decay"]["kl"] < 0.7 * last["none"]["kl"]
+    assert last["decay"]["kl/decay"] > 0 == last["none"]["kl/decay"]
 
 
 def test_the_recomputed_log_probs_agree_with_those_of_the_rollout(

@@ -80,6 +80,13 @@ def set_parameters(model: nn.Module, parameters: Parameters) -> None:
     model.update(tree_unflatten(list(parameters.items())))
 
 
+def scale_adapter(model: nn.Module, factor: float) -> None:
+    """Scale what the adapter adds to the backbone, in place."""
+    scaled = {n: factor * v for n, v in lora_parameters(model).items() if n.endswith(".lora_b")}
+    mx.eval(scaled)
+    set_parameters(model, scaled)
+
+
 def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = None) -> None:
     """Write `adapters.safetensors` and `adapter_config.json` as `mlx_lm.generate --adapter-path`
     reads them.
