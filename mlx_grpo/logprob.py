@@ -13,9 +13,6 @@ from mlx_grpo.backend import exp_rows
 from mlx_grpo.models.stages import Stages, shift_right
 from mlx_grpo.padding import joined, length_buckets, row_lengths
 
-CHUNK_BYTES = 32 << 20
-"""Size of the fp32 logits of one chunk. A handful of arrays of this size live at once."""
-
 
 def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(log-prob of the targets [N], exp(z - max) [N, V], its sum [N, 1]); uses up `z_NV`."""
@@ -26,8 +23,8 @@ def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, m
     return (picked_N1 - top_N1 - mx.log(sum_N1))[:, 0], exp_NV, sum_N1
 
 
-def chunk_tokens(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Tokens per chunk of the head."""
+def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
+    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
     return max(1, chunk_bytes // (4 * vocabulary))
 
 
@@ -37,7 +34,7 @@ def _logits(stages: Stages, hidden_ND: mx.array, temperature: float) -> mx.array
 
 
 def _chunks(stages: Stages, count: int) -> Iterator[slice]:
-    width = chunk_tokens(stages.vocabulary)
+    width = chunk_tokens(stages.vocabulary, stages.sizes.head_bytes)
     return (slice(i, min(i + width, count)) for i in range(0, count, width))
 
 
@@ -56,7 +53,7 @@ def token_logps(
     """Log-probs [K, T] of the completion tokens given the prompt, fp32, zero where `mask_KT` is 0.
     No gradient."""
     lengths, parts = row_lengths(mask_KT), []
-    for rows in length_buckets(lengths, prompt_1S.shape[1]):
+    for rows in length_buckets(lengths, prompt_1S.shape[1], stages.sizes.rows):
         index, longest = mx.array(rows), max(lengths[i] for i in rows)
         tokens, mask = tokens_KT[index, :longest], mask_KT[index, :longest]
         hidden = shift_right(*stages.forward(prompt_1S, tokens))

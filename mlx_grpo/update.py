@@ -194,11 +194,7 @@ class _MinibatchSum:
         self.clipped += clipped_tokens(*arguments, s.clip).item()
         self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
         self.seen += int(part.mask_KT.sum().item())
-        found = backward_pass(stages, part, ahead, weights_KT, s.clip)
-        self.gradients = {
-            n: self.gradients[n] + g if self.gradients else g for n, g in found.items()
-        }
-        mx.eval(self.gradients)
+        self.gradients = backward_pass(stages, part, ahead, weights_KT, s.clip, self.gradients)
 
     def note(self, stats: UpdateStats) -> None:
         """Add the figures to those of the iteration."""
@@ -230,14 +226,20 @@ def forward_pass(
 
 
 def backward_pass(
-    stages: Stages, group: ScoredGroup, ahead: ForwardPass, weights_KT: mx.array, clip: Clip
+    stages: Stages,
+    group: ScoredGroup,
+    ahead: ForwardPass,
+    weights_KT: mx.array,
+    clip: Clip,
+    total: Parameters | None = None,
 ) -> Parameters:
-    """Gradient of a group's weighted clipped surrogate by adapter name; uses up `ahead`."""
+    """Gradient of a group's weighted clipped surrogate by adapter name, added to `total`; uses up
+    `ahead`."""
     fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, clip)
     dloss_KT = mx.grad(lambda logp_KT: clipped_surrogate(logp_KT, *fixed))(ahead.logp_KT)
     grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
     g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    return backward.backward(stages, ahead.trace, g_prompt, g_rows)
+    return backward.backward(stages, ahead.trace, g_prompt, g_rows, total)
 
 
 def adamw_step(
@@ -245,6 +247,7 @@ def adamw_step(
 ) -> tuple[Parameters, float]:
     """Clip the gradient to a global norm and step: (new parameters, norm before clipping).
 
+    Array by array, so that no second set of gradients and moments is alive; empties `gradients`.
     A norm that is not finite returns the parameters as they were and leaves the optimizer alone.
     """
     squares = mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()])
@@ -255,8 +258,13 @@ def adamw_step(
     scaled = tree_unflatten([(name, g * factor) for name, g in gradients.items()])
     # nested trees, so that the optimizer's state survives flattening into a file and back
     updated = optimizer.apply_gradients(scaled, tree_unflatten(list(parameters.items())))
-    mx.eval(updated, optimizer.state)
-    return dict(tree_flatten(updated)), norm
+    flat, state = dict(tree_flatten(updated)), dict(tree_flatten(optimizer.state))
+    gradients.clear()
+    del scaled
+    for name, value in flat.items():
+        mx.eval(value, state[f"{name}.m"], state[f"{name}.v"])
+    mx.eval(optimizer.state)
+    return flat, norm
 
 
 def _step(stages: Stages, optimizer: optim.AdamW, total: _MinibatchSum, stats: UpdateStats) -> None:

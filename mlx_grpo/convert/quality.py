@@ -224,7 +224,7 @@ def _let_go(module: nn.Module) -> None:
 def _logps(open_model: Open, hidden_ND: mx.array, policy: ComputePolicy) -> Iterator[mx.array]:
     """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
     stages = _without_blocks(open_model(), policy)
-    width = chunk_tokens(stages.vocabulary)
+    width = chunk_tokens(stages.vocabulary, stages.sizes.head_bytes)
     for start in range(0, len(hidden_ND), width):
         # a bf16 head would round the logits
         h_1ND = hidden_ND[None, start : start + width].astype(mx.float32)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_grpo.models.chunks import MLP, vjp_in_chunks
 from mlx_grpo.models.lora import Parameters
 from mlx_grpo.models.stages import Embedded, Stages
 
@@ -53,35 +54,57 @@ def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]
     return g_prompt, g_rows
 
 
-def backward(stages: Stages, trace: Trace, g_prompt: mx.array, g_rows: mx.array) -> Parameters:
+def backward(
+    stages: Stages,
+    trace: Trace,
+    g_prompt: mx.array,
+    g_rows: mx.array,
+    total: Parameters | None = None,
+) -> Parameters:
     """Gradients of the trainable parameters of the blocks by full name; empties `trace.inputs` on
-    the way."""
+    the way.
+
+    Args:
+        total: gradients to which these are added, block by block, so that one set is alive.
+    """
+    total = {} if total is None else total
     trainable = [bool(tree_flatten(block.trainable_parameters())) for block in stages.blocks]
     first = trainable.index(True)
-    gradients: Parameters = {}
     for i in reversed(range(first, len(stages.blocks))):
-        g_prompt, g_rows, block_gradients = _block_vjp(stages, trace, i, g_prompt, g_rows)
-        gradients |= block_gradients
+        g_prompt, g_rows, found = _block_vjp(stages, trace, i, g_prompt, g_rows)
+        prefix = stages.block_names[i]
+        for name in [n for n in found if f"{prefix}.{n}" in total]:
+            found[name] = total.pop(f"{prefix}.{name}") + found[name]
+        mx.eval(found)
+        total |= {f"{prefix}.{n}": g for n, g in found.items()}
     trace.inputs.clear()
-    return gradients
+    return total
 
 
 def _block_vjp(
     stages: Stages, trace: Trace, i: int, g_prompt: mx.array, g_rows: mx.array
 ) -> tuple[mx.array, mx.array, Parameters]:
-    block = stages.blocks[i]
+    """Gradients of the block's inputs and of its trainable parameters by name within the block."""
+    block, inputs = stages.blocks[i], trace.inputs.pop()
+    tokens = stages.sizes.mlp_tokens
+    if MLP in block and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs):
+
+        def call(h_prompt: mx.array, h_rows: mx.array) -> tuple[mx.array, mx.array]:
+            return stages.call_block(trace.embedded, i, h_prompt, h_rows)
+
+        g_inputs, found = vjp_in_chunks(block, call, inputs, (g_prompt, g_rows), tokens)
+        return *g_inputs, found
     current = dict(tree_flatten(block.trainable_parameters()))
     names = list(current)
 
     def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
         block.update(tree_unflatten(list(zip(names, values, strict=True))))
-        return list(stages.run_block(trace.embedded, i, h_prompt, h_rows))
+        return list(stages.call_block(trace.embedded, i, h_prompt, h_rows))
 
     try:
-        inputs = [*trace.inputs.pop(), *current.values()]
-        _, (g_prompt, g_rows, *found) = mx.vjp(run, inputs, [g_prompt, g_rows])
+        values = [*inputs, *current.values()]
+        _, (g_prompt, g_rows, *gradients) = mx.vjp(run, values, [g_prompt, g_rows])
     finally:
         block.update(tree_unflatten(list(current.items())))  # out with the tracers
-    mx.eval(g_prompt, g_rows, found)
-    prefix = stages.block_names[i]
-    return g_prompt, g_rows, {f"{prefix}.{n}": g for n, g in zip(names, found, strict=True)}
+    mx.eval(g_prompt, g_rows, gradients)
+    return g_prompt, g_rows, dict(zip(names, gradients, strict=True))

@@ -67,7 +67,8 @@ class RewardModel:
     def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
         scores = [0.0] * len(rows)
-        for bucket in length_buckets(list(map(len, rows)), len(prompt_ids)):
+        most = self.stages.sizes.rows
+        for bucket in length_buckets(list(map(len, rows)), len(prompt_ids), most):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
             _, h_KTD = self.stages.forward(mx.array([prompt_ids]), rows_KT)
             last_KD = h_KTD[mx.arange(len(bucket)), mx.array(lengths) - 1]

@@ -20,6 +20,20 @@ import mlx.nn as nn
 from mlx_lm.models.cache import create_attention_mask
 
 from mlx_grpo.errors import InputError
+from mlx_grpo.models.chunks import mlp_in_chunks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of a stage is worked on at a time; `plan.py` chooses what fits into memory."""
+
+    rows: int = 0
+    """Completions per pass; 0 means all of similar length."""
+    mlp_tokens: int = 0
+    """Tokens per pass through an MLP; 0 means all of a pass."""
+    head_bytes: int = 32 << 20
+    """Of the fp32 logits of one chunk of the head. A handful of arrays of this size live at
+    once."""
 
 
 class _Prefix:
@@ -120,13 +134,15 @@ class Stages:
 
     Args:
         model: an mlx-lm model, with or without LoRA layers.
+        sizes: how much to work on at a time.
 
     Raises:
         InputError: the blocks of this model do not take (h, mask, cache).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, sizes: Sizes = Sizes()):
         self.model = model
+        self.sizes = sizes
         self.blocks: list[nn.Module] = list(model.layers)
         owner_name, self._owner = _owner_of_blocks(model)
         self.block_names = [f"{owner_name}.layers.{i}" for i in range(len(self.blocks))]
@@ -143,7 +159,15 @@ class Stages:
     def run_block(
         self, e: Embedded, i: int, h_prompt: mx.array, h_rows: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Block `i` over the prompt, [1, S, D], then over the completions behind it, [K, T, D]."""
+        """Block `i` over the prompt, [1, S, D], then over the completions behind it, [K, T, D]; its
+        MLP in chunks."""
+        with mlp_in_chunks(self.blocks[i], self.sizes.mlp_tokens):
+            return self.call_block(e, i, h_prompt, h_rows)
+
+    def call_block(
+        self, e: Embedded, i: int, h_prompt: mx.array, h_rows: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """As `run_block`, all at once, to be differentiated."""
         block, prompt = self.blocks[i], PromptCache()
         h_prompt = e.prompt_calls[i].run(block, h_prompt, prompt)
         cache = CompletionCache(h_prompt.shape[1], prompt)
