@@ -134,6 +134,11 @@ class TrainConfig:
         """Where the run is written."""
         return Path(self.output or f"runs/seed-{self.seed}")
 
+    @property
+    def gold_names(self) -> list[str]:
+        """What the figures call the --eval-reward functions."""
+        return [spec.rpartition(":")[2] for spec in self.eval_reward]
+
 
 @dataclass(frozen=True)
 class RewardTrainConfig:

@@ -36,6 +36,18 @@ def locked(directory: Path) -> Iterator[None]:
                 place.rmdir()
 
 
+def held(directory: Path) -> bool:
+    """Whether a process, this one included, is at work in `directory`."""
+    if not (directory / LOCK).is_file():
+        return False
+    with (directory / LOCK).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _acquire(path: Path) -> TextIO:
     while True:
         file = path.open("a+", encoding="utf-8")

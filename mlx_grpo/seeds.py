@@ -1,4 +1,5 @@
-"""Several runs in turn, as a rule the seeds of one experiment, on weights that are loaded once."""
+"""Several runs in turn, as a rule the seeds of one experiment, on weights that are loaded once; and
+their comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
 from mlx_grpo.parts import load_weights
+from mlx_grpo.report import write_report
 from mlx_grpo.run_directory import check_vacant
 from mlx_grpo.trainer import train
 
@@ -32,4 +34,8 @@ def train_all(
             check_vacant(run.config.run_directory, run.resume)
     shared = len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1
     weights = load_weights(runs[0].config) if shared else None
-    return all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
+    done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
+    if done and len(runs) > 1 and not dry_run:
+        page = write_report([r.config.run_directory for r in runs])
+        ui.say(f"done: {len(runs)} runs, compared in {page}")
+    return done

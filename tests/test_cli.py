@@ -93,6 +93,6 @@ def test_version_and_help(
 ) -> None:
     assert command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == f"mlx-grpo {__version__}"
-    for name in ("demo", "convert", "train", "train-rm", "eval"):
+    for name in ("demo", "convert", "train", "train-rm", "eval", "report"):
         assert command(monkeypatch, name, "--help") == 0
         assert f"mlx-grpo {name}" in capsys.readouterr().out

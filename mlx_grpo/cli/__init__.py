@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo import __version__
-from mlx_grpo.cli import convert, demo, doctor, evaluate, export, train, train_rm
+from mlx_grpo.cli import convert, demo, doctor, evaluate, export, report, train, train_rm
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 
@@ -20,6 +20,7 @@ app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("train-rm")(train_rm.train_reward_model)
 app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 

@@ -1,0 +1,24 @@
+"""`mlx-grpo report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_grpo.cli.options import Quiet
+from mlx_grpo.console import Console
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or one that holds some.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File to write (default: report.html in the run, or beside the runs)."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write one self-contained HTML page: figures, curves, warnings, answers; several runs: mean
+    and spread."""
+    from mlx_grpo.report import write_report
+
+    Console(quiet).say(f"written to {write_report(runs, output)}")

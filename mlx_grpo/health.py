@@ -1,0 +1,189 @@
+"""What is wrong with a run, as far as its figures tell, and what to try: rows of metrics.jsonl in,
+findings out.
+
+Iterations are noisy, so the first fifth of them is compared with the last; held-out evaluations are
+compared one with another.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+Row = dict[str, Any]
+
+WORSE_GOLD = 0.02
+"""Relative fall of the gold judge that counts; below it is noise on a hundred prompts."""
+WORSE_PERPLEXITY = 1.05
+LONGER = 1.5
+MOST = 0.5
+CLIPPED = 0.3
+"""Share of clipped tokens: healthy runs stay far below."""
+KL_ABOVE, KL_BELOW = 1.5, 0.5
+FEWEST = 5
+"""Iterations without which nothing is said about them."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a user should know."""
+
+    title: str
+    evidence: str
+    """The figures."""
+    advice: str
+    """What to try."""
+
+
+def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
+    """All that the rows of metrics.jsonl give reason to say, the gravest first.
+
+    Args:
+        gold: names of reward functions that are measured and not trained on.
+    """
+    evaluations = [r for r in rows if "eval_reward" in r]
+    iterations = [r for r in rows if "reward" in r]
+    return [
+        *_hacking(evaluations, [*(f"eval_rewards/{name}/mean" for name in gold), "eval_gold"]),
+        *_length(iterations),
+        *_shares(iterations),
+        *_kl(iterations),
+        *_no_best(evaluations),
+        *_skipped(rows),
+    ]
+
+
+def new_findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
+    """Those that were not there at the evaluation before the last."""
+    ends = [i for i, row in enumerate(rows) if "eval_reward" in row]
+    told = {f.title for f in findings(rows[: ends[-2] + 1], gold)} if len(ends) > 1 else set()
+    return [f for f in findings(rows, gold) if f.title not in told]
+
+
+def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Finding]:
+    reward = _ends(evaluations, "eval_reward")
+    if reward is None or reward[1] <= reward[0]:
+        return
+    rose = f"held-out reward {reward[0]:+.2f} -> {reward[1]:+.2f}"
+    for key in gold:
+        judged = _ends(evaluations, key)
+        if judged and judged[1] < judged[0] - WORSE_GOLD * abs(judged[0]):
+            yield Finding(
+                "The reward rises while the gold judge falls",
+                f"{rose}, {key.removeprefix('eval_rewards/').removesuffix('/mean')} "
+                f"{judged[0]:.3f} -> {judged[1]:.3f}",
+                "The reward is being fooled: read the answers with the largest gain below. Use an "
+                "earlier checkpoint, lower --kl-targets, or mend the reward model (more pairs of "
+                "the kind it overrates; a custom --reward beside it).",
+            )
+    perplexity = _ends(evaluations, "eval_perplexity")
+    if perplexity and perplexity[1] > WORSE_PERPLEXITY * perplexity[0]:
+        yield Finding(
+            "The reward rises while the perplexity worsens",
+            f"{rose}, perplexity of reference answers {perplexity[0]:.1f} -> {perplexity[1]:.1f}",
+            "The model forgets how good answers read. Lower --kl-targets or --learning-rate; "
+            "best/ holds the checkpoint before the damage, if one passed the gate.",
+        )
+
+
+def _length(iterations: Sequence[Row]) -> Iterator[Finding]:
+    length = _fifths(iterations, "completions/mean_length")
+    if length and length[1] > LONGER * length[0]:
+        yield Finding(
+            "Answers grow",
+            f"{length[0]:.0f} -> {length[1]:.0f} tokens, x {length[1] / length[0]:.1f}",
+            "Reward models often like length for its own sake: compare 'longer one wins' in the "
+            "output of train-rm. Add a --reward that charges for tokens, lower "
+            "--max-completion-length, or try --loss-aggregation constant.",
+        )
+
+
+def _shares(iterations: Sequence[Row]) -> Iterator[Finding]:
+    dead = _fifths(iterations, "frac_dead_groups")
+    if dead and dead[1] > MOST:
+        yield Finding(
+            "Most groups teach nothing",
+            f"{dead[1]:.0%} of the groups have equal rewards for all of their answers",
+            "Raise --K or --temperature, give a reward with more steps between bad and good, or "
+            "take prompts that the model neither always nor never gets right.",
+        )
+    clipped = _fifths(iterations, "clip_ratio/region_mean")
+    if clipped and clipped[1] > CLIPPED:
+        yield Finding(
+            "The clip silences many tokens",
+            f"{clipped[1]:.0%} of the tokens are outside of the clip range",
+            "The steps are too large for their rollouts: lower --learning-rate or --epochs, or "
+            "raise --minibatch-size.",
+        )
+    cut = _fifths(iterations, "completions/clipped_ratio")
+    if cut and cut[1] > MOST:
+        yield Finding(
+            "Most answers are cut off",
+            f"{cut[1]:.0%} reach --max-completion-length without an end",
+            "The reward judges fragments. Raise --max-completion-length, or give a --reward to "
+            "answers that end by themselves (finish_reasons).",
+        )
+
+
+def _kl(iterations: Sequence[Row]) -> Iterator[Finding]:
+    ratios = [{"ratio": r["kl"] / r["kl/target"]} for r in iterations if r.get("kl") is not None]
+    ratio = _fifths(ratios, "ratio")
+    if not ratio:
+        return
+    last = iterations[-1]
+    evidence = f"{ratio[1]:.2f} times its target, at the end {last['kl/target']:g} nats per token"
+    if ratio[1] > KL_ABOVE:
+        yield Finding(
+            "The KL is above its target",
+            evidence,
+            "The controller does not hold the policy: lower --learning-rate or raise --kl-gain "
+            "(with --kl-control reward also --kl-beta); with --kl-control none nothing holds it.",
+        )
+    elif ratio[1] < KL_BELOW:
+        yield Finding(
+            "The KL is far below its target",
+            evidence,
+            "There is room left to learn in: train for more iterations, or raise "
+            "--learning-rate. Nothing is wrong if the reward is where you want it.",
+        )
+
+
+def _no_best(evaluations: Sequence[Row]) -> Iterator[Finding]:
+    if len(evaluations) > 1 and not any(r["eval_best"] for r in evaluations):
+        lowest = min(_values(evaluations[1:], "eval_kl"), default=float("nan"))
+        yield Finding(
+            "No evaluation has passed the KL gate",
+            f"lowest held-out KL {lowest:.4f} nats per token; there is no best/ adapter",
+            "best/ wants a held-out KL below the current target. Raise --kl-targets, or hold the "
+            "policy closer with a lower --learning-rate or a higher --kl-gain.",
+        )
+
+
+def _skipped(rows: Sequence[Row]) -> Iterator[Finding]:
+    whole = sum("skipped" in r for r in rows)
+    steps = sum(r.get("policy/skipped_nonfinite", 0) for r in rows)
+    if whole or steps:
+        yield Finding(
+            "Values were not finite",
+            f"{whole} iterations and {steps} optimizer steps were left out; see skipped.jsonl",
+            "Look at the answers there: a reward function may divide by zero. If the loss or "
+            "gradient is named, lower --learning-rate.",
+        )
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    return [r[key] for r in rows if r.get(key) is not None]
+
+
+def _ends(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+    values = _values(rows, key)
+    return (values[0], values[-1]) if len(values) > 1 else None
+
+
+def _fifths(rows: Sequence[Row], key: str) -> tuple[float, float] | None:
+    """Means of the first and of the last fifth."""
+    values = _values(rows, key)
+    if len(values) < FEWEST:
+        return None
+    part = len(values) // 5
+    return fmean(values[:part]), fmean(values[-part:])

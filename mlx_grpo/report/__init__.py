@@ -1,0 +1,48 @@
+"""A run, or several, as one page of HTML that needs nothing else."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_grpo.errors import InputError
+from mlx_grpo.files import write_text
+from mlx_grpo.lock import held
+from mlx_grpo.report.page import render, title_of
+from mlx_grpo.report.record import read
+from mlx_grpo.run_directory import is_run
+
+REPORT = "report.html"
+
+
+def write_report(
+    runs: Sequence[Path], output: Path | None = None, running: bool | None = None
+) -> Path:
+    """Write the page in one step and return where it is.
+
+    Args:
+        runs: run directories, or directories that hold some.
+        output: the file; by default `report.html` in the run, or in what the runs have in common.
+        running: whether the runs go on; by default, whether a process is at work in them.
+
+    Raises:
+        InputError: no run there, or one without any figures yet.
+    """
+    found = [run for given in runs for run in _runs_at(given)]
+    records = [read(run, held(run) if running is None else running) for run in found]
+    target = output or _common(found) / REPORT
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: no such directory as {target.parent}; make it first")
+    write_text(target, render(records, title_of(found)))
+    return target
+
+
+def _runs_at(directory: Path) -> list[Path]:
+    """The run at a directory, or else those inside it."""
+    inside = sorted(d for d in directory.iterdir() if is_run(d)) if directory.is_dir() else []
+    return inside if inside and not is_run(directory) else [directory]
+
+
+def _common(runs: Sequence[Path]) -> Path:
+    if len(runs) == 1:
+        return runs[0]
+    return Path(os.path.commonpath([run.resolve().parent for run in runs]))

@@ -1,0 +1,213 @@
+"""Line charts as inline SVG: no script, colours from the page, readable without colour.
+
+A line is told apart by its dashes and by its name in the legend; every chart carries a title and a
+description for screen readers, and its figures as tooltips.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
+
+from markupsafe import Markup
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 42, 8, 10, 24
+MOST_POINTS = 240
+"""Beyond it a line is thinned to means: there are no more pixels."""
+TOOLTIPS = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named series; `look` is a class of the page's style sheet."""
+
+    name: str
+    points: Sequence[Point]
+    look: Literal["a", "b", "c", "d", "e", "target", "faint"] = "a"
+    marks: bool = False
+    """Whether each point is drawn: for few, as evaluations are."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The area between two values."""
+
+    name: str
+    points: Sequence[tuple[float, float, float]]
+    """(x, low, high)."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    bands: Sequence[Band] = ()
+    note: str = ""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is anything to see."""
+        return any(len(line.points) > 1 for line in self.lines)
+
+
+def svg(chart: Chart) -> Markup:
+    """The chart as an SVG element."""
+    lines = [_thinned(line) for line in chart.lines if line.points]
+    bands = [b for b in chart.bands if b.points]
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    ys += [y for b in bands for _, low, high in b.points for y in (low, high)]
+    x_ticks, y_ticks = ticks(min(xs), max(xs), whole=True), ticks(min(ys), max(ys))
+    scale = _Scale(min(xs), max(xs), y_ticks[0], y_ticks[-1])
+    head = Markup(
+        '<svg viewBox="0 0 {w} {h}" role="img" aria-label="{title}: {told}"><title>{title}</title>'
+    ).format(w=WIDTH, h=HEIGHT, title=chart.title, told=_told(chart))
+    parts = [head, _grid(scale, x_ticks, y_ticks)]
+    parts += [_band(b, scale) for b in bands]
+    parts += [_line(line, scale) for line in lines]
+    parts += [_tooltips(chart.lines, scale), Markup("</svg>")]
+    return Markup("").join(parts)
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Four to seven round numbers that enclose low and high."""
+    if not high > low:
+        low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
+    rough = (high - low) / 4
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    if whole:
+        step = max(1.0, round(step))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """Centred moving average over a twentieth of the points."""
+    half = len(points) // 40
+    windows = (points[max(0, i - half) : i + half + 1] for i in range(len(points)))
+    return [(x, fmean(v for _, v in w)) for (x, _), w in zip(points, windows, strict=True)]
+
+
+def spread(runs: Sequence[Sequence[Point]]) -> tuple[list[Point], list[tuple[float, float, float]]]:
+    """(mean, mean minus and plus one standard deviation) over runs, where all have a value."""
+    tables = [dict(points) for points in runs]
+    common = sorted(set.intersection(*map(set, tables))) if tables else []
+    means, area = [], []
+    for x in common:
+        values = [table[x] for table in tables]
+        middle, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
+        means.append((x, middle))
+        area.append((x, middle - deviation, middle + deviation))
+    return means, area
+
+
+def shown(value: float) -> str:
+    """A number with three digits that matter."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+@dataclass(frozen=True)
+class _Scale:
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        share = (value - self.left) / (self.right - self.left or 1)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low or 1)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Sequence[Point]) -> str:
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
+
+def _grid(scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> Markup:
+    rows = Markup("").join(
+        Markup(
+            '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
+            '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+        ).format(LEFT, WIDTH - RIGHT, y, y, LEFT - 6, y + 4, shown(v))
+        for v in y_ticks
+        for y in [scale.y(v)]
+    )
+    within = [v for v in x_ticks if scale.left <= v <= scale.right]
+    columns = Markup("").join(
+        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+            scale.x(v), HEIGHT - 8, shown(v)
+        )
+        for v in within
+    )
+    return rows + columns
+
+
+def _band(band: Band, scale: _Scale) -> Markup:
+    upper = [(x, high) for x, _, high in band.points]
+    lower = [(x, low) for x, low, _ in reversed(band.points)]
+    return Markup('<polygon class="band" points="{}"/>').format(scale.path([*upper, *lower]))
+
+
+def _line(line: Line, scale: _Scale) -> Markup:
+    drawn = Markup('<polyline class="line {}" points="{}"/>').format(
+        line.look, scale.path(line.points)
+    )
+    if line.marks:
+        drawn += Markup("").join(
+            Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(
+                line.look, scale.x(x), scale.y(y)
+            )
+            for x, y in line.points
+        )
+    return drawn
+
+
+def _tooltips(lines: Sequence[Line], scale: _Scale) -> Markup:
+    """Invisible columns that name the figures at their place."""
+    tables = {line.name: dict(line.points) for line in lines if line.look != "faint"}
+    xs = sorted({x for table in tables.values() for x in table})
+    xs = xs[:: max(1, math.ceil(len(xs) / TOOLTIPS))]
+    width = (WIDTH - LEFT - RIGHT) / max(1, len(xs))
+    return Markup("").join(
+        Markup(
+            '<rect class="tip" x="{:.1f}" y="{}" width="{:.1f}" height="{}">'
+            "<title>{}</title></rect>"
+        ).format(scale.x(x) - width / 2, TOP, width, HEIGHT - TOP - BOTTOM, _tip(x, tables))
+        for x in xs
+    )
+
+
+def _tip(x: float, tables: dict[str, dict[float, float]]) -> str:
+    there = [f"{name}: {shown(table[x])}" for name, table in tables.items() if x in table]
+    return "\n".join([f"iteration {shown(x)}", *there])
+
+
+def _told(chart: Chart) -> str:
+    """The chart in words."""
+    words = [
+        f"{line.name} from {shown(line.points[0][1])} to {shown(line.points[-1][1])}"
+        for line in chart.lines
+        if line.points and line.look != "faint"
+    ]
+    return "; ".join(words)
+
+
+def _thinned(line: Line) -> Line:
+    size = math.ceil(len(line.points) / MOST_POINTS)
+    if size < 2:
+        return line
+    chunks = [line.points[i : i + size] for i in range(0, len(line.points), size)]
+    means = [(fmean(x for x, _ in c), fmean(y for _, y in c)) for c in chunks]
+    return Line(line.name, means, line.look, line.marks)

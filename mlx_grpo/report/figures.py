@@ -1,0 +1,138 @@
+"""Which curves a report shows: of one run, or of several with their mean and spread."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mlx_grpo.report.charts import Band, Chart, Line, Point, smoothed, spread
+from mlx_grpo.report.record import Record
+
+TARGET_BAND = 0.3
+"""The KL counts as held within this share of its target."""
+FEW = 40
+"""Up to so many iterations a curve is drawn as it is, beyond it smoothed as well."""
+STAGES = ("rollout", "reward", "logprob", "update", "evaluate")
+LOOKS: tuple[Literal["a", "b", "c", "d", "e"], ...] = ("a", "b", "c", "d", "e")
+
+
+def figures(records: Sequence[Record]) -> list[Chart]:
+    """Those that have something to show."""
+    charts = _single(records[0]) if len(records) == 1 else _several(records)
+    return [chart for chart in charts if chart.drawn]
+
+
+def _single(r: Record) -> list[Chart]:
+    trained = [name for name in _sources(r) if name not in r.config.gold_names]
+    return [
+        Chart("Reward", "raw score", _both(r, "reward", "eval_reward")),
+        *(_source(r, name) for name in trained if len(trained) > 1),
+        *(_source(r, name, "Gold judge: ") for name in r.config.gold_names),
+        Chart("Gold judge", "score", _both(r, "", "eval_gold")),
+        Chart(
+            "KL to the SFT model",
+            "nats per token",
+            [*_both(r, "kl", "eval_kl"), Line("target", r.series("kl/target"), "target")],
+            [_target_band(r)],
+        ),
+        Chart("Perplexity of reference answers", "held-out", _both(r, "", "eval_perplexity")),
+        Chart("Length", "tokens per answer", _both(r, *_twins("completions/mean_length"))),
+        Chart(
+            "Answers cut off", "share at the limit", _both(r, *_twins("completions/clipped_ratio"))
+        ),
+        Chart("Dead groups", "share that taught nothing", _trained(r, "frac_dead_groups")),
+        Chart("Clip fraction", "share of tokens", _trained(r, "clip_ratio/region_mean")),
+        _actuator(r),
+        Chart("Time by stage", "seconds", _stages(r, "time")),
+        Chart("Peak memory by stage", "GB", _stages(r, "memory", 1e-9)),
+        *_reward_model(r),
+    ]
+
+
+def _several(records: Sequence[Record]) -> list[Chart]:
+    gold = [f"eval_rewards/{name}/mean" for name in records[0].config.gold_names] + ["eval_gold"]
+    kl = _mean(records, "kl", "KL to the SFT model", "nats per token")
+    target = Line("target", records[0].series("kl/target"), "target")
+    return [
+        _mean(records, "eval_reward", "Held-out reward", "raw score"),
+        *(_mean(records, key, f"Gold judge: {_name(key)}", "held-out") for key in gold),
+        Chart(kl.title, kl.unit, [*kl.lines, target], kl.bands),
+        _mean(records, "eval_kl", "Held-out KL", "nats per token"),
+        _mean(records, "eval_perplexity", "Perplexity of reference answers", "held-out"),
+        _mean(records, "eval_completions/mean_length", "Held-out length", "tokens per answer"),
+        _mean(records, "reward", "Reward while training", "raw score"),
+        _mean(records, "frac_dead_groups", "Dead groups", "share that taught nothing"),
+    ]
+
+
+def _mean(records: Sequence[Record], key: str, title: str, unit: str) -> Chart:
+    runs = [r.series(key) for r in records]
+    runs = [smoothed(s) if len(s) > FEW else s for s in runs]
+    mean, area = spread(runs)
+    each = [Line(f"seed {r.config.seed}", s, "faint") for r, s in zip(records, runs, strict=True)]
+    name = f"mean of {len(records)} runs"
+    marks = key.startswith("eval")
+    return Chart(title, unit, [*each, Line(name, mean, "a", marks)], [Band("one sd", area)])
+
+
+def _twins(key: str) -> tuple[str, str]:
+    return key, f"eval_{key}"
+
+
+def _both(r: Record, trained: str, held_out: str) -> list[Line]:
+    """A figure of the rollouts and the same of the evaluations."""
+    evaluated = Line("held-out prompts", r.series(held_out), "b", marks=True)
+    return [*_trained(r, trained), *([evaluated] if evaluated.points else [])]
+
+
+def _trained(r: Record, key: str) -> list[Line]:
+    points = r.series(key)
+    if len(points) <= FEW:
+        return [Line("training", points)] if points else []
+    return [Line("each iteration", points, "faint"), Line("training, smoothed", smoothed(points))]
+
+
+def _sources(r: Record) -> list[str]:
+    first = r.iterations[0] if r.iterations else {}
+    return [key.split("/")[1] for key in first if key.startswith("rewards/")]
+
+
+def _source(r: Record, name: str, prefix: str = "Reward: ") -> Chart:
+    return Chart(f"{prefix}{name}", "score", _both(r, *_twins(f"rewards/{name}/mean")))
+
+
+def _name(key: str) -> str:
+    return key.removeprefix("eval_rewards/").removesuffix("/mean")
+
+
+def _target_band(r: Record) -> Band:
+    target = r.series("kl/target")
+    area = [(x, v * (1 - TARGET_BAND), v * (1 + TARGET_BAND)) for x, v in target]
+    return Band(f"target ± {TARGET_BAND:.0%}", area)
+
+
+def _actuator(r: Record) -> Chart:
+    if any(value for _, value in r.series("kl/decay")):
+        return Chart("Decay of the adapter", "share per iteration", _trained(r, "kl/decay"))
+    if any(value for _, value in r.series("kl/beta")):
+        return Chart("Weight of the KL penalty (beta)", "score per nat", _trained(r, "kl/beta"))
+    return Chart("Learning rate", "AdamW", _trained(r, "learning_rate"))
+
+
+def _stages(r: Record, what: str, unit: float = 1.0) -> list[Line]:
+    lines = []
+    for stage, look in zip(STAGES, LOOKS, strict=True):
+        points: list[Point] = [(x, unit * y) for x, y in r.series(f"{what}/{stage}")]
+        if points and not (what == "time" and stage == "evaluate"):  # another scale altogether
+            lines.append(Line(stage, smoothed(points) if len(points) > FEW else points, look))
+    return lines
+
+
+def _reward_model(r: Record) -> list[Chart]:
+    def curve(key: str) -> list[Point]:
+        return [(row["step"], row[key]) for row in r.learning_curve if row.get(key) is not None]
+
+    losses = [Line("training", curve("train_loss")), Line("held-out", curve("valid_loss"), "b")]
+    accuracy = Line("held-out", curve("valid_accuracy"), "b")
+    return [
+        Chart("Reward model: loss while it was trained", "per pair", losses),
+        Chart("Reward model: accuracy", "share of held-out pairs", [accuracy]),
+    ]

@@ -1,0 +1,125 @@
+"""What a run directory tells, read once for its report."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mlx_grpo import log
+from mlx_grpo.checkpoint import step_directories
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.config_sources import build_config
+from mlx_grpo.errors import InputError
+from mlx_grpo.evaluate import WinRate, win_rate
+from mlx_grpo.files import read_json
+from mlx_grpo.health import Finding, Row, findings
+from mlx_grpo.parts import target_at
+from mlx_grpo.report.charts import Point
+from mlx_grpo.run_directory import CHECKPOINTS, CONFIG, is_run
+
+LEARNING_CURVE = "learning_curve.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as it stands on disk."""
+
+    run: Path
+    config: TrainConfig
+    rows: list[Row]
+    answers: list[Row]
+    """Held-out answers of all evaluations; none in runs of older versions."""
+    learning_curve: list[Row]
+    """Of the reward model, where its training left one."""
+    origin: Row
+    """`versions` and `inputs` as the newest checkpoint has them."""
+    running: bool
+
+    @cached_property
+    def iterations(self) -> list[Row]:
+        return [r for r in self.rows if "reward" in r]
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        return [r for r in self.rows if "eval_reward" in r]
+
+    @property
+    def step(self) -> int:
+        """Iterations done."""
+        return int(self.rows[-1]["step"])
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.num_iterations and not self.running
+
+    @property
+    def chosen(self) -> Row:
+        """The evaluation that stands for the run: the best one, else the last."""
+        best = [e for e in self.evaluations if e["eval_best"]]
+        return (best or self.evaluations)[-1]
+
+    @property
+    def findings(self) -> list[Finding]:
+        return findings(self.rows, self.config.gold_names)
+
+    def series(self, key: str) -> list[Point]:
+        """(iteration, value) wherever a row has the key."""
+        return [(r["step"], r[key]) for r in self.rows if r.get(key) is not None]
+
+    def answered(self, step: int) -> dict[str, Row]:
+        """Held-out answers of the evaluation after `step` iterations, by prompt id."""
+        return {a["id"]: a for a in self.answers if a["step"] == step}
+
+    def wins(self, key: str = "reward") -> WinRate | None:
+        """How often the chosen evaluation's answer beats the SFT model's."""
+        first, last = self.answered(0), self.answered(self.chosen["step"])
+        pairs = [(first[i].get(key), last[i].get(key)) for i in first if i in last]
+        if not self.chosen["step"] or not pairs or any(None in pair for pair in pairs):
+            return None
+        before, after = zip(*pairs, strict=True)
+        return win_rate(before, after)
+
+    def decisions(self) -> list[tuple[Row, float, str]]:
+        """(evaluation, its KL gate, whether it became best or why not), in order."""
+        decided = []
+        for row in self.evaluations:
+            gate = target_at(self.config, max(row["step"] - 1, 0))
+            if row["step"] == 0:
+                why = "SFT model"
+            elif row["eval_best"]:
+                why = "best so far"
+            elif row["eval_kl"] is None or row["eval_kl"] >= gate:
+                why = "KL too high"
+            else:
+                why = "perplexity not better"
+            decided.append((row, gate, why))
+        return decided
+
+
+def read(run: Path, running: bool) -> Record:
+    """Read a run.
+
+    Raises:
+        InputError: no run here, one without any figures yet, or damage.
+    """
+    if not is_run(run):
+        raise InputError(f"{run}: no run here ({CONFIG} is missing)")
+    config = build_config(run / CONFIG)
+    rows = _log(run / log.METRICS)
+    if not any("eval_reward" in row for row in rows):
+        raise InputError(f"{run}: nothing to report before the first evaluation")
+    answers = _log(run / log.EVAL_COMPLETIONS)
+    curve = [] if config.rm_model == "none" else _log(Path(config.rm_model) / LEARNING_CURVE)
+    return Record(run, config, rows, answers, curve, _origin(run), running)
+
+
+def _log(path: Path) -> list[Row]:
+    try:
+        return log.read(path) if path.is_file() else []
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON lines ({e}); restore it or remove it") from e
+
+
+def _origin(run: Path) -> Row:
+    steps = step_directories(run / CHECKPOINTS)
+    state = read_json(steps[0] / "state.json") if steps else {}
+    return {name: state.get(name, {}) for name in ("versions", "inputs")}

@@ -1,0 +1,123 @@
+"""A run's figures give reason to warn, and only where they do."""
+
+from typing import Any
+
+import pytest
+
+from mlx_grpo.health import findings, new_findings
+
+HEALTHY = {
+    "reward": 1.0,
+    "kl": 0.02,
+    "kl/target": 0.02,
+    "frac_dead_groups": 0.1,
+    "clip_ratio/region_mean": 0.01,
+    "completions/mean_length": 40.0,
+    "completions/clipped_ratio": 0.2,
+    "policy/skipped_nonfinite": 0,
+}
+EVALUATION = {
+    "eval_reward": 0.0,
+    "eval_kl": 0.01,
+    "eval_perplexity": 20.0,
+    "eval_best": False,
+    "eval_rewards/gold/mean": 0.6,
+}
+
+
+def iterations(**ends: tuple[float, float]) -> list[dict[str, Any]]:
+    """Twenty rows; the named figures jump half way from the first value to the second."""
+    named = {k.replace("__", "/"): v for k, v in ends.items()}
+    return [
+        {"step": i + 1, **HEALTHY, **{k: v[i >= 10] for k, v in named.items()}} for i in range(20)
+    ]
+
+
+def evaluations(**last: float) -> list[dict[str, Any]]:
+    """One before the training, and one after it that is the best."""
+    later = {
+        "eval_reward": 1.0,
+        "eval_best": True,
+        **{k.replace("__", "/"): v for k, v in last.items()},
+    }
+    return [{"step": 0, **EVALUATION}, {"step": 20, **EVALUATION, **later}]
+
+
+def titles(rows: list[dict[str, Any]]) -> list[str]:
+    return [f.title for f in findings(rows, ["gold"])]
+
+
+def test_a_healthy_run_gets_no_warning() -> None:
+    assert titles([*iterations(), *evaluations(eval_rewards__gold__mean=0.7)]) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "first", "last", "title"),
+    [
+        ("completions__mean_length", 40.0, 61.0, "Answers grow"),
+        ("frac_dead_groups", 0.1, 0.6, "Most groups teach nothing"),
+        ("clip_ratio__region_mean", 0.0, 0.4, "The clip silences many tokens"),
+        ("completions__clipped_ratio", 0.2, 0.9, "Most answers are cut off"),
+        ("kl", 0.02, 0.04, "The KL is above its target"),
+        ("kl", 0.02, 0.009, "The KL is far below its target"),
+        ("policy__skipped_nonfinite", 0, 1, "Values were not finite"),
+    ],
+)
+def test_each_figure_out_of_its_range_is_named_with_what_to_try(
+    figure: str, first: float, last: float, title: str
+) -> None:
+    rows = iterations(**{figure: (first, last)})
+    assert titles(rows) == [title]
+    found = findings(rows)[0]
+    assert found.evidence and found.advice.endswith(".")
+    assert titles(iterations(**{figure: (first, first)})) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "title"),
+    [
+        ("eval_rewards__gold__mean", 0.5, "The reward rises while the gold judge falls"),
+        ("eval_gold", 0.5, "The reward rises while the gold judge falls"),
+        ("eval_perplexity", 22.0, "The reward rises while the perplexity worsens"),
+    ],
+)
+def test_a_reward_that_rises_alone_is_called_out(figure: str, value: float, title: str) -> None:
+    rows = evaluations(**{figure: value})
+    if figure == "eval_gold":
+        rows[0]["eval_gold"] = 0.6
+    assert titles(rows) == [title]
+    assert titles([rows[0], {**rows[1], "eval_reward": -0.5}]) == []  # nothing was gained by it
+
+
+def test_a_custom_judge_that_nobody_calls_gold_is_not_one() -> None:
+    assert findings(evaluations(eval_rewards__gold__mean=0.1), gold=[]) == []
+
+
+def test_noise_of_a_gold_judge_is_no_fall() -> None:
+    assert titles(evaluations(eval_rewards__gold__mean=0.595)) == []
+
+
+def test_a_run_without_a_best_checkpoint_says_so() -> None:
+    assert titles(evaluations(eval_best=False)) == ["No evaluation has passed the KL gate"]
+
+
+def test_skipped_iterations_are_counted() -> None:
+    rows = [*iterations(), {"step": 21, "skipped": "reward"}]
+    assert findings(rows)[0].evidence.startswith("1 iterations and 0 optimizer steps")
+
+
+def test_too_few_iterations_say_nothing() -> None:
+    assert titles(iterations(kl=(0.5, 0.5))[:4]) == []
+
+
+def test_a_value_that_was_not_finite_is_left_out() -> None:
+    rows = [*iterations(), {**iterations()[0], "kl": None, "frac_dead_groups": None}]
+    assert titles(rows) == []
+
+
+def test_what_the_evaluation_before_gave_reason_to_say_is_not_new() -> None:
+    rows = [*evaluations(eval_perplexity=30.0), *evaluations(eval_perplexity=31.0)[1:]]
+    assert [f.title for f in new_findings(rows[:2])] == [
+        "The reward rises while the perplexity worsens"
+    ]
+    assert new_findings(rows) == []
