@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluation, win_rate
+from mlx_grpo.judge import Verdicts
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.parts import load_evaluator
@@ -17,6 +19,8 @@ from mlx_grpo.run_directory import CONFIG, chosen_adapter, is_run
 from mlx_grpo.types import Completion
 
 SHOWN = 3
+Scores = tuple[Sequence[float], Sequence[float]]
+"""Of each answer: (before, after)."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,13 @@ class Comparison:
     after: Evaluation
 
 
-def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> Comparison:
+def compare_run(
+    run: Path, prompts: Path | None, adapter: str, ui: Console, limit: int = 0
+) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
+
+    Args:
+        limit: first prompts to use; 0 means all.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
@@ -36,7 +45,7 @@ def compare_run(run: Path, prompts: Path | None, adapter: str, ui: Console) -> C
     if not is_run(run):
         raise InputError(f"{run}: no run here (config.toml is missing)")
     directory = chosen_adapter(run, adapter)
-    config = replace(build_config(run / CONFIG), eval_limit=0)
+    config = replace(build_config(run / CONFIG), eval_limit=limit)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
     with ui.working("loading"):
@@ -61,22 +70,68 @@ def rubric_scores(evaluation: Evaluation) -> list[float]:
     ]
 
 
-def show_comparison(ui: Console, comparison: Comparison, rubric: bool) -> None:
+def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
+    """Everything that gave each answer a number: (scores before, scores after)."""
+    before, after = comparison.before, comparison.after
+    found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
+    if len(before.by_source) > 1:
+        found |= {name: (s, after.by_source[name]) for name, s in before.by_source.items()}
+    if rubric:
+        found["gold rubric (never trained on)"] = (rubric_scores(before), rubric_scores(after))
+    return found
+
+
+def figures(comparison: Comparison, rubric: bool, verdicts: Verdicts | None) -> dict[str, Any]:
+    """All of it as JSON: the figures of each side, and who wins by what."""
+    wins = {name: _counts(*scores) for name, scores in contests(comparison, rubric).items()}
+    if verdicts:
+        wins["judge"] = {
+            **_counts(*_sides(verdicts)),
+            "disagreements": verdicts.disagreements,
+            "unreadable": verdicts.unreadable,
+        }
+    return {
+        "prompts": len(comparison.before.groups),
+        "sft": comparison.before.metrics(),
+        "grpo": comparison.after.metrics(),
+        "wins": wins,
+    }
+
+
+def _counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Of the policy after: prompts won, tied and lost, their share (ties count half), its Wilson
+    interval."""
+    rate = win_rate(before, after)
+    ties = sum(b == a for b, a in zip(before, after, strict=True))
+    won = sum(b < a for b, a in zip(before, after, strict=True))
+    return {
+        "wins": won,
+        "ties": ties,
+        "losses": rate.prompts - won - ties,
+        "share": rate.share,
+        "interval": rate.wilson(),
+    }
+
+
+def _sides(verdicts: Verdicts) -> Scores:
+    """Verdicts as if they were scores."""
+    return [1 - o for o in verdicts.outcomes], verdicts.outcomes
+
+
+def show_comparison(
+    ui: Console, comparison: Comparison, rubric: bool, verdicts: Verdicts | None = None
+) -> None:
     """The table, and some answers side by side."""
     before, after = comparison.before, comparison.after
-    rows: list[tuple[str, ...]] = [
-        (
-            "reward",
-            f"{before.reward:+.3f}",
-            f"{after.reward:+.3f}",
-            _wins(before.rewards, after.rewards),
-        )
+    rows = [
+        (name, f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", _wins(old, new))
+        for name, (old, new) in contests(comparison, rubric).items()
     ]
-    if rubric:
-        marks = rubric_scores(before), rubric_scores(after)
-        rows.append(
-            ("gold rubric (never trained on)", *(f"{_mean(m):.3f}" for m in marks), _wins(*marks))
-        )
+    if verdicts:
+        sides = _sides(verdicts)
+        won = _counts(*sides)
+        cells = (f"{won['losses']} wins", f"{won['wins']} wins")
+        rows.append((f"judge ({won['ties']} ties)", *cells, _wins(*sides)))
     rows += [
         ("KL to the SFT model, nats/token", f"{before.kl:.4f}", f"{after.kl:.4f}", ""),
         (
@@ -95,6 +150,11 @@ def show_comparison(ui: Console, comparison: Comparison, rubric: bool) -> None:
         rows,
     )
     ui.table("Answers", ("prompt", "SFT model", "after GRPO"), _answers(before, after), lines=True)
+    if verdicts and verdicts.unreadable:
+        ui.warn(
+            f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
+            "count as ties"
+        )
 
 
 def _answers(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:

@@ -1,5 +1,6 @@
 """`mlx-grpo eval`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from mlx_grpo.cli.options import Quiet
 from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
 
 
 def evaluate(
@@ -14,14 +16,46 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
     ] = None,
+    limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
     rubric: Annotated[
         bool, typer.Option("--rubric", help="Also judge by the rubric of the demo.")
     ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Also ask a model behind an OpenAI-compatible endpoint, like "
+            "http://localhost:8080/v1, twice per prompt; the key is taken from OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str, typer.Option(help="Name of the model there (the default is mlx_lm.server's own).")
+    ] = "default_model",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
-    from mlx_grpo.compare import compare_run, show_comparison
+    from mlx_grpo.compare import compare_run, figures, show_comparison
+    from mlx_grpo.files import write_json
+    from mlx_grpo.judge import Judge, compare_answers
 
+    if json_file and not json_file.parent.is_dir():
+        raise InputError(f"--json {json_file}: no such directory")
     ui = Console(quiet)
-    show_comparison(ui, compare_run(run, prompts, adapter, ui), rubric)
+    asked = Judge(judge, judge_model, os.environ.get("OPENAI_API_KEY")) if judge else None
+    if asked:
+        asked.ask("Reply with the letter A.")  # before minutes are spent on answers
+    comparison = compare_run(run, prompts, adapter, ui, limit)
+    verdicts = None
+    try:
+        if asked:
+            with ui.working("asking the judge"):
+                before, after = comparison.before.groups, comparison.after.groups
+                verdicts = compare_answers(asked, before, after, ui.progress)
+    finally:  # a judge that fails takes nothing else with it
+        show_comparison(ui, comparison, rubric, verdicts)
+        if json_file:
+            write_json(json_file, figures(comparison, rubric, verdicts))
