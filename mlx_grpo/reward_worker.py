@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def _load_file(path: Path) -> Any:
         raise FileNotFoundError("no such file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.path.append(str(path.parent.resolve()))  # last: what lies beside it takes no one's place
     spec.loader.exec_module(module)
     return module
 
@@ -70,15 +72,35 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float]:
     """
     expected = len(arguments["completions"])
     try:
-        parameters = inspect.signature(function).parameters.values()
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
-        scores = [float(s) for s in function(**arguments)]
+        scores = [float(s) for s in function(**_asked_for(function, arguments))]
+    except RewardError:
+        raise
     except (Exception, SystemExit) as e:  # a user's code may raise anything
-        raise RewardError(f"{type(e).__name__}: {e}") from e
+        raise RewardError(f"{type(e).__name__}: {e}{_place(e)}") from e
     if len(scores) != expected:
         raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
     return scores
+
+
+def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return arguments
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for p in named:
+        if p.default is inspect.Parameter.empty and p.name not in arguments:
+            raise RewardError(
+                f"it asks for '{p.name}', which the prompt's row does not have; there are "
+                f"{', '.join(sorted(arguments))}"
+            )
+    return {p.name: arguments[p.name] for p in named if p.name in arguments}
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's own file."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    own = [f for f in frames if f.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 def source_file(function: Any) -> str | None:

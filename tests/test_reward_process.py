@@ -110,7 +110,8 @@ def test_the_complaint_is_one_line_with_prompt_and_function(tmp_path: Path) -> N
     loud = process(tmp_path, "raise ValueError('two\\nlines')")
     with pytest.raises(InputError) as failure:
         CustomReward("loud", loud)(group("a", "b"))
-    assert str(failure.value) == "reward 'loud' failed on prompt 'p1': ValueError: two lines"
+    complaint = "reward 'loud' failed on prompt 'p1': ValueError: two lines (mine.py:4)"
+    assert str(failure.value) == complaint
 
 
 def test_what_a_reward_started_ends_with_it(tmp_path: Path) -> None:

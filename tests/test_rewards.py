@@ -113,7 +113,7 @@ def raises(completions: list[str]) -> list[float]:
     ("function", "message"),
     [
         (raises, "reward 'r' failed on prompt 'p1': ZeroDivisionError: by hand"),
-        (lambda missing_field: [1.0], "failed on prompt 'p1': TypeError"),
+        (lambda topic: [1.0], "'p1': it asks for 'topic', which the prompt's row does not have"),
         (lambda: None, "failed on prompt 'p1': TypeError"),
         (lambda: ["good", "bad"], "failed on prompt 'p1': ValueError"),
         (lambda: [1.0], "returned 1 scores for 2 completions"),
@@ -134,6 +134,25 @@ def test_a_reward_loads_from_a_file(write: Callable[[str], str]) -> None:
     reward = load_reward(f"{file}:count", weight=0.5)
     assert (reward.name, reward.weight) == ("count", 0.5)
     assert reward(group("a", "bcd")) == [1.0, 3.0]
+
+
+def test_a_failure_says_where_in_the_users_file(write: Callable[[str], str]) -> None:
+    source = "import json\ndef parse(text):\n    return json.loads(text)\n"
+    file = write(source + "def marks(completions):\n    return [parse(c) for c in completions]\n")
+    with pytest.raises(InputError, match=r"JSONDecodeError: .* \(my_rewards\.py:3\)$"):
+        load_reward(f"{file}:marks")(group("a"))
+
+
+def test_a_reward_file_may_import_what_lies_beside_it(
+    write: Callable[[str], str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_rewards_helper.py").write_text("def size(text):\n    return len(text)\n")
+    (tmp_path / "string.py").write_text("raise RuntimeError('not the real one')\n")
+    file = write(
+        "import string\nfrom my_rewards_helper import size\n"
+        "def sizes(completions):\n    return [size(c) for c in completions]\n"
+    )
+    assert load_reward(f"{file}:sizes")(group("a", "bcd")) == [1.0, 3.0]
 
 
 def test_a_reward_loads_from_a_module() -> None:
