@@ -1,6 +1,7 @@
 """A reward that can be checked: does an answer keep to the constraints that its prompt states?
 
-    mlx-grpo train --rm-model none --reward examples/constraints.py:constraints ...
+    mlx-grpo train --rm-model none --reward examples/constraints.py:constraints \\
+      --eval-reward examples/constraints.py:all_met ...
 
 The rows of `constraints_train.jsonl` carry what the prompt says in words: `min_words`, `max_words`,
 `keyword`. A reward function gets those fields and arguments that it names, and returns a number per

@@ -76,8 +76,8 @@ def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[st
         **{
             **train_arguments,
             "rm_model": "none",
-            "reward": tuple(f"{EXAMPLES}/constraints.py:{f}" for f in ("constraints", "all_met")),
-            "reward_weights": (1.0, 0.0),
+            "reward": (f"{EXAMPLES}/constraints.py:constraints",),
+            "eval_reward": (f"{EXAMPLES}/constraints.py:all_met",),
             "prompts": str(EXAMPLES / FILES[0]),
             "eval_prompts": str(EXAMPLES / FILES[1]),
             "eval_limit": 2,
