@@ -4,6 +4,21 @@ The way of the data: prompts -> rollout -> reward -> advantage -> log-probs -> l
 checkpoint. One module per stage; `trainer.py` is the only place where the order is visible.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from mlx_grpo import backend as backend  # first of all imports: it loads the BLAS that MLX will use
 
+if TYPE_CHECKING:
+    from mlx_grpo.api import GRPOConfig, Run, train
+
+__all__ = ["GRPOConfig", "Run", "__version__", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The Python interface, imported when it is used: mlx-lm takes two seconds."""
+    if name in ("GRPOConfig", "Run", "train"):
+        from mlx_grpo import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

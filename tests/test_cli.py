@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_grpo import __version__, trainer
-from mlx_grpo.cli import main
+from mlx_grpo.cli import app, main
 
 
 @pytest.fixture
@@ -93,6 +93,19 @@ def test_version_and_help(
 ) -> None:
     assert command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == f"mlx-grpo {__version__}"
-    for name in ("demo", "convert", "train", "train-rm", "eval", "report"):
+    for name in (c.name or "" for c in app.registered_commands):
         assert command(monkeypatch, name, "--help") == 0
         assert f"mlx-grpo {name}" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_and_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, expected in (("tr", {"train", "train-rm"}), ("eval --ru", {"--rubric"})):
+        typed = f"mlx-grpo {words}"
+        monkeypatch.setenv("_MLX_GRPO_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        with pytest.raises(SystemExit):
+            command(monkeypatch)
+        assert set(capsys.readouterr().out.split()) == expected

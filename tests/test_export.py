@@ -75,15 +75,15 @@ def test_a_fused_model_is_quantized_as_its_source_was(run: Path, tmp_path: Path)
 def test_the_card_holds_the_runs_figures_and_no_path_of_this_machine(
     run: Path, tmp_path: Path
 ) -> None:
-    (run / "report.html").write_text("<p>report</p>")
     card = (export(run, "adapter", tmp_path / "a") / "README.md").read_text()
-    (run / "report.html").unlink()
-    assert (tmp_path / "a" / "report.html").read_text() == "<p>report</p>"
+    assert (tmp_path / "a" / "report.html").read_text() == (run / "report.html").read_text()
     assert "[report.html](report.html)" in card
     assert re.search(r"\| reward \| -\d\.?\d* \| -\d", card)
     assert "| kl targets | 5.0 |" in card and "rewards.py:short" in card
     assert str(run.parent) not in card
-    assert "report" not in (export(run, "adapter", tmp_path / "b") / "README.md").read_text()
+    without = export(run, "adapter", tmp_path / "b", report=False)
+    assert "report" not in (without / "README.md").read_text()
+    assert not (without / "report.html").exists()
 
 
 def test_base_and_licence_come_from_the_card_of_the_sft_model(run: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def main() -> int:
     """Entry point: 0 when done, 2 for bad input, 130 when interrupted."""
     command = typer.main.get_command(app)
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(prog_name="mlx-grpo", standalone_mode=False)
     except InputError as e:
         Console().error(" ".join(str(e).split()))
         return 2

@@ -1,0 +1,51 @@
+"""Training from Python: `from mlx_grpo import GRPOConfig, train`.
+
+Every setting is a field of `GRPOConfig`; they are the flags of `mlx-grpo train`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_grpo import log
+from mlx_grpo.config import TrainConfig as GRPOConfig
+from mlx_grpo.console import Console
+from mlx_grpo.trainer import train as train_run
+
+__all__ = ["GRPOConfig", "Run", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training left in its directory."""
+
+    directory: Path
+    finished: bool
+    """False where Ctrl-C ended it early: call `train` again with `resume=True`."""
+
+    @property
+    def best(self) -> Path | None:
+        """The adapter of the best evaluation; None where none passed the KL gate."""
+        return self._adapter("best")
+
+    @property
+    def final(self) -> Path | None:
+        """The adapter of the last iteration; None before the end."""
+        return self._adapter("final")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl: iterations, and evaluations (`eval_reward` and so on)."""
+        return log.read(self.directory / log.METRICS)
+
+    def _adapter(self, name: str) -> Path | None:
+        return self.directory / name if (self.directory / name).is_dir() else None
+
+
+def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Train; the run directory is `config.output`, or runs/seed-SEED.
+
+    Raises:
+        InputError: a setting or a file that cannot work, in one line; it is a ValueError.
+    """
+    finished = train_run(config, Console(quiet), resume)
+    return Run(config.run_directory, finished)
