@@ -1,6 +1,6 @@
 """What a reward model learns from human preference pairs, beside what their lengths alone tell.
 
-usage: python bench/reward_model.py --pairs FILE [--json bench/results/reward_model.json]
+usage: python bench/reward_model.py [--pairs FILE] [--max-length N] [--epochs N] [--json FILE]
        python bench/reward_model.py --measure weights/smollm2-rm [--write]
 
 The first trains on FILE (by default human pairs kept outside of the repository, beside the
@@ -32,21 +32,21 @@ from mlx_grpo.train_rm import train_rm
 
 CHECKOUT = Path(__file__).parent.parent
 HUMAN_PAIRS = CHECKOUT.parent / "shared" / "data" / "preference_pairs.jsonl"
-# The shortest third of those pairs, the last blocks, one pass: five minutes of one CPU core.
+# Short pairs, the last blocks, one pass: about five minutes of one CPU core.
 SETTINGS = RewardTrainConfig(
-    max_length=128, lora_blocks=8, epochs=1, batch_size=2, eval_every=8, valid_fraction=0.1
+    max_length=160, lora_blocks=8, epochs=1, batch_size=1, eval_every=24, valid_fraction=0.06
 )
 
 
-def train_and_record(model: Path, pairs: Path, out: Path, ui: Console) -> None:
+def train_and_record(settings: RewardTrainConfig, pairs: Path, out: Path, ui: Console) -> None:
     """Train, show, and write settings, figures and learning curve."""
     started = time.process_time()
     rows = [row for _, row in read_jsonl(pairs)]
-    usable = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
+    usable = [row for row in rows if not _has_empty_answer(row)]
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "pairs.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in usable))
-        config = replace(SETTINGS, model=str(model), pairs=str(file), output=f"{place}/rm")
+        config = replace(settings, pairs=str(file), output=f"{place}/rm")
         found = train_rm(config, ui.say)
         curve = [row for _, row in read_jsonl(Path(place, "rm", LEARNING_CURVE))]
     show_quality(ui, found)
@@ -64,6 +64,12 @@ def train_and_record(model: Path, pairs: Path, out: Path, ui: Console) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, record)
     ui.say(f"{record['cpu_minutes']} CPU minutes; written to {out}")
+
+
+def _has_empty_answer(row: dict[str, Any]) -> bool:
+    """`train-rm` refuses such a file; among human pairs there is one."""
+    answers = (row.get("chosen"), row.get("rejected"))
+    return any(isinstance(text, str) and not text.strip() for text in answers)
 
 
 def measure(directory: Path, model: Path, ui: Console) -> Quality:
@@ -89,6 +95,8 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
     parser.add_argument("--pairs", type=Path, default=HUMAN_PAIRS)
+    parser.add_argument("--max-length", type=int, default=SETTINGS.max_length)
+    parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
     parser.add_argument("--json", type=Path, default=CHECKOUT / "bench/results/reward_model.json")
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--write", action="store_true")
@@ -101,7 +109,9 @@ def main() -> int:
                 figures = {"temperature": found.temperature, "held_out": asdict(found)}
                 write_json(args.measure / REWARD_CONFIG, about | figures)
         elif args.pairs.is_file():
-            train_and_record(args.model, args.pairs, args.json, ui)
+            given = {"max_length": args.max_length, "epochs": args.epochs}
+            settings = replace(SETTINGS, model=str(args.model), **given)
+            train_and_record(settings, args.pairs, args.json, ui)
         else:
             ui.say(f"{args.pairs}: not there; nothing measured")
     except InputError as e:

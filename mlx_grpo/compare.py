@@ -77,7 +77,7 @@ def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
     if len(before.by_source) > 1:
         found |= {name: (s, after.by_source[name]) for name, s in before.by_source.items()}
     if rubric:
-        found["gold rubric (never trained on)"] = (rubric_scores(before), rubric_scores(after))
+        found["rubric"] = (rubric_scores(before), rubric_scores(after))
     return found
 
 
@@ -123,8 +123,9 @@ def show_comparison(
 ) -> None:
     """The table, and some answers side by side."""
     before, after = comparison.before, comparison.after
+    label = {"rubric": "gold rubric (never trained on)"}
     rows = [
-        (name, f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", _wins(old, new))
+        (label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", _wins(old, new))
         for name, (old, new) in contests(comparison, rubric).items()
     ]
     if verdicts:

@@ -217,8 +217,8 @@ def show_quality(ui: Console, found: Quality) -> None:
     if found.interval[0] <= rule:
         name = "longer" if rule == found.longer_wins else "shorter"
         ui.warn(
-            f"the {name} answer wins in {rule:.1%} of these pairs, which is not below the reward "
-            "model's interval: it may have learnt little but length; more pairs would tell"
+            f"the {name} answer wins in {rule:.1%} of these pairs; the interval does not show the "
+            "reward model to be better than that rule"
         )
 
 

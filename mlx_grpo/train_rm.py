@@ -171,7 +171,8 @@ def _fit(
     loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
     for step, batch in enumerate(batches, 1):
         gradients, batch_loss = batch_gradients(stages, weights[HEAD], batch)
-        optimizer.learning_rate = config.learning_rate * (1 - (step - 1) / len(batches))
+        done = (step - 1) * config.batch_size / (config.epochs * len(split.train))
+        optimizer.learning_rate = config.learning_rate * (1 - done)
         weights, norm = adamw_step(optimizer, gradients, weights, config.max_grad_norm)
         if not math.isfinite(norm):
             raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")

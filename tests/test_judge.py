@@ -269,7 +269,7 @@ def test_eval_shows_and_writes_what_the_judge_said(
     assert KEY not in shown_text.out + shown_text.err + file.read_text()
     found = json.loads(file.read_text())
     assert found["prompts"] == 2
-    assert set(found["wins"]) == {"reward", "gold rubric (never trained on)", "judge"}
+    assert set(found["wins"]) == {"reward", "rubric", "judge"}
     judged = found["wins"]["judge"]
     assert (judged["wins"], judged["ties"], judged["losses"]) == (0, 2, 0)
     assert (judged["disagreements"], judged["unreadable"]) == (2, 0)

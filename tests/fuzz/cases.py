@@ -51,6 +51,7 @@ PAIR_ROW = st.fixed_dictionaries(
         "chosen": TEXT,
         "rejected": TEXT,
         "chosen_finish_reason": st.sampled_from(["stop", "length", ""]) | JSON,
+        "split": st.sampled_from(["train", "valid", "dev"]) | JSON,
     },
 )
 NOISE = st.binary(max_size=60) | st.sampled_from(
