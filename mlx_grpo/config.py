@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from mlx_grpo.errors import InputError
 
+SinkName = Literal["tensorboard", "trackio", "wandb"]
+
 
 def flag_of(name: str) -> str:
     """The command line's option for a field."""
@@ -126,6 +128,10 @@ class TrainConfig:
     """Iterations between checkpoints."""
     keep: int = 3
     """Checkpoints kept, newest first."""
+    show_every: int = 10
+    """Iterations between tables of answers on a terminal; 0: none."""
+    log: tuple[SinkName, ...] = ()
+    """Where else the figures go: tensorboard, trackio, wandb; may be given several times."""
     max_skipped_steps: int = 5
     """Stop after this many iterations in a row that met a value that is not finite."""
 
@@ -200,6 +206,7 @@ AT_LEAST_ZERO = {
     "kl_stop_factor",
     "lora_blocks",
     "clip_range_high",
+    "show_every",
     "patience",
 }
 

@@ -1,16 +1,23 @@
 """All that is shown: rich on a terminal, plain lines otherwise. The only place that prints."""
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.live import Live
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.live import LiveView
+from mlx_grpo.live import duration as duration  # for the lines of others
+from mlx_grpo.types import Group
+
+REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
+SAMPLES = 3
+LONGEST_CELL = 160
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -21,6 +28,7 @@ class Console:
         self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._status: Status | None = None
+        self._view: LiveView | None = None
         self._last_progress = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -36,25 +44,63 @@ class Console:
         self.err.print(Text(f"error: {text}", style="red"))
 
     @contextmanager
+    def training(self, total: int) -> Iterator[None]:
+        """The live view of a run of `total` iterations while the block runs, where it can be drawn;
+        elsewhere `iteration` says a line each."""
+        terminal = self.out.is_terminal and not self.out.is_dumb_terminal
+        if self.out.quiet or not terminal or self.out.options.ascii_only:
+            yield
+            return
+        self._view = LiveView(total)
+        live = Live(
+            self._view,
+            console=self.out,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            redirect_stderr=self.err.is_terminal,  # an error log in a file stays there
+        )
+        try:
+            with live:
+                yield
+        finally:
+            self._view = None
+
+    @contextmanager
+    def stage(self, step: int, name: str) -> Iterator[None]:
+        """The block is this stage of iteration `step`."""
+        with self._view.stage(step, name) if self._view else self.working(f"{step}: {name}"):
+            yield
+
+    @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """A spinner on a terminal while the block runs."""
+        if self._view:
+            self._view.doing = what
+            yield
+            return
         if not self.out.is_terminal:
             yield
             return
-        with self.out.status(what) as self._status:
-            yield
-        self._status = None
+        try:
+            with self.out.status(what) as self._status:
+                yield
+        finally:
+            self._status = None
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Text beside the spinner; where there is no terminal, a line every now and then."""
-        if self._status:
+        if self._view:
+            self._view.doing = f"{what} {done}/{total}"
+        elif self._status:
             self._status.update(f"{what} {done}/{total}")
         elif time.monotonic() - self._last_progress > SECONDS_BETWEEN_LINES:
             self._last_progress = time.monotonic()
             self.say(f"      {what} {done}/{total}")
 
     def iteration(self, metrics: dict[str, Any], total: int) -> None:
-        """One line for a training iteration."""
+        """A training iteration: in the live view, or as a line."""
+        if self._view:
+            self._view.history.append(metrics)
+            return
         m = metrics
         held = f"beta {m['kl/beta']:.3g}" if m["kl/beta"] else f"decay {m['kl/decay']:.2f}"
         line = (
@@ -71,6 +117,8 @@ class Console:
 
     def evaluation(self, step: int, metrics: dict[str, Any], note: str) -> None:
         """One line for an evaluation."""
+        if self._view:
+            self._view.doing = "saving"
         self.say(
             f"{step:>4}  held-out: reward {metrics['eval_reward']:+.3f}  kl "
             f"{metrics['eval_kl']:.4f}  "
@@ -78,6 +126,22 @@ class Console:
             f"{metrics['eval_completions/mean_length']:.0f}  "
             f"finished {1 - metrics['eval_completions/clipped_ratio']:.0%}  {note}"
         )
+
+    def samples(
+        self, step: int, groups: Sequence[Group], raw_PK: Sequence[Sequence[float]]
+    ) -> None:
+        """The best, the middle and the worst answer of an iteration; in the live view only."""
+        if not self._view:
+            return
+        answers = [
+            (reward, group.prompt.messages[-1]["content"], c.text)
+            for group, rewards in zip(groups, raw_PK, strict=True)
+            for c, reward in zip(group.completions, rewards, strict=True)
+        ]
+        answers.sort(key=lambda a: -a[0])
+        picked = [answers[i * (len(answers) - 1) // (SAMPLES - 1)] for i in range(SAMPLES)]
+        rows = [(f"{reward:+.2f}", _cut(prompt), _cut(text)) for reward, prompt, text in picked]
+        self.table(f"Answers of iteration {step}", ("reward", "prompt", "answer"), rows, lines=True)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False
@@ -96,16 +160,6 @@ class Console:
         self.out.print(table, soft_wrap=False)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )
+def _cut(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= LONGEST_CELL else f"{words[:LONGEST_CELL]}…"

@@ -44,12 +44,12 @@ def iterate(
     """
     config, roles, clock = parts.config, parts.roles, Clock()
     mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
-    progress = f"iteration {state.iteration + 1}/{config.num_iterations}"
+    step = state.iteration + 1
     indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
     prompts = [parts.prompts[i] for i in indices]
     target = target_at(config, state.iteration)
 
-    with clock.stage("rollout"), ui.working(f"{progress}: rollout"):
+    with clock.stage("rollout"), ui.stage(step, "rollout"):
         groups = rollout(
             roles.actor.model,
             roles.backbone.tokenizer,
@@ -61,20 +61,20 @@ def iterate(
             state.iteration,
             safe_point=safe_point,
         )
-    with clock.stage("reward"), ui.working(f"{progress}: reward"):
+    with clock.stage("reward"), ui.stage(step, "reward"):
         raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
     shaping = Shaping(state.controller.penalty, config.scale_advantages)
     settings = update_settings(config, target)
     try:
         check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
-        with clock.stage("logprob"), ui.working(f"{progress}: log-probs"):
+        with clock.stage("logprob"), ui.stage(step, "logprob"):
             rated = rate(
                 groups, raw_PK, roles.reference, normalizer, config.temperature, safe_point
             )
             first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
             later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
-        with clock.stage("update"), ui.working(f"{progress}: update"):
+        with clock.stage("update"), ui.stage(step, "update"):
             parts.optimizer.learning_rate = state.controller.learning_rate
             scored, stats = update(
                 roles.actor, parts.optimizer, first, later, shaping, settings, safe_point

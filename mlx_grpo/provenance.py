@@ -14,7 +14,10 @@ from mlx_grpo.config import TrainConfig, flag_of
 from mlx_grpo.files import directory_digest, sha256
 from mlx_grpo.rewards import CustomReward
 
-FREE = ("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout")
+FREE = (
+    *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
+    *("show_every", "log"),
+)
 """May change: no number depends on them."""
 ROUNDING = ("decode_rows", "rows_per_pass")
 """May change: only the order of sums depends on them, so the last bits may differ."""

@@ -26,6 +26,7 @@ from mlx_grpo.parts import (
 from mlx_grpo.provenance import input_digests, recorded
 from mlx_grpo.report import REPORT, write_report
 from mlx_grpo.run_directory import Snapshot
+from mlx_grpo.sinks import Sink, check_installed, opened
 from mlx_grpo.state import RunState
 from mlx_grpo.stopping import SafePoint, StopRequested, stop_signals
 
@@ -50,6 +51,7 @@ def train(
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
+    check_installed(config.log)
     if dry_run:
         with _loaded(config, ui, weights) as parts:
             _dry_run(parts, ui)
@@ -99,8 +101,13 @@ def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bo
             for warning in warnings:
                 ui.warn(warning)
             ui.say(f"resuming after iteration {state.iteration}")
-    with _telling_how_to_go_on(run, ui, (BaseException,)), stop_signals() as safe_point:
-        return _loop(parts, state, run, ui, about, safe_point)
+    with (
+        _telling_how_to_go_on(run, ui, (BaseException,)),
+        ui.training(config.num_iterations),
+        opened(config, run, state.iteration, ui.warn) as sink,
+        stop_signals() as safe_point,
+    ):
+        return _loop(parts, state, run, ui, about, sink, safe_point)
 
 
 @contextmanager
@@ -121,6 +128,7 @@ def _loop(
     run: Path,
     ui: Console,
     about: dict[str, Any],
+    sink: Sink,
     safe_point: SafePoint,
 ) -> bool:
     """Evaluate, save, iterate; False if a stop was asked for.
@@ -135,7 +143,7 @@ def _loop(
         done = state.iteration == config.num_iterations
         try:
             if _evaluation_due(state, config):
-                state = _evaluate(parts, state, run, ui, safe_point)
+                state = _evaluate(parts, state, run, ui, sink, safe_point)
                 _report(run, ui, running=True)
             elif state != saved and _save_due(state, config):
                 saved = state
@@ -145,7 +153,7 @@ def _loop(
             else:
                 safe_point()
                 _check_skips(run, state, config)
-                state = _iterate_and_log(parts, state, run, ui, safe_point)
+                state = _iterate_and_log(parts, state, run, ui, sink, safe_point)
         except Exception as reason:
             before.put_back(actor, optimizer)
             if state.iteration and state != saved:
@@ -193,22 +201,25 @@ def _check_skips(run: Path, state: RunState, config: TrainConfig) -> None:
 
 
 def _iterate_and_log(
-    parts: RunParts, state: RunState, run: Path, ui: Console, safe_point: SafePoint
+    parts: RunParts, state: RunState, run: Path, ui: Console, sink: Sink, safe_point: SafePoint
 ) -> RunState:
     done = iterate(parts, state, ui, safe_point)
     step = done.state.iteration
     log.append(run / log.METRICS, done.metrics)
+    sink(done.metrics)
     run_directory.log_completions(run, step, done.groups, done.raw_PK)
     run_directory.log_skips(run, step, done.groups, done.skips)
     if "skipped" not in done.metrics:
         ui.iteration(done.metrics, parts.config.num_iterations)
+        if parts.config.show_every and step % parts.config.show_every == 0:
+            ui.samples(step, done.groups, done.raw_PK)
     for skip in done.skips:
         ui.warn(f"iteration {step}: {skip.stage} not finite, left out; see {run / log.SKIPPED}")
     return done.state
 
 
 def _evaluate(
-    parts: RunParts, state: RunState, run: Path, ui: Console, safe_point: SafePoint
+    parts: RunParts, state: RunState, run: Path, ui: Console, sink: Sink, safe_point: SafePoint
 ) -> RunState:
     """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
     config, roles, step = parts.config, parts.roles, state.iteration
@@ -230,6 +241,7 @@ def _evaluate(
         run_directory.save_named_adapter(run, "best", roles.actor.model)
     metrics = {"step": step, **evaluation.metrics(), "eval_best": passed, **clock.metrics()}
     log.append(run / log.METRICS, metrics)
+    sink(metrics)
     run_directory.log_evaluation(run, step, evaluation)
     above = (
         f"KL above its gate of {target:g}" if evaluation.kl >= target else "perplexity not better"

@@ -12,7 +12,7 @@ from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 
 
-@with_flags(TrainConfig, repeated=("seed", "reward", "eval_reward"))
+@with_flags(TrainConfig, repeated=("seed", "reward", "eval_reward", "log"))
 def train(
     flags: dict[str, Any],
     config: Annotated[

@@ -21,7 +21,7 @@ from mlx_grpo.report.record import Record
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
-REPEATED = ("reward", "eval_reward")
+REPEATED = ("reward", "eval_reward", "log")
 """Options that are given once per value."""
 
 

@@ -1,0 +1,164 @@
+"""What a terminal shows while a run goes on: where it is, and its figures with their trend."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+STAGES = ("rollout", "reward", "logprob", "update")
+BAR_CELLS = 36
+STAGE_CELLS = 24
+TREND = 10
+"""Iterations whose mean is compared with that of as many before."""
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_CELLS = 24
+
+
+class LiveView:
+    """The picture of a run; rich asks for it a few times a second."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.doing = "starting"
+        self.history: list[dict[str, Any]] = []
+        self._step = 0
+        self._stage: str | None = None
+        self._since = time.monotonic()
+
+    @contextmanager
+    def stage(self, step: int, name: str) -> Iterator[None]:
+        """The block is this stage of this iteration."""
+        self._step, self._stage, self._since = step, name, time.monotonic()
+        try:
+            yield
+        finally:
+            self._stage = None
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._progress(), self._stages()]
+        if self.history:
+            now = self.history[-1]
+            parts += [Text(), self._trends(now), Text(), self._figures(now)]
+        return Group(Text(), *parts)
+
+    def _progress(self) -> Table:
+        done = self.history[-1]["step"] if self.history else 0
+        row = _grid(4, gap=1)
+        bar = ProgressBar(self.total, done, width=BAR_CELLS, complete_style="cyan")
+        row.add_row(Text("iterations", style="bold"), bar, f"{done}/{self.total}", self._left())
+        return row
+
+    def _left(self) -> str:
+        if not self.history:
+            return ""
+        each = fmean(m["time/iteration"] for m in self.history[-TREND:])
+        left = each * (self.total - self.history[-1]["step"])
+        return f"{duration(left)} left" if left else ""
+
+    def _stages(self) -> Text:
+        """A bar as long as the last iteration took, in stages; or what is done between."""
+        if self._stage is None:
+            return Text(self.doing, style="dim")
+        elapsed = time.monotonic() - self._since
+        took = self._took()
+        text = Text(f"{self._step}:", no_wrap=True, overflow="ellipsis")
+        for name in STAGES:
+            now = name == self._stage
+            before = STAGES.index(name) < STAGES.index(self._stage)
+            cells = max(2, round(STAGE_CELLS * took[name] / sum(took.values())))
+            # the last iteration's time is only an estimate: never quite full while it lasts
+            share = min(elapsed / took[name], 0.99) if now else float(before)
+            full = int(share * cells)
+            text.append(f" {name} ", style="bold" if now else "dim")
+            text.append("━" * full, style="green" if before else "cyan")
+            text.append("┄" * (cells - full), style="dim")
+        return text.append(f"  {duration(elapsed)}", style="dim")
+
+    def _took(self) -> dict[str, float]:
+        """Seconds of each stage in the last iteration; before there is one, a guess."""
+        if not self.history:
+            return {"rollout": 10.0, "reward": 4.0, "logprob": 10.0, "update": 17.0}
+        return {name: max(self.history[-1][f"time/{name}"], 1e-3) for name in STAGES}
+
+    def _trends(self, m: dict[str, Any]) -> Table:
+        rewards, kls = ([row[key] for row in self.history] for key in ("reward", "kl"))
+        table = _grid(4, right=(1,))
+        table.add_row(_dim("reward"), f"{m['reward']:+.3f}", _bars(rewards), trend(rewards))
+        table.add_row(_dim("KL"), f"{m['kl']:.4f}", _bars(kls), f"target {m['kl/target']:g}")
+        return table
+
+    def _figures(self, m: dict[str, Any]) -> Table:
+        beta = ("beta", f"{m['kl/beta']:.3g}")
+        table = _grid(6, right=(1, 3, 5))
+        rows = (
+            beta if m["kl/beta"] else ("decay", f"{m['kl/decay']:.2f}"),
+            ("length", f"{m['completions/mean_length']:.0f} tokens"),
+            ("rollout", f"{m['time/tokens_per_second']:.0f} tok/s"),
+            ("clip fraction", f"{m['clip_ratio/region_mean']:.3f}"),
+            ("cut off", f"{m['completions/clipped_ratio']:.0%}"),
+            ("update", f"{m['time/update_tokens_per_second']:.0f} tok/s"),
+            ("dead groups", f"{m['frac_dead_groups']:.0%}"),
+            ("peak memory", f"{m['memory/peak'] / 1e9:.2f} GB"),
+            ("iteration", duration(m["time/iteration"])),
+        )
+        for i in range(0, len(rows), 3):
+            table.add_row(
+                *(cell for name, value in rows[i : i + 3] for cell in (_dim(name), value))
+            )
+        return table
+
+
+def _dim(text: str) -> Text:
+    return Text(text, style="dim")
+
+
+def _bars(values: Sequence[float]) -> Text:
+    return Text(sparks(values), style="cyan")
+
+
+def _grid(columns: int, right: tuple[int, ...] = (), gap: int = 2) -> Table:
+    """A table without lines whose columns `right` are set to the right."""
+    table = Table.grid(padding=(0, gap))
+    for i in range(columns):
+        table.add_column(justify="right" if i in right else "left", no_wrap=True)
+    return table
+
+
+def sparks(values: Sequence[float]) -> str:
+    """The latest values as a line of bars."""
+    latest = [v for v in values[-SPARK_CELLS:] if v is not None and math.isfinite(v)]
+    if len(latest) < 2:
+        return ""
+    low, high = min(latest), max(latest)
+    step = (high - low) / (len(SPARKS) - 1) or 1.0
+    return "".join(SPARKS[round((v - low) / step)] for v in latest)
+
+
+def trend(values: Sequence[float]) -> str:
+    """How the mean of the latest values differs from that of those before."""
+    if len(values) < 2 * TREND:
+        return ""
+    change = fmean(values[-TREND:]) - fmean(values[-2 * TREND : -TREND])
+    return f"{change:+.2f} in {TREND} iterations"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02} min"
+        if hours
+        else f"{minutes} min {rest:02} s"
+        if minutes
+        else f"{rest} s"
+    )

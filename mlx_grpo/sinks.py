@@ -1,0 +1,103 @@
+"""Where the figures go beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases.
+
+Each is an extra that is imported only when asked for. A sink that fails while the run goes on is
+told of once and left out: metrics.jsonl has everything.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_grpo.config import SinkName, TrainConfig
+from mlx_grpo.errors import InputError, one_line
+
+MODULES: dict[SinkName, str] = {
+    "tensorboard": "tensorboardX",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+PROJECT = "mlx-grpo"
+
+Sink = Callable[[dict[str, Any]], None]
+"""Given a row of metrics.jsonl."""
+Opened = tuple[Sink, Callable[[], None]]
+"""(write a row, close)."""
+Warn = Callable[[str], None]
+
+
+def check_installed(sinks: Sequence[SinkName]) -> None:
+    """Raise InputError with what to type if a sink's library is missing."""
+    for sink in sinks:
+        if importlib.util.find_spec(MODULES[sink]) is None:
+            raise InputError(
+                f"--log {sink}: {MODULES[sink]} is not installed; type: pip install "
+                f"'mlx-grpo[{sink}]'"
+            )
+
+
+@contextmanager
+def opened(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iterator[Sink]:
+    """A function that hands a row to every sink of `config.log`.
+
+    Args:
+        step: iterations done; a resumed run goes on where it was.
+        warn: told, in a line, that a sink has failed.
+    """
+    sinks: dict[SinkName, Opened] = {}
+    to_open = list(config.log)
+
+    def attempt(name: SinkName, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except Exception as e:  # another library and its network: a run must not end for them
+            sinks.pop(name, None)
+            warn(f"--log {name} failed ({one_line(e)}); the run goes on without it")
+
+    def log(row: dict[str, Any]) -> None:
+        while to_open:  # not before there is something to log: bad input leaves nothing behind
+            name = to_open.pop(0)
+            open_sink = _tensorboard if name == "tensorboard" else _tracker
+            if now_open := attempt(name, open_sink, name, config, run, step):
+                sinks[name] = now_open
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+        for name, (write, _) in list(sinks.items()):
+            attempt(name, write, numbers)
+
+    try:
+        yield log
+    finally:
+        for name, (_, close) in list(sinks.items()):
+            attempt(name, close)
+
+
+def _tensorboard(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
+    library = importlib.import_module(MODULES[name])
+    writer = library.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    if not step:
+        writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in asdict(config).items()))
+
+    def write(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(row["step"]))
+
+    return write, writer.close
+
+
+def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
+    """Trackio and Weights & Biases, which share their interface."""
+    library = importlib.import_module(MODULES[name])
+    title = "-".join(run.resolve().parts[-2:])
+    identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name
+    library.init(project=PROJECT, name=title, config=asdict(config), resume="allow", **identity)
+
+    def write(row: dict[str, Any]) -> None:
+        figures = {k: v for k, v in row.items() if k != "step"}
+        # no step= of the library's: an evaluation comes after its iteration, with the same number
+        library.log({**figures, "iteration": row["step"]})
+
+    return write, library.finish
