@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test torture check format openblas clean
+.PHONY: help demo test torture check format docs openblas clean
 
 help:
 	@echo "make demo    train a real model end to end and show what changed"
@@ -28,6 +28,9 @@ check: $(VENV)/.dev  ## lint and types
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.base  ## write the flags into the pages of the commands
+	$(BIN)/python docs/generate.py
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mlx-grpo needs Python 3.10 or newer; use make PYTHON=python3.12")'

@@ -14,6 +14,7 @@ from mlx_lm.utils import load
 from mlx_grpo.cli import main
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export import Export, export_run
+from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files import verify_manifest
 from mlx_grpo.models.lora import load_arrays
 
@@ -62,6 +63,11 @@ def test_sixteen_bits_keep_the_adapters_work_and_four_bits_say_what_they_lost(
     assert packed.cost.describe() in (tmp_path / "packed" / "README.md").read_text()
 
 
+def test_rounding_that_undoes_training_is_told() -> None:
+    assert "--dequantize" in (FusedCost(fused=0.1, trained=0.2, texts=24).advice() or "")
+    assert FusedCost(fused=0.01, trained=0.2, texts=24).advice() is None
+
+
 def test_a_fused_model_is_quantized_as_its_source_was(run: Path, tmp_path: Path) -> None:
     out = export(run, "fused", tmp_path / "fused", verify=False)
     before, after = (load_arrays(d / "model.safetensors") for d in (run.parent / "sft-4bit", out))
@@ -96,10 +102,9 @@ def test_base_and_licence_come_from_the_card_of_the_sft_model(run: Path, tmp_pat
     out = export(copied, "adapter", tmp_path / "a")
     assert licence(out) == "mit"
     assert '"model": "owner/name"' in (out / "adapter_config.json").read_text()
-    assert (
-        "base_model: other/one"
-        in (export(copied, "peft", tmp_path / "b", base="other/one") / "README.md").read_text()
-    )
+    for base, shown in (("other/one", True), (str(tmp_path / "hf"), False)):
+        out = export(copied, "peft", tmp_path / "b", base=base, replace=True)
+        assert (base in (out / "README.md").read_text()) == shown
 
 
 REFUSED = {

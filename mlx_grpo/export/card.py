@@ -49,8 +49,9 @@ class Subject:
 
 def export_card(subject: Subject, config: TrainConfig, cost: FusedCost | None) -> str:
     """README.md of an exported directory."""
-    name = subject.title
-    base = subject.base or subject.sft.name
+    name, base = subject.title, subject.base or subject.sft.name
+    if not _is_hub_id(base):
+        base = Path(base).name  # where it lies on this machine is nobody's business
     use = USES[subject.form].format(model=name, sft=subject.sft.name, base=base)
     return "\n".join(
         [

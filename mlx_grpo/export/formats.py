@@ -67,10 +67,11 @@ def write_peft(directory: Path, adapter: Path, sft: Path, base: str | None) -> N
     transposes and the scale itself.
     """
     parameters = read_json(adapter / "adapter_config.json")["lora_parameters"]
-    names = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight"}
+    leaves = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
     arrays = {}
     for name, value in load_arrays(adapter / "adapters.safetensors").items():
-        arrays[PEFT_PREFIX + name[:-7] + names[name[-7:]]] = value.T
+        module, _, leaf = name.rpartition(".")
+        arrays[f"{PEFT_PREFIX}{module}.{leaves[leaf]}"] = value.T
     save_arrays(directory / "adapter_model.safetensors", arrays)
     copy_tokenizer(sft, directory)
     write_json(
