@@ -90,7 +90,8 @@ def _requirements() -> dict[str, SpecifierSet]:
 
 
 def _arithmetic() -> Iterator[Finding]:
-    device, gflops = device_name(), matmul_gflops()
+    device = device_name()
+    gflops = matmul_gflops(512 if device == "cpu" else 4096)  # a GPU is idle at the smaller size
     speed = f"{gflops:,.0f} GFLOP/s in an fp32 matmul"
     if device != "cpu" or gflops >= SLOW_GFLOPS:
         blas = f", {OPENBLAS}" if OPENBLAS else ""
@@ -109,7 +110,7 @@ def _arithmetic() -> Iterator[Finding]:
             yield Finding("problem", "compiler", text, "apt-get install g++")
 
 
-def matmul_gflops(size: int = 512, runs: int = 5) -> float:
+def matmul_gflops(size: int, runs: int = 5) -> float:
     """Best speed of an fp32 matmul of [size, size] on the default device."""
     a, best = mx.ones((size, size)), float("inf")
     for _ in range(runs):
@@ -144,7 +145,7 @@ def _demo_model() -> Finding:
 
 def _models(weights: Path) -> Iterator[Finding]:
     found = sorted(d for d in weights.glob("*") if _is_model(d))
-    if not found:
+    if not any((d / "config.json").is_file() for d in found):
         text = f"no converted model in {weights}/"
         yield Finding("note", "weights", text, "mlx-grpo convert --sft MODEL --rm MODEL")
     for directory in found:

@@ -26,7 +26,7 @@ def weights(sft: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def fast_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a fault, whatever the one that runs the tests has."""
-    monkeypatch.setattr(doctor, "matmul_gflops", lambda: 150.0)
+    monkeypatch.setattr(doctor, "matmul_gflops", lambda _: 150.0)
     monkeypatch.setattr(doctor, "OPENBLAS", "libopenblas.so.0")
     monkeypatch.setattr(doctor, "on_linux_cpu", lambda: True)
     monkeypatch.setattr(doctor, "device_name", lambda: "cpu")
@@ -77,7 +77,7 @@ def test_json_holds_the_same_findings(
 def test_without_openblas_the_package_is_named(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "matmul_gflops", lambda: 2.0)
+    monkeypatch.setattr(doctor, "matmul_gflops", lambda _: 2.0)
     assert found(weights, "device").level == "note"  # loaded, but something else is slow
     monkeypatch.setattr(doctor, "OPENBLAS", None)
     finding = found(weights, "device")
