@@ -29,6 +29,9 @@ class Comparison:
 
     before: Evaluation
     after: Evaluation
+    adapter: str
+    prompts: str
+    """File."""
 
 
 def compare_run(
@@ -58,7 +61,7 @@ def compare_run(
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
             after = evaluator(Stages(actor), ui.progress)
-    return Comparison(before, after)
+    return Comparison(before, after, str(directory), config.eval_prompts)
 
 
 def rubric_scores(evaluation: Evaluation) -> list[float]:
@@ -91,7 +94,8 @@ def figures(comparison: Comparison, rubric: bool, verdicts: Verdicts | None) -> 
             "unreadable": verdicts.unreadable,
         }
     return {
-        "prompts": len(comparison.before.groups),
+        "adapter": comparison.adapter,
+        "prompts": {"file": comparison.prompts, "count": len(comparison.before.groups)},
         "sft": comparison.before.metrics(),
         "grpo": comparison.after.metrics(),
         "wins": wins,

@@ -268,7 +268,8 @@ def test_eval_shows_and_writes_what_the_judge_said(
     assert "50% (9% to 91%)" in shown_text.out
     assert KEY not in shown_text.out + shown_text.err + file.read_text()
     found = json.loads(file.read_text())
-    assert found["prompts"] == 2
+    assert found["prompts"]["count"] == 2
+    assert found["adapter"] in (f"{run}/best", f"{run}/final")
     assert set(found["wins"]) == {"reward", "rubric", "judge"}
     judged = found["wins"]["judge"]
     assert (judged["wins"], judged["ties"], judged["losses"]) == (0, 2, 0)

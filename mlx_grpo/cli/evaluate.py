@@ -45,7 +45,8 @@ def evaluate(
     if json_file and not json_file.parent.is_dir():
         raise InputError(f"--json {json_file}: no such directory")
     ui = Console(quiet)
-    asked = Judge(judge, judge_model, os.environ.get("OPENAI_API_KEY")) if judge else None
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or None
+    asked = Judge(judge, judge_model, key) if judge else None
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
     comparison = compare_run(run, prompts, adapter, ui, limit)
