@@ -101,14 +101,16 @@ def logps_with_gradient(
     logp_parts, grad_parts = [], []
     for part in _chunks(stages, where_N.size):
         targets = targets_N[part]
-        logits_NV = _logits(stages, hidden_ND[part], temperature)
-        logp_N, exp_NV, sum_N1 = _softmax(logits_NV, targets)
-        # dlogp/dz = one_hot - softmax
+        logp_N, exp_NV, sum_N1 = _softmax(_logits(stages, hidden_ND[part], temperature), targets)
+        mx.eval(logp_N, sum_N1)
+        # dlogp/dz = one_hot - softmax; with no name left for it, its buffer is used again
         grad_NV = (exp_NV * (-1 / sum_N1)).at[mx.arange(targets.size), targets].add(1.0)
+        del exp_NV
         _, (grad_ND,) = mx.vjp(
             lambda h: _logits(stages, h, temperature), [hidden_ND[part]], [grad_NV]
         )
-        mx.eval(logp_N, grad_ND)
+        del grad_NV
+        mx.eval(grad_ND)
         logp_parts.append(logp_N)
         grad_parts.append(grad_ND)
     grad_KTD = mx.zeros((mask_KT.size, hidden_KTD.shape[-1]), hidden_KTD.dtype)
