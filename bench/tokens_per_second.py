@@ -26,7 +26,7 @@ import mlx.nn as nn
 from roofline import Work, machine_limits, work_of
 from shapes import SHAPES, random_model
 
-from mlx_grpo.backend import device_name, raise_wired_limit
+from mlx_grpo.backend import device_name, limit_memory, recommended_memory
 from mlx_grpo.grpo import Clip, token_weights
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import load_backbone
@@ -184,7 +184,7 @@ def main() -> None:
     if odd := [n for n in args.rows if n < 1 or (n > K and n % K)]:
         parser.error(f"--rows {odd[0]}: up to {K}, or a multiple of {K}")
     if args.model:
-        raise_wired_limit()
+        limit_memory(recommended_memory(), 0)
         model = load_backbone(args.model).model
     else:
         model = random_model(args.shape)

@@ -89,10 +89,13 @@ def physical_memory() -> int:
 
 def choose_policy(parameters: int) -> ComputePolicy:
     """Packed weights on a GPU; on a CPU dense fp32 while it fits in half the RAM."""
+    return policy_for(device_name() == "cpu" and parameters * 4 < physical_memory() / 2)
+
+
+def policy_for(dense: bool) -> ComputePolicy:
+    """The policy of this machine with weights expanded or packed."""
     device = device_name()
-    if device != "cpu":
-        return ComputePolicy(device, dense=False, dtype=mx.bfloat16)
-    return ComputePolicy(device, dense=parameters * 4 < physical_memory() / 2, dtype=mx.float32)
+    return ComputePolicy(device, dense, mx.float32 if device == "cpu" else mx.bfloat16)
 
 
 def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
@@ -224,10 +227,28 @@ def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
     return z_NV, mx.array(top)
 
 
-def raise_wired_limit() -> None:
-    """On Metal, let MLX wire as much memory as the system recommends."""
+def recommended_memory() -> int:
+    """Bytes a program should stay below on this machine: what Metal recommends, nine tenths of a
+    CUDA device's memory, three quarters of the RAM for a CPU."""
     if limit := gpu_working_set():
-        mx.set_wired_limit(limit)
+        return limit
+    if device_name() == "cuda":
+        return int(0.9 * mx.device_info().get("memory_size", physical_memory()))
+    return physical_memory() * 3 // 4
+
+
+def limit_memory(limit: int, fixed: int) -> None:
+    """Hold MLX to a limit, in bytes.
+
+    Above it MLX waits for what runs before it allocates more, and gives cached buffers back.
+
+    Args:
+        fixed: bytes that stay; unused buffers are kept for the rest at most.
+    """
+    mx.set_memory_limit(limit)
+    mx.set_cache_limit(max(0, limit - fixed))
+    if recommended := gpu_working_set():
+        mx.set_wired_limit(min(limit, recommended))
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 How files and flags become one: `config_sources.py`.
 """
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class TrainConfig:
     max_prompt_length: int = 256
     """Prompts longer than this, chat template included, are skipped and counted."""
     decode_rows: int = 0
-    """Completions decoded together; 0 means all of an iteration."""
+    """Completions decoded together; 0 means all of an iteration, or as many as memory allows."""
 
     learning_rate: float = 1e-4
     """Learning rate of AdamW. LoRA wants more than full fine-tuning does."""
@@ -61,7 +62,13 @@ class TrainConfig:
     """Passes over each rollout."""
     rows_per_pass: int = 0
     """Completions per forward and backward pass; fewer need less memory; 0 means all of similar
-    length, and lets the first forward serve as old log-probs."""
+    length, which lets the first forward serve as old log-probs, or as many as memory allows."""
+    memory_limit: str = ""
+    """Most memory MLX may take, as 2.5GB or 6GiB; empty means what the machine recommends. What is
+    left at 0 above is chosen to fit (see `mlx-grpo plan`)."""
+    rm_residency: Literal["auto", "resident", "swap"] = "auto"
+    """A reward model of its own: kept in memory, or read anew for each scoring; auto: kept if it
+    fits."""
     lora_rank: int = 16
     """Rank of the LoRA on all linear layers of the blocks."""
     lora_scale: float = 2.0
@@ -218,6 +225,21 @@ def need(config: Any, name: str, condition: bool, rule: str) -> None:
         raise InputError(f"--{flag}: must be {rule}, not {getattr(config, name)!r}")
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes of a text such as 2.5GB (10^9) or 6GiB (2^30); 0 where it is empty.
+
+    Raises:
+        InputError: it is no such text.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if text and (not found or not float(found[1])):
+        raise InputError(f"--memory-limit: must be bytes such as 2.5GB or 6GiB, not {text!r}")
+    if not found:
+        return 0
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def check_ranges(config: Any) -> None:
     """Refuse numbers no configuration can work with: counts below 1, rates not positive.
 
@@ -246,6 +268,7 @@ def check(config: TrainConfig) -> None:
     """
     check_ranges(config)
     c = config
+    parse_bytes(c.memory_limit)
     need(c, "K", c.K >= 2, "at least 2: an advantage compares the answers of a group")
     need(c, "clip_range", 0 < c.clip_range < 1, "between 0 and 1")
     need(c, "reward_alpha", 0 <= c.reward_alpha < 1, "at least 0 and below 1")

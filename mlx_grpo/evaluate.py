@@ -96,12 +96,12 @@ class Evaluator:
         )
         flat: list[float] = []
         by_source: dict[str, list[float]] = {}
-        for done, group in enumerate(groups, 1):
-            (rewards,), sources = self.rewards([group], safe_point)
-            flat += rewards
+        for batch in [groups] if self.rewards.at_once else [[g] for g in groups]:
+            rewards, sources = self.rewards(batch, safe_point)
+            flat += [row[0] for row in rewards]
             for name, scores in sources.items():
                 by_source.setdefault(name, []).extend(scores)
-            after_each("held-out rewards", done, len(groups))
+            after_each("held-out rewards", len(flat), len(groups))
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),

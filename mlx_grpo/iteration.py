@@ -55,7 +55,7 @@ def iterate(
             roles.backbone.tokenizer,
             roles.backbone.stop_ids,
             prompts,
-            sampling(config, config.K),
+            sampling(config, config.K, parts.plan),
             config.seed,
             "rollout",
             state.iteration,
@@ -64,7 +64,7 @@ def iterate(
     with clock.stage("reward"), ui.stage(step, "reward"):
         raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
     shaping = Shaping(state.controller.penalty, config.scale_advantages)
-    settings = update_settings(config, target)
+    settings = update_settings(config, target, parts.plan)
     try:
         check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])

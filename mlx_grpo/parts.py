@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.optimizers as optim
 
-from mlx_grpo.backend import raise_wired_limit
+from mlx_grpo.backend import limit_memory, policy_for
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.data import load_prompts
@@ -19,6 +19,9 @@ from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.streamed import StreamedRewardModel, open_streamed
+from mlx_grpo.plan import STREAMED_HIDDEN, Plan
+from mlx_grpo.planned import check_fits, plan_run
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
@@ -31,7 +34,7 @@ class Weights:
     """What no run changes, so that several can share it."""
 
     backbone: Backbone
-    reward_model: RewardModel | None
+    reward_model: RewardModel | StreamedRewardModel | None
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,29 @@ class RunParts:
     """What a run works with; only the actor's arrays and the optimizer's state change inside."""
 
     config: TrainConfig
+    plan: Plan
     roles: Roles
     prompts: list[Prompt]
     evaluator: Evaluator
     optimizer: optim.AdamW
 
 
-def load_weights(config: TrainConfig) -> Weights:
-    """Load the SFT model and the reward model.
+def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
+    """Load the SFT model and the reward model, within the limits of the plan.
 
     Raises:
         InputError: one is missing or wrong.
     """
-    backbone = load_backbone(Path(config.actor_model))
-    raise_wired_limit()
-    rm = None if config.rm_model == "none" else load_reward_model(Path(config.rm_model), backbone)
-    return Weights(backbone, rm)
+    plan = plan or plan_run(config)
+    limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
+    policy, sizes = policy_for(plan.choice.dense), plan.choice.sizes
+    backbone = load_backbone(Path(config.actor_model), policy)
+    if config.rm_model == "none":
+        return Weights(backbone, None)
+    path = Path(config.rm_model)
+    if plan.choice.swap:
+        return Weights(backbone, open_streamed(path, policy, sizes, STREAMED_HIDDEN))
+    return Weights(backbone, load_reward_model(path, backbone, sizes, policy))
 
 
 def load_parts(config: TrainConfig, ui: Console, weights: Weights | None = None) -> RunParts:
@@ -66,26 +76,31 @@ def load_parts(config: TrainConfig, ui: Console, weights: Weights | None = None)
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    evaluator = load_evaluator(config, ui, weights)
+    plan = plan_run(config)
+    check_fits(config, plan, ui)
+    evaluator = load_evaluator(config, ui, weights, plan)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
-    actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed)
+    actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return RunParts(config, roles, prompts, evaluator, optimizer)
+    return RunParts(config, plan, roles, prompts, evaluator, optimizer)
 
 
-def load_evaluator(config: TrainConfig, ui: Console, weights: Weights | None = None) -> Evaluator:
+def load_evaluator(
+    config: TrainConfig, ui: Console, weights: Weights | None = None, plan: Plan | None = None
+) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config)
-    weights = weights or load_weights(config)
+    plan = plan or plan_run(config)
+    weights = weights or load_weights(config, plan)
     backbone = weights.backbone
     held_out = _prompts(config.eval_prompts, backbone, config.max_prompt_length, ui)
-    one_each = sampling(config, 1)
+    one_each = sampling(config, 1, plan)
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
@@ -94,7 +109,7 @@ def load_evaluator(config: TrainConfig, ui: Console, weights: Weights | None = N
     prompts = held_out[: config.eval_limit or None]
     return Evaluator(
         backbone=backbone,
-        reference=Stages(backbone.model),
+        reference=Stages(backbone.model, plan.choice.sizes),
         prompts=tuple(prompts),
         answers=reference_answers(backbone.tokenizer, prompts, ask),
         rewards=RewardMix(weights.reward_model, config.rm_weight, custom),
@@ -134,9 +149,9 @@ def first_state(config: TrainConfig) -> RunState:
     return RunState(controller, ScoreNormalizer(config.reward_alpha, config.reward_clip))
 
 
-def sampling(config: TrainConfig, k: int) -> Sampling:
+def sampling(config: TrainConfig, k: int, plan: Plan) -> Sampling:
     """How this run samples k answers per prompt; never more rows at a time than a rollout has."""
-    rows = config.decode_rows or config.batch_size * config.K
+    rows = plan.choice.decode_rows
     return Sampling(k, config.max_completion_length, config.temperature, rows)
 
 
@@ -147,7 +162,7 @@ def target_at(config: TrainConfig, iteration: int) -> float:
     )
 
 
-def update_settings(config: TrainConfig, target: float) -> UpdateSettings:
+def update_settings(config: TrainConfig, target: float, plan: Plan) -> UpdateSettings:
     """Constants of an iteration's update."""
     return UpdateSettings(
         clip=Clip(
@@ -160,5 +175,5 @@ def update_settings(config: TrainConfig, target: float) -> UpdateSettings:
         minibatch_size=config.minibatch_size,
         epochs=config.epochs,
         kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
-        rows_per_pass=config.rows_per_pass,
+        rows_per_pass=plan.choice.sizes.rows,
     )

@@ -16,10 +16,10 @@ from mlx_grpo.rewards import CustomReward
 
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("show_every", "log"),
+    *("rm_residency", "show_every", "log"),
 )
 """May change: no number depends on them."""
-ROUNDING = ("decode_rows", "rows_per_pass")
+ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit")
 """May change: only the order of sums depends on them, so the last bits may differ."""
 BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
 """Paths: what is there counts, not where it is. Everything else shapes the numbers,

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.reward_model import RewardModel
+from mlx_grpo.models.streamed import StreamedRewardModel
 from mlx_grpo.reward_process import RewardProcess
 from mlx_grpo.reward_worker import RewardError
 from mlx_grpo.stopping import SafePoint, never_stop
@@ -101,7 +102,7 @@ def load_reward(spec: str, weight: float = 1.0, timeout: float = 60.0) -> Custom
 class RewardMix:
     """A reward model, custom functions, and how they add up to the raw reward."""
 
-    model: RewardModel | None
+    model: RewardModel | StreamedRewardModel | None
     model_weight: float
     custom: tuple[CustomReward, ...]
 
@@ -111,10 +112,13 @@ class RewardMix:
         """(raw rewards [P][K], each source's own scores, flat); the caller looks for NaN."""
         totals: list[list[float]] = []
         parts: dict[str, list[float]] = {}
-        for group in groups:
+        streamed: list[list[float]] | list[None] = [None] * len(groups)
+        if isinstance(self.model, StreamedRewardModel):  # read once for all groups
+            streamed = self.model.score_groups(groups, safe_point)
+        for group, ready in zip(groups, streamed, strict=True):
             safe_point()
             total = [0.0] * len(group.completions)
-            for name, weight, scores in self._sources(group, safe_point):
+            for name, weight, scores in self._sources(group, safe_point, ready):
                 parts.setdefault(name, []).extend(scores)
                 if weight:  # 0 times a NaN would be one
                     total = [t + weight * s for t, s in zip(total, scores, strict=True)]
@@ -122,12 +126,17 @@ class RewardMix:
         return totals, parts
 
     def _sources(
-        self, group: Group, safe_point: SafePoint
+        self, group: Group, safe_point: SafePoint, ready: list[float] | None = None
     ) -> Iterator[tuple[str, float, list[float]]]:
         if self.model:
-            yield "reward_model", self.model_weight, self.model.score(group)
+            yield "reward_model", self.model_weight, ready or self.model.score(group)
         for reward in self.custom:
             yield reward.name, reward.weight, reward(group, safe_point)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether scoring all groups in one call is far cheaper than one by one."""
+        return isinstance(self.model, StreamedRewardModel)
 
     def check_finite(self, group: Group) -> None:
         """Raise InputError that names the source whose score of this group is not finite."""

@@ -21,6 +21,8 @@ from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Completion, FinishReason, Group, Prompt
 
 SAMPLER_BLOCK = 256
+PREFILL_TOKENS = 512
+"""Of a prompt at a time."""
 # Finished rows are dropped once they are an eighth: copying the cache costs a fraction of a step.
 COMPACT_BELOW = 0.875
 
@@ -132,6 +134,7 @@ def _decode(
             kept = mx.array(keep)
             for cache in caches:
                 cache.filter(kept)
+                mx.eval(cache.state)  # not all layers twice at once
             u_BT, following = u_BT[kept], (following[0][kept], following[1][kept])
             active = [active[j] for j in keep]
         pending = following
@@ -146,10 +149,10 @@ def _prefill(
     for prompt in prompts:
         safe_point()
         caches = make_prompt_cache(model)
-        if len(prompt.token_ids) > 1:
-            model(
-                mx.array([prompt.token_ids[:-1]]), cache=caches
-            )  # lazy: the head is never computed
+        ahead = prompt.token_ids[:-1]
+        for start in range(0, len(ahead), PREFILL_TOKENS):
+            part = ahead[start : start + PREFILL_TOKENS]
+            model(mx.array([part]), cache=caches)  # lazy: the head is never computed
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)
     batch = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
 from mlx_grpo.parts import load_weights
+from mlx_grpo.planned import check_fits, plan_run
 from mlx_grpo.report import write_report
 from mlx_grpo.run_directory import check_vacant
 from mlx_grpo.trainer import train
@@ -33,7 +34,11 @@ def train_all(
         if not dry_run:
             check_vacant(run.config.run_directory, run.resume)
     shared = len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1
-    weights = load_weights(runs[0].config) if shared else None
+    weights = None
+    if shared:
+        plan = plan_run(runs[0].config)
+        check_fits(runs[0].config, plan, ui)
+        weights = load_weights(runs[0].config, plan)
     done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
     if done and len(runs) > 1 and not dry_run:
         page = write_report([r.config.run_directory for r in runs])

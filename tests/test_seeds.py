@@ -32,7 +32,7 @@ def test_weights_are_loaded_once_and_each_seed_is_the_run_it_is_alone(
 ) -> None:
     loaded: list[Path] = []
     real = parts.load_backbone
-    monkeypatch.setattr(parts, "load_backbone", lambda p: (loaded.append(p), real(p))[1])
+    monkeypatch.setattr(parts, "load_backbone", lambda *a: (loaded.append(a[0]), real(*a))[1])
     assert train_all([Planned(c) for c in configs], QUIET)
     assert len(loaded) == 1
     for config in configs:

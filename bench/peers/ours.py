@@ -74,7 +74,7 @@ def _rollout_seconds(parts: RunParts, iteration: int) -> float:
         backbone.tokenizer,
         backbone.stop_ids,
         parts.prompts if iteration else parts.prompts[:1],
-        sampling(parts.config, K),
+        sampling(parts.config, K, parts.plan),
         SEED,
         "rollout",
         iteration,

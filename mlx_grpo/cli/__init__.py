@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo import __version__
-from mlx_grpo.cli import convert, demo, doctor, evaluate, export, report, train, train_rm
+from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("train-rm")(train_rm.train_reward_model)
 app.command("eval")(evaluate.evaluate)

@@ -24,8 +24,9 @@ def train(
         typer.Option(
             "--resume",
             help="Continue the run in --output with its own settings, bit for bit. Free to change: "
-            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout; decode_rows and "
-            "rows_per_pass move the last bits; inputs may move to another path.",
+            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout, rm_residency; "
+            "decode_rows, rows_per_pass and memory_limit move the last bits; inputs may move to "
+            "another path.",
         ),
     ] = False,
     allow_config_change: Annotated[

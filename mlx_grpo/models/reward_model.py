@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_grpo.backend import ComputePolicy
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import (
@@ -21,12 +22,15 @@ from mlx_grpo.models.backbone import (
     load_chat_tokenizer,
 )
 from mlx_grpo.models.lora import load_adapter, load_arrays
-from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.stages import WHOLE, Sizes, Stages
 from mlx_grpo.padding import length_buckets, pad_right
 from mlx_grpo.types import Group
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
+
+TokenRows = tuple[tuple[int, ...], list[tuple[int, ...]]]
+"""A prefix and what follows it in each row."""
 LEARNING_CURVE = "learning_curve.jsonl"
 
 
@@ -51,18 +55,9 @@ class RewardModel:
         prompt_ids, rows = self.inputs(group)
         return self.score_ids(prompt_ids, rows)
 
-    def inputs(self, group: Group) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    def inputs(self, group: Group) -> TokenRows:
         """Shared prefix and what follows it for each completion, as this model's token ids."""
-        if self.tokenizer is None:
-            return group.prompt.token_ids, [c.token_ids for c in group.completions]
-        texts = [
-            without_padding(
-                conversation_tokens(self.tokenizer, group.prompt.messages, c.text), self.padding
-            )
-            for c in group.completions
-        ]
-        shared = _common_prefix(texts)
-        return texts[0][:shared], [ids[shared:] for ids in texts]
+        return reward_inputs(group, self.tokenizer, self.padding)
 
     def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
@@ -76,6 +71,18 @@ class RewardModel:
             for i, score in zip(bucket, found_K.tolist(), strict=True):
                 scores[i] = float(score)
         return scores
+
+
+def reward_inputs(group: Group, tokenizer: Any | None, padding: int | None) -> TokenRows:
+    """Shared prefix and what follows it for each completion, as the reward model's token ids."""
+    if tokenizer is None:
+        return group.prompt.token_ids, [c.token_ids for c in group.completions]
+    texts = [
+        without_padding(conversation_tokens(tokenizer, group.prompt.messages, c.text), padding)
+        for c in group.completions
+    ]
+    shared = _common_prefix(texts)
+    return texts[0][:shared], [ids[shared:] for ids in texts]
 
 
 def reward_head(
@@ -121,13 +128,11 @@ def _common_prefix(rows: list[tuple[int, ...]]) -> int:
     return next((i for i in range(limit) if len({r[i] for r in rows}) > 1), limit)
 
 
-def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
-    """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
-
-    Its `input` says what it reads: `policy_token_ids` or `chat_template` (its own).
+def reward_config(path: Path) -> dict[str, Any]:
+    """What reward_model.json says.
 
     Raises:
-        InputError: missing or unfitting files, or an adapter made for another backbone.
+        InputError: no reward model there, or of an unknown kind.
     """
     if not (path / REWARD_CONFIG).is_file():
         raise InputError(
@@ -136,25 +141,46 @@ def load_reward_model(path: Path, backbone: Backbone) -> RewardModel:
         )
     config = read_json(path / REWARD_CONFIG)
     kind = config.get("kind")
-    if kind == "adapter":
-        check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
-        stages = Stages(load_adapter(backbone.model, path))
-    elif kind == "full":
-        stages = Stages(load_backbone(path).model)
-    else:
+    if kind not in ("adapter", "full"):
         raise InputError(
             f"{path / REWARD_CONFIG}: field 'kind' must be 'adapter' or 'full', not {kind!r}"
         )
-    # one trained here reads the policy's token ids, whether it became a model of its own or not
-    own_text = config.get("input") == "chat_template"
-    tokenizer = load_chat_tokenizer(path) if own_text else None
-    weight_1D, bias = load_head(path / REWARD_HEAD)
-    if weight_1D.shape[1] != stages.hidden_size:
-        raise InputError(
-            f"{path / REWARD_HEAD}: tensor 'weight' has width {weight_1D.shape[1]}, the "
-            f"backbone has {stages.hidden_size}"
-        )
+    return config
+
+
+def load_reward_model(
+    path: Path,
+    backbone: Backbone,
+    sizes: Sizes = WHOLE,
+    policy: ComputePolicy | None = None,
+) -> RewardModel:
+    """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
+
+    Its `input` says what it reads: `policy_token_ids` or `chat_template` (its own).
+
+    Args:
+        sizes: how much to work on at a time.
+        policy: of a model of kind `full`; what this machine does by default.
+
+    Raises:
+        InputError: missing or unfitting files, or an adapter made for another backbone.
+    """
+    config = reward_config(path)
+    if config["kind"] == "adapter":
+        check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
+        stages = Stages(load_adapter(backbone.model, path), sizes)
+    else:
+        stages = Stages(load_backbone(path, policy).model, sizes)
+    tokenizer = input_tokenizer(path, config)
+    weight_1D, bias = load_head(path / REWARD_HEAD, stages.hidden_size)
     return RewardModel(stages, weight_1D, bias, tokenizer, config.get("padding_token_id"))
+
+
+def input_tokenizer(path: Path, config: dict[str, Any]) -> Any | None:
+    """None where the reward model reads the policy's token ids; one trained here does, whether it
+    became a model of its own or not."""
+    own_text = config.get("input") == "chat_template"
+    return load_chat_tokenizer(path) if own_text else None
 
 
 def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> None:
@@ -169,12 +195,12 @@ def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> No
         )
 
 
-def load_head(file: Path) -> tuple[mx.array, mx.array | None]:
+def load_head(file: Path, hidden: int) -> tuple[mx.array, mx.array | None]:
     """(weight [1, hidden], bias [1] or None), fp32.
 
     Raises:
-        InputError: missing file or tensor, a shape other than one label, values that are not
-            finite.
+        InputError: missing file or tensor, a shape other than one label or the backbone's width,
+            values that are not finite.
     """
     arrays = {n: v.astype(mx.float32) for n, v in load_arrays(file).items()}
     weight = arrays.get("weight")
@@ -182,4 +208,8 @@ def load_head(file: Path) -> tuple[mx.array, mx.array | None]:
         raise InputError(f"{file}: tensor 'weight' must have shape [1, hidden]")
     if not all(mx.isfinite(v).all().item() for v in arrays.values()):
         raise InputError(f"{file}: holds values that are not finite")
+    if weight.shape[1] != hidden:
+        raise InputError(
+            f"{file}: tensor 'weight' has width {weight.shape[1]}, the backbone has {hidden}"
+        )
     return weight, arrays.get("bias")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.lora import add_lora
-from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.stages import WHOLE, Sizes, Stages
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class Roles:
     reference: Stages
 
 
-def new_actor(backbone: Backbone, rank: int, scale: float, seed: int) -> Stages:
+def new_actor(
+    backbone: Backbone, rank: int, scale: float, seed: int, sizes: Sizes = WHOLE
+) -> Stages:
     """The backbone with a fresh LoRA, which starts as the backbone itself."""
     actor = add_lora(backbone.model, rank, scale, seed)
     actor.train()  # some model families have kernels without a gradient in eval mode
-    return Stages(actor)
+    return Stages(actor, sizes)

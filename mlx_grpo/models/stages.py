@@ -36,6 +36,9 @@ class Sizes:
     once."""
 
 
+WHOLE = Sizes()
+
+
 class _Prefix:
     """Common part of the two caches below: positions and masks as mlx-lm's own caches give them."""
 
@@ -140,7 +143,7 @@ class Stages:
         InputError: the blocks of this model do not take (h, mask, cache).
     """
 
-    def __init__(self, model: nn.Module, sizes: Sizes = Sizes()):
+    def __init__(self, model: nn.Module, sizes: Sizes = WHOLE):
         self.model = model
         self.sizes = sizes
         self.blocks: list[nn.Module] = list(model.layers)

@@ -1,0 +1,129 @@
+"""Sizes of a model from its shapes alone: modules are built, no weight is read."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.files import read_json
+from mlx_grpo.models.backbone import parameter_count, rope_fields, safetensors_header
+from mlx_grpo.models.chunks import MLP
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What of a model its memory follows from."""
+
+    parameters: int
+    packed_bytes: int
+    """Of all weights as they are stored."""
+    scale_values: int
+    """Scales and biases of a quantized head: it runs in fp32, so they are cast for each chunk."""
+    blocks: int
+    hidden: int
+    mlp: int
+    """Width of the MLP."""
+    attention: int
+    """Width of queries, keys and values together."""
+    heads: int
+    vocabulary: int
+    lora_width: int
+    """Inputs plus outputs of all linear layers of all blocks: values per rank of a LoRA."""
+    cache_values: int
+    """Keys and values of one token in all blocks."""
+    embedding_bytes: int
+    """Of the embedding as it is stored."""
+
+    def lora_bytes(self, rank: int) -> int:
+        """A LoRA on every linear layer, fp32."""
+        return 4 * rank * self.lora_width
+
+
+def footprint(path: Path) -> Footprint:
+    """Of a model directory, from its configuration and headers.
+
+    Raises:
+        InputError: no model there, or one that cannot be loaded.
+    """
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
+        )
+    config = read_json(path / "config.json")
+    try:
+        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
+        raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
+    return footprint_of(model, parameter_count(path))
+
+
+def footprint_of(model: nn.Module, parameters: int) -> Footprint:
+    """Of a model whose weights need not be evaluated: shapes cost no arithmetic."""
+    block = model.layers[0]
+    linears = {n: _shape(m) for n, m in block.named_modules() if _is_linear(m)}
+    arrays = dict(tree_flatten(model.parameters()))
+    caches = make_prompt_cache(model)
+    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
+    kv_shapes = [v.shape for c in caches for v in (c.keys, c.values)]
+    mlp = [w for n, w in linears.items() if n.split(".")[0] == MLP]
+    attention = [w for n, w in linears.items() if n.split(".")[0] != MLP]
+    outward = sum(outputs for _, outputs in attention)
+    hidden = _embedding(model)[1]
+    head_dim = kv_shapes[0][-1]
+    last = attention[-1] if attention else (hidden, hidden)
+    heads = getattr(getattr(model, "args", None), "num_attention_heads", last[0] // head_dim)
+    return Footprint(
+        parameters=parameters,
+        packed_bytes=sum(v.nbytes for v in arrays.values()),
+        scale_values=_largest(arrays, ("scales", "biases")),
+        blocks=len(model.layers),
+        hidden=hidden,
+        mlp=max((max(w) for w in mlp), default=0),
+        attention=outward - hidden if attention else 0,
+        heads=heads,
+        vocabulary=logits.shape[-1],
+        lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
+        cache_values=sum(s[1] * s[3] for s in kv_shapes),
+        embedding_bytes=_embedding(model)[2],
+    )
+
+
+def adapter_bytes(directory: Path) -> int:
+    """Of a LoRA directory's arrays, which are held in fp32."""
+    header = safetensors_header(directory / "adapters.safetensors")
+    return sum(4 * math.prod(info["shape"]) for info in header.values())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.QuantizedLinear)
+
+
+def _linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
+    return [_shape(m) for _, m in block.named_modules() if _is_linear(m)]
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer or (rows last) an embedding, quantized or not."""
+    outputs, columns = module.weight.shape
+    return (columns * 32 // module.bits if "scales" in module else columns), outputs
+
+
+def _embedding(model: nn.Module) -> tuple[int, int, int]:
+    """(vocabulary, width, stored bytes) of the token embedding."""
+    kinds = nn.Embedding | nn.QuantizedEmbedding
+    found = next(m for _, m in model.named_modules() if isinstance(m, kinds))
+    width, rows = _shape(found)
+    return rows, width, sum(v.nbytes for _, v in tree_flatten(found.parameters()))
+
+
+def _largest(arrays: dict[str, mx.array], leaves: tuple[str, ...]) -> int:
+    def of(leaf: str) -> int:
+        return max((v.size for n, v in arrays.items() if n.endswith(f".{leaf}")), default=0)
+
+    return sum(map(of, leaves))

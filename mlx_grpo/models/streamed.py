@@ -1,0 +1,147 @@
+"""A reward model of its own that is not kept: for each scoring its blocks are read from its files
+one after the other, run over all completions, and let go.
+
+At no time is more of it in memory than its embedding or one block, so that the policy's weights
+can stay where they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlx_lm.utils import load_model
+
+from mlx_grpo.backend import ComputePolicy, apply_policy
+from mlx_grpo.files import read_json, verify_manifest
+from mlx_grpo.models.backbone import rope_fields
+from mlx_grpo.models.reward_model import (
+    REWARD_HEAD,
+    input_tokenizer,
+    load_head,
+    reward_config,
+    reward_head,
+    reward_inputs,
+)
+from mlx_grpo.models.stages import Embedded, Sizes, Stages
+from mlx_grpo.padding import length_buckets, pad_right
+from mlx_grpo.stopping import SafePoint, never_stop
+from mlx_grpo.types import Group
+
+
+@dataclass
+class _Bucket:
+    """Rows of one group on their way through the blocks."""
+
+    group: int
+    rows: list[int]
+    lengths: list[int]
+    embedded: Embedded
+    h_prompt: mx.array
+    h_rows: mx.array
+
+
+@dataclass(frozen=True)
+class StreamedRewardModel:
+    """Scores completions as `RewardModel` does, from files."""
+
+    path: Path
+    policy: ComputePolicy
+    sizes: Sizes
+    hidden_bytes: int
+    """Of hidden states worked on at a time: the blocks are read once for as many groups."""
+    weight_1D: mx.array
+    bias: mx.array | None
+    tokenizer: Any | None
+    padding: int | None = None
+
+    def score(self, group: Group) -> list[float]:
+        """Raw scores of the completions of a group."""
+        return self.score_groups([group])[0]
+
+    def score_groups(
+        self, groups: Sequence[Group], safe_point: SafePoint = never_stop
+    ) -> list[list[float]]:
+        """Raw scores of the completions of each group."""
+        scores = [[0.0] * len(group.completions) for group in groups]
+        for buckets in self._waves(groups):
+            safe_point()
+            for b, found in zip(buckets, self._run(buckets), strict=True):
+                for row, score in zip(b.rows, found, strict=True):
+                    scores[b.group][row] = score
+        return scores
+
+    def _waves(self, groups: Sequence[Group]) -> Iterator[list[_Bucket]]:
+        """Embedded rows of as many groups as may be in memory together."""
+        wave: list[_Bucket] = []
+        for i, group in enumerate(groups):
+            wave += self._embedded(i, group)
+            if 2 * sum(b.h_prompt.nbytes + b.h_rows.nbytes for b in wave) > self.hidden_bytes:
+                yield wave
+                wave = []
+        if wave:
+            yield wave
+
+    def _embedded(self, index: int, group: Group) -> Iterator[_Bucket]:
+        stages = self._open()  # anew: what is read of the embedding goes with it
+        prompt, rows = reward_inputs(group, self.tokenizer, self.padding)
+        for bucket in length_buckets(list(map(len, rows)), len(prompt), self.sizes.rows):
+            rows_KT, lengths = pad_right([rows[i] for i in bucket])
+            e = stages.embed(mx.array([prompt]), rows_KT)
+            mx.eval(e.h_prompt, e.h_rows)
+            yield _Bucket(index, bucket, lengths, e, e.h_prompt, e.h_rows)
+
+    def _run(self, buckets: Sequence[_Bucket]) -> Iterator[list[float]]:
+        stages = self._open()
+        for i, block in enumerate(stages.blocks):
+            apply_policy(block, self.policy)
+            for b in buckets:
+                b.h_prompt, b.h_rows = stages.run_block(b.embedded, i, b.h_prompt, b.h_rows)
+                mx.eval(b.h_prompt, b.h_rows)
+            block.update(tree_map(lambda _: mx.zeros((0,)), block.parameters()))
+        for b in buckets:
+            last_KD = b.h_rows[mx.arange(len(b.rows)), mx.array(b.lengths) - 1]
+            yield reward_head(stages, last_KD, self.weight_1D, self.bias).tolist()
+
+    def _open(self) -> Stages:
+        """The model with nothing read yet: MLX reads an array when it is evaluated."""
+        model, _ = load_model(self.path, lazy=True, model_config=_rope(self.path))
+        if self.policy.dense:
+            _in_dtype(model, self.policy.dtype)
+        model.freeze()
+        model.eval()
+        return Stages(model, self.sizes)
+
+
+def _rope(path: Path) -> dict[str, Any]:
+    return rope_fields(read_json(path / "config.json"))
+
+
+def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Let what is around the blocks compute in a dtype; a quantized embedding gives that of its
+    scales."""
+    for name, module in model.named_modules():
+        if ".layers." not in name:
+            for leaf, value in module.items():
+                if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+                    module[leaf] = value.astype(dtype)
+
+
+def open_streamed(
+    path: Path, policy: ComputePolicy, sizes: Sizes, hidden_bytes: int
+) -> StreamedRewardModel:
+    """A reward model of kind `full` that stays on disk; its files are checked here, once.
+
+    Raises:
+        InputError: missing or damaged files.
+    """
+    config = reward_config(path)
+    verify_manifest(path)
+    tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
+    hidden = Stages(load_model(path, lazy=True, model_config=_rope(path))[0]).hidden_size
+    weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
+    arguments = (path, policy, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
+    return StreamedRewardModel(*arguments)

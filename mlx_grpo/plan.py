@@ -1,0 +1,239 @@
+"""Peak memory of each stage from shapes and flags, and how much to work on at a time to fit a
+limit.
+
+What stays: weights, the actor's LoRA with AdamW's two moments (fp32), the reward model. What comes
+and goes: keys and values of a rollout; a block's arrays over one pass; the inputs of all blocks
+that a backward keeps; gradients and the adapter and moments before the iteration; logits of a
+chunk of the head. The factors below count arrays alive at once; they are fits to MLX's own peaks
+of single blocks (docs/memory.md), where an MLP's arrays [tokens, width], the block's own
+[tokens, hidden] and attention's scores are what counts. A plan assumes prompts and answers as long
+as they may be.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from mlx_grpo.models.footprint import Footprint
+from mlx_grpo.models.stages import Sizes
+from mlx_grpo.rollout import PREFILL_TOKENS
+
+MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
+HEAD_BYTES = (32 << 20, 16 << 20, 8 << 20, 4 << 20)
+HALF = 0.9
+"""Of a block's arrays in bf16 against fp32: a LoRA's are fp32 in both."""
+STREAMED_HIDDEN = 128 << 20
+"""Of hidden states that a reward model which is swapped in works on between two of its blocks."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What memory depends on beside the models."""
+
+    prompts: int
+    k: int
+    prompt_tokens: int
+    completion_tokens: int
+    lora_rank: int
+    steps: int = 1
+    """Optimizer steps of an iteration."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward model: a LoRA of some bytes on the policy's weights, or a model of its own."""
+
+    adapter_bytes: int = 0
+    model: Footprint | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run works; the planner tries them from the fastest on."""
+
+    dense: bool
+    """Weights expanded to fp32 (CPU) instead of packed with bf16 activations."""
+    decode_rows: int
+    sizes: Sizes
+    swap: bool = False
+    """Read the reward model's blocks anew at each scoring instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice and what it needs, in bytes."""
+
+    limit: int
+    choice: Choice
+    weights: int
+    reward_model: int
+    """Of what stays of it."""
+    adapter: int
+    """LoRA and moments."""
+    stages: dict[str, int]
+    """Peak of each stage, all that stays included."""
+
+    @property
+    def peak(self) -> int:
+        """Of a whole iteration."""
+        return max(self.stages.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the limit."""
+        return self.peak <= self.limit
+
+
+def weight_bytes(model: Footprint, dense: bool) -> int:
+    """Of a model's weights in memory."""
+    return 4 * model.parameters if dense else model.packed_bytes
+
+
+def predict(model: Footprint, judge: Judge, work: Workload, choice: Choice, limit: int) -> Plan:
+    """What a choice needs."""
+    weights = weight_bytes(model, choice.dense)
+    kept = judge.adapter_bytes
+    if judge.model and not choice.swap:
+        kept += weight_bytes(judge.model, choice.dense)
+    adapter = model.lora_bytes(work.lora_rank)
+    base = weights + kept + 3 * adapter
+    # gradients; and from the first step on adapter and moments as they were, to go back to
+    backward = adapter + _update(model, work, choice) + (3 * adapter if work.steps > 1 else 0)
+    stages = {
+        "rollout": base + _rollout(model, work, choice),
+        "reward": base + _reward(model, judge, work, choice),
+        "logprob": base + _logprob(model, work, choice),
+        "update": base + max(backward, 4 * adapter),
+    }
+    return Plan(limit, choice, weights, kept, 3 * adapter, stages)
+
+
+def choose(
+    model: Footprint,
+    judge: Judge,
+    work: Workload,
+    limit: int,
+    given: Choice,
+    residency: str = "auto",
+) -> Plan:
+    """The fastest choice that fits, or the leanest if none does.
+
+    Args:
+        given: zeros in `decode_rows` and `sizes.rows` are for the planner to choose; `dense` is
+            tried before packed weights.
+        residency: `resident`, `swap` or `auto` for a reward model of its own.
+    """
+    swaps = {"resident": (False,), "swap": (True,), "auto": (False, True)}[residency]
+    swaps = swaps if judge.model else (False,)
+    choices = [
+        replace(given, dense=dense, swap=swap)
+        for dense, swap in product((True, False) if given.dense else (False,), swaps)
+    ]
+    for choice in choices:
+        plan = _sized(model, judge, work, limit, choice)
+        if plan.fits:
+            break
+    return plan
+
+
+def _sized(model: Footprint, judge: Judge, work: Workload, limit: int, given: Choice) -> Plan:
+    """With the widest rollout that fits, and the largest sizes for the other stages."""
+    for rows in _widths(work) if not given.decode_rows else (given.decode_rows,):
+        wide = predict(model, judge, work, replace(given, decode_rows=rows), limit)
+        if wide.stages["rollout"] <= limit:
+            break
+    for sizes in _ladder(work.k, given.sizes.rows):
+        plan = predict(model, judge, work, replace(wide.choice, sizes=sizes), limit)
+        if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
+            break
+    return plan
+
+
+def _widths(work: Workload) -> Iterator[int]:
+    """Rows decoded together: all prompts, half of them, and so on down to one."""
+    prompts = work.prompts
+    while prompts > 1:
+        yield prompts * work.k
+        prompts = (prompts + 1) // 2
+    yield work.k
+
+
+def _ladder(k: int, rows: int) -> Iterator[Sizes]:
+    """From the fastest to the leanest; with fewer rows the prompt is run more often."""
+    counts = (rows,) if rows else (0, *sorted({k // 2, k // 3, 1} - {0, k}, reverse=True))
+    return (Sizes(*sizes) for sizes in product(counts, MLP_TOKENS, HEAD_BYTES))
+
+
+def _rows(work: Workload, choice: Choice) -> int:
+    return choice.sizes.rows or work.k
+
+
+def _pass_tokens(work: Workload, choice: Choice) -> int:
+    return work.prompt_tokens + _rows(work, choice) * work.completion_tokens
+
+
+def _hidden(model: Footprint, tokens: int, choice: Choice) -> int:
+    """Hidden states of some tokens."""
+    return tokens * model.hidden * (4 if choice.dense else 2)
+
+
+def _scores(model: Footprint, work: Workload, choice: Choice) -> float:
+    """Attention's scores of a pass, fp32."""
+    s, t = work.prompt_tokens, work.completion_tokens
+    return 4.0 * model.heads * (_rows(work, choice) * t * (s + t) + s * s)
+
+
+def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tuple[float, float]:
+    """(forward, backward) of one block over a pass of so many tokens."""
+    width, chunk = 4.0 * model.mlp, choice.sizes.mlp_tokens
+    states, projected = 4.0 * tokens * model.hidden, 4.0 * tokens * model.attention
+    scores = _scores(model, work, choice)
+    forward = 3.2 * tokens * width + 12.8 * states + 0.2 * scores
+    backward = 16.1 * tokens * width + 2.1 * projected + 0.7 * scores
+    if 0 < chunk < tokens:
+        forward = min(forward, 3.8 * chunk * width + 8.0 * states + 1.1 * scores)
+        attention = 15.6 * states + 6.4 * projected + 1.8 * scores
+        backward = min(backward, max(18.0 * chunk * width + 6.0 * states, attention))
+    part = 1.0 if choice.dense else HALF
+    return part * forward, part * backward
+
+
+def _head(model: Footprint, work: Workload, choice: Choice) -> float:
+    """Logits of a chunk, and the states it reads and leaves for a pass."""
+    tokens = _rows(work, choice) * work.completion_tokens
+    logits = min(choice.sizes.head_bytes, 4 * tokens * model.vocabulary)
+    copies, scales = (2.1, 0) if choice.dense else (3.0, 4 * model.scale_values)
+    return copies * logits + scales + 12.0 * tokens * model.hidden
+
+
+def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
+    tokens = work.prompt_tokens + work.completion_tokens
+    cached = choice.decode_rows * tokens * model.cache_values * (4 if choice.dense else 2)
+    prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
+    return int(cached + max(5.0 * 4 * choice.decode_rows * model.vocabulary, prefill))
+
+
+def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> int:
+    if not judge.model and not judge.adapter_bytes:
+        return 0
+    scorer, tokens = judge.model or model, _pass_tokens(work, choice)
+    forward, _ = _block(scorer, work, choice, tokens)
+    if not (judge.model and choice.swap):
+        return int(forward + 3 * _hidden(scorer, tokens, choice))
+    inner = weight_bytes(scorer, choice.dense) - weight_bytes(scorer, False)
+    block = (scorer.packed_bytes - scorer.embedding_bytes + max(inner, 0)) // scorer.blocks
+    held = max(STREAMED_HIDDEN, 2 * _hidden(scorer, tokens, choice))
+    return int(max(scorer.embedding_bytes, block) + held + forward)
+
+
+def _logprob(model: Footprint, work: Workload, choice: Choice) -> int:
+    tokens = _pass_tokens(work, choice)
+    forward, _ = _block(model, work, choice, tokens)
+    return int(3 * _hidden(model, tokens, choice) + max(forward, _head(model, work, choice)))
+
+
+def _update(model: Footprint, work: Workload, choice: Choice) -> int:
+    tokens = _pass_tokens(work, choice)
+    _, backward = _block(model, work, choice, tokens)
+    trace = (model.blocks + 3) * _hidden(model, tokens, choice)
+    return int(trace + max(backward, _head(model, work, choice)))
