@@ -1,0 +1,245 @@
+"""Measured against planned peak memory of a whole iteration, stage by stage.
+
+usage: python bench/memory.py [--shape gemma-2b] [--limit 2.5GB] [--rm adapter|full|none]
+           [--prompts 1] [--k 6] [--prompt 256] [--completion 256] [--rank 16] [--depth 0]
+           [--weights auto|dense|packed] [--steps 1] [--json FILE]
+
+Random weights of a model's shape, no download. Every answer has the full length. The run is cut to
+fit `--limit` as the planner chooses for the same model and lengths: rollout, reward, log-probs,
+update with a step of AdamW, twice, because moments and the state to go back to are there from the
+second iteration on. `--depth N` takes N blocks only: a peak is affine in depth, so two small
+depths and the planner's own terms tell the whole (docs/memory.md). `--weights dense` measures on a
+CPU what is above the weights in fp32; the 4-bit kernels take no memory of their own, but run 100
+times slower there.
+"""
+
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
+import argparse
+import json
+import math
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+from shapes import SHAPES
+
+from mlx_grpo.backend import (
+    apply_policy,
+    device_name,
+    limit_memory,
+    policy_for,
+    recommended_memory,
+)
+from mlx_grpo.config import parse_bytes
+from mlx_grpo.grpo import Clip
+from mlx_grpo.metrics import Clock
+from mlx_grpo.models.footprint import Footprint, footprint_of
+from mlx_grpo.models.lora import add_lora, lora_parameters
+from mlx_grpo.models.reward_model import RewardModel
+from mlx_grpo.models.stages import Sizes, Stages
+from mlx_grpo.models.streamed import StreamedRewardModel
+from mlx_grpo.plan import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose
+from mlx_grpo.rewards import ScoreNormalizer
+from mlx_grpo.rng import key
+from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.scoring import Shaping, rate, score_under
+from mlx_grpo.types import Prompt
+from mlx_grpo.update import UpdateSettings, new_optimizer, reused_groups, update
+
+
+class NoTokenizer:
+    """A rollout only decodes."""
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+def quantized(shape: str, depth: int) -> nn.Module:
+    """Random 4-bit weights of the shape, in bf16 where they are not packed; not evaluated."""
+    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=64, bits=4)
+    return model
+
+
+def sizes_of(shape: str, depth: int) -> Footprint:
+    """Footprint of the shape, nothing evaluated."""
+    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    model_class, args_class = _get_classes(config)
+    plain = tree_flatten(model_class(args_class.from_dict(config)).parameters())
+    return footprint_of(quantized(shape, depth), sum(v.size for _, v in plain))
+
+
+def loaded(shape: str, depth: int, dense: bool) -> nn.Module:
+    """The model as a run holds it."""
+    model = quantized(shape, depth)
+    apply_policy(model, policy_for(dense))
+    mx.eval(model.parameters())
+    model.freeze()
+    return model
+
+
+def write_model(directory: Path, shape: str, depth: int) -> None:
+    """A model directory of the shape, for a reward model that is read anew."""
+    model = quantized(shape, depth)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
+    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    quantization = {"group_size": 64, "bits": 4}
+    (directory / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
+
+
+def planned(args: argparse.Namespace) -> Plan:
+    """What the planner chooses for this benchmark's flags."""
+    model = sizes_of(args.shape, args.depth)
+    judges = {"none": Judge(), "adapter": Judge(model.lora_bytes(8)), "full": Judge(model=model)}
+    work = Workload(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps)
+    dense = args.weights == "dense" or (args.weights == "auto" and device_name() == "cpu")
+    limit = parse_bytes(args.limit) or recommended_memory()
+    given = Choice(dense, args.decode_rows, Sizes(rows=args.rows))
+    return choose(model, judges[args.rm], work, limit, given)
+
+
+def judge_of(
+    args: argparse.Namespace, plan: Plan, model: nn.Module, place: Path
+) -> RewardModel | StreamedRewardModel | None:
+    """The reward model that was asked for."""
+    head_1D = mx.random.normal((1, SHAPES[args.shape]["hidden_size"]), key=key(2, "head"))
+    sizes, policy = plan.choice.sizes, policy_for(plan.choice.dense)
+    if args.rm == "none":
+        return None
+    if args.rm == "adapter":
+        return RewardModel(Stages(add_lora(model, 8, 2.0, seed=3), sizes), head_1D, None, None)
+    if not plan.choice.swap:
+        own = loaded(args.shape, args.depth, plan.choice.dense)
+        return RewardModel(Stages(own, sizes), head_1D, None, None)
+    write_model(place, args.shape, args.depth)
+    mx.clear_cache()
+    return StreamedRewardModel(place, policy, sizes, STREAMED_HIDDEN, head_1D, None, None)
+
+
+def measure(args: argparse.Namespace, plan: Plan, place: Path) -> dict[str, dict[str, float]]:
+    """Peak bytes and seconds of each stage of the last iteration."""
+    choice = plan.choice
+    limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
+    model = loaded(args.shape, args.depth, choice.dense)
+    actor = Stages(add_lora(model, args.rank, 2.0, seed=0), choice.sizes)
+    reference = Stages(model, choice.sizes)
+    judge = judge_of(args, plan, model, place)
+    optimizer = new_optimizer(1e-6, 0.0)
+    mx.clear_cache()
+    for iteration in range(args.iterations):
+        clock = Clock()
+        before = {**lora_parameters(actor.model)}, dict(tree_flatten(optimizer.state))
+        one(args, plan, iteration, actor, reference, judge, optimizer, clock)
+        del before
+        mx.clear_cache()
+    return {n: {"bytes": clock.peaks[n], "seconds": clock.seconds[n]} for n in clock.peaks}
+
+
+def one(
+    args: argparse.Namespace,
+    plan: Plan,
+    iteration: int,
+    actor: Stages,
+    reference: Stages,
+    judge: RewardModel | StreamedRewardModel | None,
+    optimizer: Any,
+    clock: Clock,
+) -> None:
+    """An iteration, as `mlx_grpo/iteration.py` runs it."""
+    drawn = mx.random.randint(0, reference.vocabulary, (args.prompts, args.prompt)).tolist()
+    prompts = [Prompt(f"p{i}", (), tuple(ids)) for i, ids in enumerate(drawn)]
+    sampling = Sampling(args.k, args.completion, 1.0, plan.choice.decode_rows)
+    settings = UpdateSettings(
+        clip=Clip(),
+        aggregation="sequence",
+        temperature=1.0,
+        max_tokens=args.completion,
+        max_grad_norm=0.5,
+        minibatch_size=-(-args.prompts // args.steps),
+        epochs=1,
+        kl_stop=math.inf,
+        rows_per_pass=plan.choice.sizes.rows,
+    )
+    with clock.stage("rollout"):
+        tokenizer, stop = NoTokenizer(), frozenset()
+        groups = rollout(actor.model, tokenizer, stop, prompts, sampling, 0, "bench", iteration)
+    with clock.stage("reward"):
+        if isinstance(judge, StreamedRewardModel):
+            raw_PK = judge.score_groups(groups)
+        else:
+            raw_PK = [judge.score(g) if judge else list(range(args.k)) for g in groups]
+    shaping = Shaping(0.0)
+    with clock.stage("logprob"):
+        normalizer = ScoreNormalizer().observe([r for row in raw_PK for r in row])
+        rated = rate(groups, raw_PK, reference, normalizer, 1.0)
+        ahead = reused_groups(settings)
+        later = score_under(actor, rated[ahead:], shaping, 1.0)
+    with clock.stage("update"):
+        update(actor, optimizer, rated[:ahead], later, shaping, settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="gemma-2b")
+    parser.add_argument("--limit", default="")
+    parser.add_argument("--rm", choices=("adapter", "full", "none"), default="adapter")
+    parser.add_argument("--weights", choices=("auto", "dense", "packed"), default="auto")
+    numbers = {"prompts": 1, "k": 6, "prompt": 256, "completion": 256, "rank": 16, "depth": 0}
+    zeros = {"decode-rows": 0, "rows": 0, "steps": 1, "iterations": 2}
+    for name, default in (numbers | zeros).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--plan-only", action="store_true", help="measure nothing")
+    parser.add_argument("--json", type=Path, help="add a line with all figures there")
+    args = parser.parse_args()
+    plan = planned(args)
+    c = plan.choice
+    print(
+        f"{args.shape} on {device_name()}, {'dense fp32' if c.dense else '4-bit'}, depth "
+        f"{args.depth or SHAPES[args.shape]['num_hidden_layers']}, {args.prompts} x {args.k}, "
+        f"{args.prompt} + {args.completion} tokens, limit {args.limit or 'none'}: rows "
+        f"{c.decode_rows}, {c.sizes}{', reward model read anew' if c.swap else ''}"
+    )
+    found: dict[str, dict[str, float]] = {}
+    start = time.perf_counter()
+    if not args.plan_only:
+        with tempfile.TemporaryDirectory() as place:
+            found = measure(args, plan, Path(place))
+    for name, size in plan.stages.items():
+        got = found.get(name, {}).get("bytes", 0)
+        compared = f"{got / 1e9:8.3f} measured {size / got - 1:+7.1%}" if got else ""
+        print(f"{name:8} {size / 1e9:8.3f} GB planned {compared}", flush=True)
+    measured = max((f["bytes"] for f in found.values()), default=0)
+    if measured:
+        print(
+            f"{'peak':8} {plan.peak / 1e9:8.3f} GB planned {measured / 1e9:8.3f} measured "
+            f"{plan.peak / measured - 1:+7.1%}  ({time.perf_counter() - start:.0f} s)"
+        )
+    if args.json:
+        flags = {k: v for k, v in vars(args).items() if k not in ("json", "plan_only")}
+        line = {
+            **flags,
+            "device": device_name(),
+            "choice": asdict(c),
+            "fits": plan.fits,
+            "weights": plan.weights,
+            "planned": plan.stages,
+            "measured": found,
+        }
+        with args.json.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
