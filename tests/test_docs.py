@@ -88,6 +88,13 @@ def test_links_lead_to_files_and_headings_that_are_there(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_of_the_repository_that_are_named_are_there(file: Path) -> None:
+    named = r"\b((?:mlx_grpo|tests|bench|docs|examples|data)/[\w/.-]+\.(?:py|md|jsonl|toml))\b"
+    for path in re.findall(named, file.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), f"{file.name}: {path}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_a_command_stands_in_a_fence_that_is_run_or_says_why_not(file: Path) -> None:
     for fence in fences(file):
         if fence.language == "sh":
