@@ -1,6 +1,7 @@
 """What a reward model learns from human preference pairs, beside what their lengths alone tell.
 
-usage: python bench/reward_model.py [--pairs FILE] [--max-length N] [--epochs N] [--json FILE]
+usage: python bench/reward_model.py [--pairs FILE] [--max-length N] [--epochs N]
+                                    [--valid-fraction X] [--json FILE]
        python bench/reward_model.py --measure weights/smollm2-rm [--write]
 
 The first trains on FILE (by default human pairs kept outside of the repository, beside the
@@ -67,7 +68,7 @@ def train_and_record(settings: RewardTrainConfig, pairs: Path, out: Path, ui: Co
 
 
 def _has_empty_answer(row: dict[str, Any]) -> bool:
-    """`train-rm` refuses such a file; among human pairs there is one."""
+    """`train-rm` refuses these; among human pairs there are some."""
     answers = (row.get("chosen"), row.get("rejected"))
     return any(isinstance(text, str) and not text.strip() for text in answers)
 
@@ -97,6 +98,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=Path, default=HUMAN_PAIRS)
     parser.add_argument("--max-length", type=int, default=SETTINGS.max_length)
     parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
+    parser.add_argument("--valid-fraction", type=float, default=SETTINGS.valid_fraction)
     parser.add_argument("--json", type=Path, default=CHECKOUT / "bench/results/reward_model.json")
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--write", action="store_true")
@@ -109,8 +111,13 @@ def main() -> int:
                 figures = {"temperature": found.temperature, "held_out": asdict(found)}
                 write_json(args.measure / REWARD_CONFIG, about | figures)
         elif args.pairs.is_file():
-            given = {"max_length": args.max_length, "epochs": args.epochs}
-            settings = replace(SETTINGS, model=str(args.model), **given)
+            settings = replace(
+                SETTINGS,
+                model=str(args.model),
+                max_length=args.max_length,
+                epochs=args.epochs,
+                valid_fraction=args.valid_fraction,
+            )
             train_and_record(settings, args.pairs, args.json, ui)
         else:
             ui.say(f"{args.pairs}: not there; nothing measured")

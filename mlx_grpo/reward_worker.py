@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float]:
     """
     expected = len(arguments["completions"])
     try:
-        scores = [float(s) for s in function(**_asked_for(function, arguments))]
+        returned = function(**_asked_for(function, arguments))
+        if not isinstance(returned, Iterable):
+            kind = type(returned).__name__
+            raise RewardError(f"it returned {kind}, not a list with a number per completion")
+        scores = [float(s) for s in returned]
     except RewardError:
         raise
     except (Exception, SystemExit) as e:  # a user's code may raise anything

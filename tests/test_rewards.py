@@ -114,7 +114,8 @@ def raises(completions: list[str]) -> list[float]:
     [
         (raises, "reward 'r' failed on prompt 'p1': ZeroDivisionError: by hand"),
         (lambda topic: [1.0], "'p1': it asks for 'topic', which the prompt's row does not have"),
-        (lambda: None, "failed on prompt 'p1': TypeError"),
+        (lambda: None, "'p1': it returned NoneType, not a list with a number per completion"),
+        (lambda: 1.0, "'p1': it returned float, not a list with a number per completion"),
         (lambda: ["good", "bad"], "failed on prompt 'p1': ValueError"),
         (lambda: [1.0], "returned 1 scores for 2 completions"),
         (lambda: exit(3), "failed on prompt 'p1': SystemExit: 3"),
