@@ -12,12 +12,13 @@ import argparse
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo import log
-from mlx_grpo.compare import compare_run, rubric_scores
+from mlx_grpo.compare import compare_run, contests
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 from mlx_grpo.evaluate import Evaluation, win_rate
@@ -69,7 +70,7 @@ class Scores:
     """Difference of the means over the pooled standard deviation (J. Cohen 1988, eq. 2.5.1)."""
 
     @staticmethod
-    def of(before: list[float], after: list[float]) -> "Scores":
+    def of(before: Sequence[float], after: Sequence[float]) -> "Scores":
         wins = win_rate(before, after)
         spread = math.sqrt((statistics.variance(before) + statistics.variance(after)) / 2)
         gain = statistics.fmean(after) - statistics.fmean(before)
@@ -92,17 +93,16 @@ def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str
             raise KeyboardInterrupt
     if not (run / FIGURES).exists():
         comparison = compare_run(run, None, "", ui)
-        before, after = comparison.before, comparison.after
-        marks = [rubric_scores(e) for e in (before, after)]
+        scores = contests(comparison, rubric=True)
         write_json(
             run / FIGURES,
             {
                 "adapter": chosen_adapter(run, "").name,
-                "prompts": len(before.groups),
-                "reward": asdict(Scores.of(list(before.rewards), list(after.rewards))),
-                "gold": asdict(Scores.of(*marks)),
-                "before": _policy(before),
-                "after": _policy(after),
+                "prompts": len(comparison.before.groups),
+                "reward": asdict(Scores.of(*scores["reward"])),
+                "gold": asdict(Scores.of(*scores["rubric"])),
+                "before": _policy(comparison.before),
+                "after": _policy(comparison.after),
             },
         )
     rows = [json.loads(line) for line in (run / log.METRICS).read_text().splitlines()]
