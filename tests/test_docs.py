@@ -25,7 +25,13 @@ from mlx_grpo import cli
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-REASONS = ("needs a network", "trains a real model", "needs a checkout", "installs")
+REASONS = (
+    "needs a network",
+    "trains a real model",
+    "runs until stopped",
+    "needs a checkout",
+    "installs",
+)
 SHORT = {
     "train": "--num-iterations 2 --batch-size 4 --minibatch-size 2 --K 2 --max-completion-length 6"
     " --lora-rank 2 --eval-every 1 --eval-limit 4",
