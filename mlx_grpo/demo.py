@@ -34,6 +34,7 @@ DEMO = TrainConfig(
     kl_targets=(0.08,),
     eval_limit=12,
     checkpoint_every=5,
+    eval_reward=("mlx_grpo.rubric:gold",),
 )
 
 

@@ -3,12 +3,13 @@ their comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
 from mlx_grpo.parts import load_weights
 from mlx_grpo.planned import check_fits, plan_run
-from mlx_grpo.report import write_report
+from mlx_grpo.report import comparison, try_report
 from mlx_grpo.run_directory import check_vacant
 from mlx_grpo.trainer import train
 
@@ -41,6 +42,12 @@ def train_all(
         weights = load_weights(runs[0].config, plan)
     done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
     if done and len(runs) > 1 and not dry_run:
-        page = write_report([r.config.run_directory for r in runs])
-        ui.say(f"done: {len(runs)} runs, compared in {page}")
+        _compare([r.config.run_directory for r in runs], ui)
     return done
+
+
+def _compare(runs: Sequence[Path], ui: Console) -> None:
+    if page := try_report(runs, ui.warn):
+        title = f"{len(runs)} runs on held-out prompts, mean ± standard deviation"
+        ui.table(title, ("", "SFT model", "after GRPO"), comparison(runs))
+        ui.say(f"compared in {page}")

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_grpo import log, run_directory
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console, duration
-from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
 from mlx_grpo.health import new_findings
 from mlx_grpo.iteration import iterate
@@ -24,7 +24,7 @@ from mlx_grpo.parts import (
     target_at,
 )
 from mlx_grpo.provenance import input_digests, recorded
-from mlx_grpo.report import REPORT, write_report
+from mlx_grpo.report import REPORT, try_report
 from mlx_grpo.run_directory import Snapshot
 from mlx_grpo.sinks import Sink, check_installed, opened
 from mlx_grpo.state import RunState
@@ -144,7 +144,7 @@ def _loop(
         try:
             if _evaluation_due(state, config):
                 state = _evaluate(parts, state, run, ui, sink, safe_point)
-                _report(run, ui, running=True)
+                try_report([run], ui.warn, running=True)
             elif state != saved and _save_due(state, config):
                 saved = state
                 run_directory.save(run, config, state, before, about)
@@ -162,23 +162,15 @@ def _loop(
                 raise
             if run_directory.is_run(run):
                 ui.warn(GO_ON.format(run=run))
-                _report(run, ui, running=False)
+                try_report([run], ui.warn)
             return False
     run_directory.save_named_adapter(run, "final", actor)
-    _report(run, ui, running=False)
+    try_report([run], ui.warn)
     if state.best.step is None:
         ui.warn("no evaluation passed the KL gate: there is no best/ adapter, final/ is the last")
     adapters = "final/" if state.best.step is None else "best/ and final/"
     ui.say(f"done: {run} (adapters in {adapters}, figures in {log.METRICS}, all of it in {REPORT})")
     return True
-
-
-def _report(run: Path, ui: Console, running: bool) -> None:
-    """Write the page of the run; training goes on whatever becomes of it."""
-    try:
-        write_report([run], running=running)
-    except Exception as e:  # a night's work must not end for a page
-        ui.warn(f"{run / REPORT} not written ({one_line(e)}); try: mlx-grpo report {run}")
 
 
 def _evaluation_due(state: RunState, config: TrainConfig) -> bool:

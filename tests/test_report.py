@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import trainer
+from mlx_grpo import report
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
@@ -177,7 +177,7 @@ def test_training_writes_it_at_each_evaluation_and_once_more_at_the_end(
         written.append((read(runs[0], running).step, running))
         return target
 
-    monkeypatch.setattr(trainer, "write_report", watched)
+    monkeypatch.setattr(report, "write_report", watched)
     config = TrainConfig(**train_arguments)
     train(config, Console(quiet=True))
     assert written == [(0, True), (2, True), (4, True), (4, False)]
@@ -192,7 +192,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_training_goes_on(
     def fails(*_: Any, **__: Any) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer, "write_report", fails)
+    monkeypatch.setattr(report, "write_report", fails)
     assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
     assert len(lines) == 3 and all("No space left" in line for line in lines)

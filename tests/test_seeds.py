@@ -35,6 +35,7 @@ def test_weights_are_loaded_once_and_each_seed_is_the_run_it_is_alone(
     monkeypatch.setattr(parts, "load_backbone", lambda *a: (loaded.append(a[0]), real(*a))[1])
     assert train_all([Planned(c) for c in configs], QUIET)
     assert len(loaded) == 1
+    assert "2 runs: seed-1, seed-2" in (tmp_path / "report.html").read_text()
     for config in configs:
         alone = replace(config, output=str(tmp_path / "alone" / str(config.seed)))
         train(alone, QUIET)

@@ -1,13 +1,13 @@
 """A run, or several, as one page of HTML that needs nothing else."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.errors import InputError, one_line
 from mlx_grpo.files import write_text
 from mlx_grpo.lock import held
-from mlx_grpo.report.page import render, title_of
+from mlx_grpo.report.page import over, render, rows, title_of
 from mlx_grpo.report.record import read
 from mlx_grpo.run_directory import is_run
 
@@ -34,6 +34,25 @@ def write_report(
         raise InputError(f"{target}: no such directory as {target.parent}; make it first")
     write_text(target, render(records, title_of(found)))
     return target
+
+
+def try_report(
+    runs: Sequence[Path], warn: Callable[[str], None], running: bool = False
+) -> Path | None:
+    """Write the page of runs that are being trained; a night's work must not end for a page, so
+    `warn` is told whatever goes wrong."""
+    try:
+        return write_report(runs, running=running)
+    except Exception as e:
+        names = " ".join(map(str, runs))
+        warn(f"{REPORT} not written ({one_line(e)}); try: mlx-grpo report {names}")
+        return None
+
+
+def comparison(runs: Sequence[Path]) -> list[tuple[str, str, str]]:
+    """(figure, SFT model, after) over runs: mean ± standard deviation, as on their page."""
+    records = [read(run, running=False) for run in runs]
+    return [(f.name, over(records, f, "first"), over(records, f, "chosen")) for f in rows(records)]
 
 
 def _runs_at(directory: Path) -> list[Path]:

@@ -47,11 +47,12 @@ def render(records: Sequence[Record], title: str) -> str:
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
         written=time.strftime("%Y-%m-%d %H:%M"),
         charts=[(chart, svg(chart)) for chart in figures(records)],
-        rows=[f for f in _table(records) if any(f.key in r.chosen for r in records)],
+        rows=rows(records),
         summary=summary,
         status=status,
         wins=wins,
         judges={"reward": "reward", **{n: f"rewards/{n}" for n in records[0].config.gold_names}},
+        warnings=_warnings(records),
         number=number,
         over=over,
         examples=examples,
@@ -109,6 +110,16 @@ def _interval(rate: WinRate) -> str:
     return f"{rate.share:.0%} (95 % interval {low:.0%} to {high:.0%})"
 
 
+def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]], str]]:
+    """(title, (run, figures) of each run it holds for, what to try)."""
+    found = [(r.run.name, f) for r in records for f in r.findings]
+    advice = {f.title: f.advice for _, f in found}
+    return [
+        (title, [(name, f.evidence) for name, f in found if f.title == title], text)
+        for title, text in advice.items()
+    ]
+
+
 def wins(r: Record, key: str) -> str:
     """How often the run beats the SFT model, with a 95 % interval."""
     rate = r.wins(key)
@@ -118,9 +129,10 @@ def wins(r: Record, key: str) -> str:
     return f"{rate.share:.0%} ({low:.0%} to {high:.0%})"
 
 
-def _table(records: Sequence[Record]) -> list[Figure]:
+def rows(records: Sequence[Record]) -> list[Figure]:
+    """What the table has, of what the runs have."""
     judges = {f"eval_rewards/{name}/mean": name for name in records[0].config.gold_names}
-    return [
+    table = [
         Figure("reward", "eval_reward", "+.3f"),
         *(Figure(f"gold judge: {name}", key, ".3f") for key, name in judges.items()),
         Figure("gold judge", "eval_gold", ".3f"),
@@ -129,6 +141,7 @@ def _table(records: Sequence[Record]) -> list[Figure]:
         Figure("length, tokens", "eval_completions/mean_length", ".1f"),
         Figure("share of answers cut off", "eval_completions/clipped_ratio", ".0%"),
     ]
+    return [f for f in table if any(f.key in r.chosen for r in records)]
 
 
 def over(records: Sequence[Record], figure: Figure, which: str) -> str:
