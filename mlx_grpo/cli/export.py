@@ -57,6 +57,8 @@ def export(
         raise InputError("--fuse and --peft write different things; give one of them")
     if dequantize and not fuse:
         raise InputError("--dequantize: needs --fuse")
+    if private and not push:
+        raise InputError("--private: needs --push")
     form: Form = "dequantized" if dequantize else "fused" if fuse else "peft" if peft else "adapter"
     if push:
         check_push(push)
