@@ -44,7 +44,7 @@ from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.stages import Sizes, Stages
 from mlx_grpo.models.streamed import StreamedRewardModel
-from mlx_grpo.plan import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose, predict
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.rng import key
 from mlx_grpo.rollout import Sampling, rollout
@@ -104,8 +104,13 @@ def planned(args: argparse.Namespace) -> Plan:
     work = Workload(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps)
     dense = args.weights == "dense" or (args.weights == "auto" and device_name() == "cpu")
     limit = parse_bytes(args.limit) or recommended_memory()
-    given = Choice(dense, args.decode_rows, Sizes(rows=args.rows))
-    return choose(model, judges[args.rm], work, limit, given)
+    if args.sizes:
+        sizes = Sizes(args.sizes[0], args.sizes[1], args.sizes[2] << 20)
+        rows = args.decode_rows or args.prompts * args.k
+        choice = Choice(dense, rows, sizes, args.residency == "swap")
+        return predict(model, judges[args.rm], work, choice, limit)
+    given = Choice(dense, args.decode_rows, Sizes())
+    return choose(model, judges[args.rm], work, limit, given, args.residency)
 
 
 def judge_of(
@@ -196,8 +201,16 @@ def main() -> None:
     parser.add_argument("--limit", default="")
     parser.add_argument("--rm", choices=("adapter", "full", "none"), default="adapter")
     parser.add_argument("--weights", choices=("auto", "dense", "packed"), default="auto")
+    parser.add_argument("--residency", choices=("auto", "resident", "swap"), default="auto")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs=3,
+        metavar=("ROWS", "MLP_TOKENS", "HEAD_MIB"),
+        help="instead of the planner's choice; 0: all",
+    )
     numbers = {"prompts": 1, "k": 6, "prompt": 256, "completion": 256, "rank": 16, "depth": 0}
-    zeros = {"decode-rows": 0, "rows": 0, "steps": 1, "iterations": 2}
+    zeros = {"decode-rows": 0, "steps": 1, "iterations": 2}
     for name, default in (numbers | zeros).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--plan-only", action="store_true", help="measure nothing")

@@ -11,6 +11,12 @@ from mlx_lm.utils import _get_classes
 from mlx_grpo.backend import apply_policy, choose_policy
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+_QWEN2 = {
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -45,6 +51,55 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 128256,
         "rope_theta": 5e5,
+    },
+    "llama-3.2-3b": {
+        **_LLAMA,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "rope_theta": 5e5,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-7b": {
+        **_QWEN2,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "qwen2.5-14b": {
+        **_QWEN2,
+        "hidden_size": 5120,
+        "num_hidden_layers": 48,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+    },
+    "qwen2.5-32b": {
+        **_QWEN2,
+        "hidden_size": 5120,
+        "num_hidden_layers": 64,
+        "intermediate_size": 27648,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
     },
     "gemma-2b": {
         "model_type": "gemma",

@@ -62,6 +62,11 @@ class ComputePolicy:
     dtype: mx.Dtype
     """Dtype of activations and unpacked weights; packed weights bring the dtype of their scales."""
 
+    @property
+    def slow(self) -> bool:
+        """Whether MLX's kernels for it are 10 to 100 times slower than an fp32 BLAS."""
+        return self.device == "cpu" and not self.dense
+
 
 def device_name() -> str:
     """`metal`, `cuda` or `cpu`: the device MLX computes on by default."""

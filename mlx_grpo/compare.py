@@ -60,7 +60,7 @@ def compare_run(
         with ui.working("evaluating the SFT model"):
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
-            after = evaluator(Stages(actor), ui.progress)
+            after = evaluator(Stages(actor, evaluator.reference.sizes), ui.progress)
     return Comparison(before, after, str(directory), config.eval_prompts)
 
 

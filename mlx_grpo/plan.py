@@ -20,7 +20,7 @@ from mlx_grpo.rollout import PREFILL_TOKENS
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
 HEAD_BYTES = (32 << 20, 16 << 20, 8 << 20, 4 << 20)
-HALF = 0.9
+BF16 = 0.9
 """Of a block's arrays in bf16 against fp32: a LoRA's are fp32 in both."""
 STREAMED_HIDDEN = 128 << 20
 """Of hidden states that a reward model which is swapped in works on between two of its blocks."""
@@ -165,7 +165,7 @@ def _ladder(k: int, rows: int) -> Iterator[Sizes]:
 
 
 def _rows(work: Workload, choice: Choice) -> int:
-    return choice.sizes.rows or work.k
+    return min(choice.sizes.rows or work.k, work.k)
 
 
 def _pass_tokens(work: Workload, choice: Choice) -> int:
@@ -194,7 +194,7 @@ def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tup
         forward = min(forward, 3.8 * chunk * width + 8.0 * states + 1.1 * scores)
         attention = 15.6 * states + 6.4 * projected + 1.8 * scores
         backward = min(backward, max(18.0 * chunk * width + 6.0 * states, attention))
-    part = 1.0 if choice.dense else HALF
+    part = 1.0 if choice.dense else BF16
     return part * forward, part * backward
 
 
@@ -208,9 +208,10 @@ def _head(model: Footprint, work: Workload, choice: Choice) -> float:
 
 def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     tokens = work.prompt_tokens + work.completion_tokens
-    cached = choice.decode_rows * tokens * model.cache_values * (4 if choice.dense else 2)
+    rows = max(work.k, min(choice.decode_rows, work.prompts * work.k))  # never less than a group
+    cached = rows * tokens * model.cache_values * (4 if choice.dense else 2)
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
-    return int(cached + max(5.0 * 4 * choice.decode_rows * model.vocabulary, prefill))
+    return int(cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
 
 
 def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> int:
@@ -222,7 +223,8 @@ def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> i
         return int(forward + 3 * _hidden(scorer, tokens, choice))
     inner = weight_bytes(scorer, choice.dense) - weight_bytes(scorer, False)
     block = (scorer.packed_bytes - scorer.embedding_bytes + max(inner, 0)) // scorer.blocks
-    held = max(STREAMED_HIDDEN, 2 * _hidden(scorer, tokens, choice))
+    group = 2 * _hidden(scorer, work.prompt_tokens + work.k * work.completion_tokens, choice)
+    held = min(STREAMED_HIDDEN, (work.prompts - 1) * group) + group
     return int(max(scorer.embedding_bytes, block) + held + forward)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_grpo.backend import choose_policy, recommended_memory
+from mlx_grpo.backend import choose_policy, policy_for, recommended_memory
 from mlx_grpo.config import TrainConfig, parse_bytes
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
@@ -51,6 +51,8 @@ def check_fits(config: TrainConfig, plan: Plan, ui: Console) -> None:
     """
     if plan.fits:
         ui.say(summary(plan))
+        if policy_for(plan.choice.dense).slow:
+            ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
         return
     show(plan, ui)
     raise InputError(

@@ -118,11 +118,12 @@ def test_a_run_within_a_tight_limit_trains_as_one_without(
     roomy = plan_run(config)
     tight = replace(config, memory_limit=f"{roomy.peak * 95 // 100}B", output=str(tmp_path / "b"))
     assert plan_run(tight).choice != roomy.choice
-    before = mx.set_memory_limit(1 << 40)
+    before = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
     try:
         assert all(train(c, Console(quiet=True)) for c in (config, tight))
     finally:
-        mx.set_memory_limit(before)
+        mx.set_memory_limit(before[0])
+        mx.set_cache_limit(before[1])
     arrays = [
         mx.load(str(c.run_directory / "final" / "adapters.safetensors")) for c in (config, tight)
     ]
