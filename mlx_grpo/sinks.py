@@ -32,7 +32,8 @@ Warn = Callable[[str], None]
 def check_installed(sinks: Sequence[SinkName]) -> None:
     """Raise InputError with what to type if a sink's library is missing."""
     for sink in sinks:
-        if importlib.util.find_spec(MODULES[sink]) is None:
+        spec = importlib.util.find_spec(MODULES[sink])
+        if spec is None or spec.origin is None:  # none: a directory of that name, as wandb makes
             raise InputError(
                 f"--log {sink}: {MODULES[sink]} is not installed; type: pip install "
                 f"'mlx-grpo[{sink}]'"

@@ -158,11 +158,12 @@ def _loop(
             before.put_back(actor, optimizer)
             if state.iteration and state != saved:
                 run_directory.save(run, config, state, before, about)
+            if run_directory.is_run(run):
+                try_report([run], ui.warn)  # which must not go on saying that the run does
             if not isinstance(reason, StopRequested):
                 raise
             if run_directory.is_run(run):
                 ui.warn(GO_ON.format(run=run))
-                try_report([run], ui.warn)
             return False
     run_directory.save_named_adapter(run, "final", actor)
     try_report([run], ui.warn)

@@ -196,3 +196,19 @@ def test_a_page_that_cannot_be_written_is_one_line_and_training_goes_on(
     assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
     assert len(lines) == 3 and all("No space left" in line for line in lines)
+
+
+def test_a_run_that_fails_does_not_leave_a_page_that_says_it_goes_on(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_grpo import trainer
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(trainer, "iterate", fails)
+    config = TrainConfig(**train_arguments)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(config, Console(quiet=True))
+    html = (config.run_directory / "report.html").read_text()
+    assert "stopped at iteration 0 of 4" in words(html) and "refresh" not in html

@@ -74,6 +74,16 @@ def test_a_missing_library_is_one_line_before_the_run_starts(
     assert not config.run_directory.exists()
 
 
+def test_a_directory_of_that_name_is_not_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_name_that_is_free").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sinks.MODULES, "wandb", "a_name_that_is_free")
+    with pytest.raises(InputError, match="is not installed"):
+        sinks.check_installed(["wandb"])
+
+
 @pytest.mark.parametrize("method", ["init", "log", "finish"])
 def test_a_sink_that_fails_is_told_of_once_and_training_goes_on(
     method: str,

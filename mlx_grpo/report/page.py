@@ -157,10 +157,10 @@ def over(records: Sequence[Record], figure: Figure, which: str) -> str:
 
 def examples(r: Record) -> list[tuple[Row, Row]]:
     """Answers before and after, from the largest gain in reward to the largest loss."""
-    before, after = r.answered(0), r.answered(r.chosen["step"])
-    pairs = [(before[i], after[i]) for i in before if i in after]
     if not r.chosen["step"]:
         return []
+    before, after = r.answered(0), r.answered(r.chosen["step"])
+    pairs = [(before[i], after[i]) for i in before if i in after]
     pairs = [p for p in pairs if None not in (p[0]["reward"], p[1]["reward"])]
     pairs.sort(key=lambda p: p[0]["reward"] - p[1]["reward"])
     count = min(EXAMPLES, len(pairs))
