@@ -221,11 +221,12 @@ def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> i
     forward, _ = _block(scorer, work, choice, tokens)
     if not (judge.model and choice.swap):
         return int(forward + 3 * _hidden(scorer, tokens, choice))
-    inner = weight_bytes(scorer, choice.dense) - weight_bytes(scorer, False)
-    block = (scorer.packed_bytes - scorer.embedding_bytes + max(inner, 0)) // scorer.blocks
+    inner = scorer.packed_bytes - scorer.embedding_bytes
+    if choice.dense:
+        inner = 4 * (scorer.parameters - scorer.vocabulary * scorer.hidden)
     group = 2 * _hidden(scorer, work.prompt_tokens + work.k * work.completion_tokens, choice)
     held = min(STREAMED_HIDDEN, (work.prompts - 1) * group) + group
-    return int(max(scorer.embedding_bytes, block) + held + forward)
+    return int(max(scorer.embedding_bytes, inner // scorer.blocks) + held + forward)
 
 
 def _logprob(model: Footprint, work: Workload, choice: Choice) -> int:
