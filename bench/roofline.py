@@ -1,7 +1,5 @@
-"""The least a stage must move and do, and what this machine can move and do in a second."""
+"""The least a stage of a loaded model must move and do."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -69,25 +67,3 @@ def _weights(module: nn.Module) -> int:
 
 def _bytes(module: nn.Module) -> int:
     return sum(v.nbytes for _, v in tree_flatten(module.parameters()))
-
-
-def seconds_of(f: Callable[[], mx.array], times: int = 5) -> float:
-    """The fastest of some evaluations."""
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        mx.eval(f())
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def machine_limits(dtype: mx.Dtype) -> tuple[float, float]:
-    """(bytes/s, FLOP/s) this machine reaches: the best of three ways to read 256 MB (a product with
-    one row, with six, a copy that also writes them), and a square matrix product."""
-    wide = mx.random.normal((8192, (256 << 20) // 8192 // dtype.size)).astype(dtype)
-    one, six = (mx.ones((rows, wide.shape[1]), dtype) for rows in (1, 6))
-    square = mx.random.normal((2048, 2048)).astype(dtype)
-    mx.eval(wide, one, six, square)
-    products = (seconds_of(lambda: one @ wide.T), seconds_of(lambda: six @ wide.T))
-    read = min(*products, seconds_of(lambda: wide * 2) / 2)
-    return wide.nbytes / read, 2 * 2048**3 / seconds_of(lambda: square @ square)

@@ -23,10 +23,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from roofline import Work, machine_limits, work_of
+from roofline import Work, work_of
 from shapes import SHAPES, random_model
 
 from mlx_grpo.backend import device_name, limit_memory, recommended_memory
+from mlx_grpo.devices import machine_limits
 from mlx_grpo.grpo import Clip, token_weights
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import load_backbone

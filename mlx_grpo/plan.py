@@ -37,6 +37,8 @@ class Workload:
     lora_rank: int
     steps: int = 1
     """Optimizer steps of an iteration."""
+    epochs: int = 1
+    """Passes over its rollout."""
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,42 @@ from pathlib import Path
 
 from mlx_grpo.backend import choose_policy, policy_for, recommended_memory
 from mlx_grpo.config import TrainConfig, parse_bytes
-from mlx_grpo.console import Console
+from mlx_grpo.console import Console, duration
+from mlx_grpo.devices import device
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.footprint import adapter_bytes, footprint
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.timing import estimate, stage_costs
 
 
-def plan_run(config: TrainConfig) -> Plan:
+def plan_run(config: TrainConfig, here: bool = True) -> Plan:
     """What fits into the run's memory limit, or the leanest if nothing does; reads no weight.
+
+    Args:
+        here: on this machine; otherwise on a Mac, whose GPU takes the weights as they are stored.
 
     Raises:
         InputError: a model is missing or cannot be loaded.
     """
     model = footprint(Path(config.actor_model))
-    work = Workload(
+    dense = here and choose_policy(model.parameters).dense
+    given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
+    limit = parse_bytes(config.memory_limit) or recommended_memory()
+    return choose(model, _judge(config), _workload(config), limit, given, config.rm_residency)
+
+
+def _workload(config: TrainConfig) -> Workload:
+    return Workload(
         prompts=config.batch_size,
         k=config.K,
         prompt_tokens=config.max_prompt_length,
         completion_tokens=config.max_completion_length,
         lora_rank=config.lora_rank,
         steps=-(-config.batch_size // config.minibatch_size) * config.epochs,
+        epochs=config.epochs,
     )
-    dense = choose_policy(model.parameters).dense
-    given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
-    limit = parse_bytes(config.memory_limit) or recommended_memory()
-    return choose(model, _judge(config), work, limit, given, config.rm_residency)
 
 
 def _judge(config: TrainConfig) -> Judge:
@@ -43,15 +52,43 @@ def _judge(config: TrainConfig) -> Judge:
     return Judge(adapter_bytes(path))
 
 
-def check_fits(config: TrainConfig, plan: Plan, ui: Console) -> None:
+def show_time(config: TrainConfig, plan: Plan, name: str, ui: Console) -> None:
+    """The table of what an iteration and a run take, an estimate.
+
+    Args:
+        name: of a device, or `this`, which is measured.
+    """
+    machine = device(name, policy_for(plan.choice.dense).dtype)
+    model = footprint(Path(config.actor_model))
+    costs = stage_costs(model, _judge(config), _workload(config), plan.choice)
+    times = {k: t for k, t in estimate(costs, machine).items() if t.at_least}
+    rows: list[tuple[str, ...]] = [
+        (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in times.items()
+    ]
+    least, expected = (sum(getattr(t, n) for t in times.values()) for n in ("at_least", "expected"))
+    rows.append(("an iteration", f"{least:.1f} s", f"{expected:.1f} s", ""))
+    whole = (duration(config.num_iterations * seconds) for seconds in (least, expected))
+    rows.append((f"{config.num_iterations} iterations", *whole, ""))
+    ui.table(f"Time on {machine.name}, an estimate", ("", "at least", "expected", "bound by"), rows)
+    source = "measured just now" if machine.measured else "by its data sheet"
+    ui.say(
+        f"at {machine.bandwidth / 1e9:.0f} GB/s and {machine.arithmetic / 1e12:.2g} TFLOP/s, "
+        f"{source}; expected: at the shares of these that a Linux CPU reached; without evaluations"
+    )
+
+
+def check_fits(config: TrainConfig, plan: Plan, ui: Console, here: bool = True) -> None:
     """Say what is planned; where it does not fit, show the table.
+
+    Args:
+        here: on this machine, as in `plan_run`.
 
     Raises:
         InputError: it does not fit; with the cheapest way out.
     """
     if plan.fits:
         ui.say(summary(plan))
-        if policy_for(plan.choice.dense).slow:
+        if here and policy_for(plan.choice.dense).slow:
             ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
         return
     show(plan, ui)

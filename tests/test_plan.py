@@ -28,6 +28,7 @@ GEMMA_2B = Footprint(
     attention=2560,
     heads=8,
     vocabulary=256_000,
+    block_weights=1_981_808_640,
     lora_width=1_225_728,
     cache_values=9216,
     embedding_bytes=294_912_000,

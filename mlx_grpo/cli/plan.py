@@ -9,6 +9,7 @@ from mlx_grpo.cli.options import Quiet, with_flags
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
+from mlx_grpo.devices import MACS, THIS, check_name
 
 
 @with_flags(TrainConfig, repeated=("reward", "eval_reward"))
@@ -18,16 +19,27 @@ def plan(
         Path | None, typer.Option(help="TOML file with any of the fields below.")
     ] = None,
     set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Machine whose time is estimated: this (measured for some seconds), or a Mac: "
+            f"{', '.join(MACS)}. For a Mac give its --memory-limit too."
+        ),
+    ] = THIS,
     quiet: Quiet = False,
 ) -> None:
-    """Memory of a training run before it starts: each stage's peak, and what fits the limit.
+    """Memory and time of a training run before it starts: each stage's peak, what fits the limit,
+    and an estimate of the seconds.
 
     Takes the flags of train and reads no weights.
     """
-    from mlx_grpo.planned import check_fits, plan_run, show
+    from mlx_grpo.planned import check_fits, plan_run, show, show_time
 
     settings, ui = build_config(config, set or (), flags), Console(quiet)
-    found = plan_run(settings)
+    check_name(device)
+    here = device == THIS
+    found = plan_run(settings, here)
     if found.fits:
         show(found, ui)
-    check_fits(settings, found, ui)
+        show_time(settings, found, device, ui)
+    check_fits(settings, found, ui, here)

@@ -33,6 +33,8 @@ class Footprint:
     """Width of queries, keys and values together."""
     heads: int
     vocabulary: int
+    block_weights: int
+    """Of all linear layers of all blocks."""
     lora_width: int
     """Inputs plus outputs of all linear layers of all blocks: values per rank of a LoRA."""
     cache_values: int
@@ -88,6 +90,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         attention=outward - hidden if attention else 0,
         heads=heads,
         vocabulary=logits.shape[-1],
+        block_weights=sum(i * o for layer in model.layers for i, o in _linear_shapes(layer)),
         lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
         cache_values=sum(s[1] * s[3] for s in kv_shapes),
         embedding_bytes=_embedding(model)[2],

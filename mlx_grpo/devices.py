@@ -1,0 +1,82 @@
+"""What a machine can move and do in a second: Macs by their data sheets, this one measured.
+
+Bandwidths and the arithmetic of M1 and M2 are Apple's own figures. For M3 and M4 Apple gives none:
+GPU cores x 128 lanes x 2 x 1.4 GHz.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_grpo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Device:
+    """The two limits of a roofline."""
+
+    name: str
+    bandwidth: float
+    """Bytes of memory per second."""
+    arithmetic: float
+    """FLOPs per second of a large matmul."""
+    measured: bool = False
+
+
+THIS = "this"
+MACS = {
+    name: Device(name, gigabytes * 1e9, teraflops * 1e12)
+    for name, gigabytes, teraflops in (
+        ("m1", 68, 2.6),
+        ("m1-pro", 200, 5.2),
+        ("m1-max", 400, 10.4),
+        ("m1-ultra", 800, 21.0),
+        ("m2", 100, 3.6),
+        ("m2-pro", 200, 6.8),
+        ("m2-max", 400, 13.6),
+        ("m2-ultra", 800, 27.2),
+        ("m3", 100, 3.6),
+        ("m3-pro", 150, 6.5),
+        ("m3-max", 400, 14.3),
+        ("m4", 120, 3.6),
+        ("m4-pro", 273, 7.2),
+        ("m4-max", 546, 14.3),
+    )
+}
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless there is such a device."""
+    if name not in (THIS, *MACS):
+        raise InputError(f"--device: must be {THIS} or one of {', '.join(MACS)}, not '{name}'")
+
+
+def device(name: str, dtype: mx.Dtype) -> Device:
+    """A named Mac, or this machine, measured with matrices of `dtype` (a few seconds)."""
+    if name == THIS:
+        return Device("this machine", *machine_limits(dtype), measured=True)
+    return MACS[name]
+
+
+def machine_limits(dtype: mx.Dtype) -> tuple[float, float]:
+    """(bytes/s, FLOP/s) this machine reaches: the best of three ways to read 256 MB (a product with
+    one row, with six, a copy that also writes them), and a square matrix product."""
+    wide = mx.random.normal((8192, (256 << 20) // 8192 // dtype.size)).astype(dtype)
+    one, six = (mx.ones((rows, wide.shape[1]), dtype) for rows in (1, 6))
+    square = mx.random.normal((2048, 2048)).astype(dtype)
+    mx.eval(wide, one, six, square)
+    products = (seconds_of(lambda: one @ wide.T), seconds_of(lambda: six @ wide.T))
+    read = min(*products, seconds_of(lambda: wide * 2) / 2)
+    return wide.nbytes / read, 2 * 2048**3 / seconds_of(lambda: square @ square)
+
+
+def seconds_of(f: Callable[[], mx.array], times: int = 5) -> float:
+    """The fastest of some evaluations."""
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        mx.eval(f())
+        best = min(best, time.perf_counter() - start)
+    return best

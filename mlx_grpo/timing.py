@@ -1,0 +1,86 @@
+"""How long an iteration takes, estimated: what each stage must move and do, over what a machine can
+(a roofline; Williams et al. 2009, doi:10.1145/1498765.1498785).
+
+Nothing is faster than its roofline; how near a stage comes to it depends on the machine. `REACHED`
+is what SmolLM2-135M in fp32 reached on a 2-core Linux CPU (bench/RESULTS.md, 4 prompts of 6 answers
+of 64 tokens). On Metal it has not been measured.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_grpo.devices import Device
+from mlx_grpo.models.footprint import Footprint
+from mlx_grpo.plan import Choice, Judge, Workload, weight_bytes
+
+REACHED = {"rollout": 0.25, "reward": 0.5, "logprob": 0.5, "update": 0.4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage cannot do without."""
+
+    bytes: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of a stage in one iteration."""
+
+    at_least: float
+    """At the machine's limit."""
+    expected: float
+    """At the share of it that was reached where this was measured."""
+    bound: Literal["bandwidth", "arithmetic"]
+    """Which of the two limits it is."""
+
+
+def stage_costs(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> dict[str, Cost]:
+    """Bytes and FLOPs of one iteration by stage, prompts and answers as long as they may be.
+
+    Attention's scores and elementwise work are left out.
+    """
+    rows = work.prompts * work.k
+    answered = rows * work.completion_tokens
+    passes = work.prompts * -(-work.k // min(choice.sizes.rows or work.k, work.k))
+    seen = passes * work.prompt_tokens + answered
+    adapter = work.lora_rank * model.lora_width
+    weights = weight_bytes(model, choice.dense)
+    head = 2.0 * model.vocabulary * model.hidden * answered
+
+    steps = -(-rows // max(work.k, min(choice.decode_rows or rows, rows))) * work.completion_tokens
+    context = work.prompt_tokens + work.completion_tokens / 2
+    kept = answered * context * model.cache_values * (4 if choice.dense else 2)
+    decoded = work.prompts * work.prompt_tokens + answered
+
+    scorer = judge.model or model
+    scoring = judge.model is not None or judge.adapter_bytes > 0
+    blocks = 2.0 * model.block_weights * seen
+    again = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps  # see `reused_groups`
+    return {
+        "rollout": Cost(
+            steps * weights + kept, 2.0 * (model.block_weights + adapter) * decoded + head
+        ),
+        "reward": Cost(
+            scoring * passes * weight_bytes(scorer, choice.dense),
+            scoring * 2.0 * scorer.block_weights * seen,
+        ),
+        "logprob": Cost((1 + again) * passes * weights, (1 + again) * (blocks + head)),
+        # forward, the same again block by block, gradients of the inputs and of A and B
+        "update": Cost(
+            work.epochs * 3 * passes * weights,
+            work.epochs * (3 * blocks + 8.0 * adapter * seen + 2 * head),
+        ),
+    }
+
+
+def estimate(costs: dict[str, Cost], device: Device) -> dict[str, StageTime]:
+    """Seconds of each stage."""
+    return {stage: _time(cost, device, REACHED[stage]) for stage, cost in costs.items()}
+
+
+def _time(cost: Cost, device: Device, reached: float) -> StageTime:
+    moving, computing = cost.bytes / device.bandwidth, cost.flops / device.arithmetic
+    least = max(moving, computing)
+    return StageTime(least, least / reached, "bandwidth" if moving > computing else "arithmetic")
