@@ -98,10 +98,10 @@ class Evaluator:
         by_source: dict[str, list[float]] = {}
         for batch in [groups] if self.rewards.at_once else [[g] for g in groups]:
             rewards, sources = self.rewards(batch, safe_point)
-            flat += [row[0] for row in rewards]
+            flat += [reward for row in rewards for reward in row]
             for name, scores in sources.items():
                 by_source.setdefault(name, []).extend(scores)
-            after_each("held-out rewards", len(flat), len(groups))
+            after_each("held-out rewards", len(flat), len(groups) * self.sampling.k)
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),
