@@ -77,8 +77,9 @@ def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
     """Everything that gave each answer a number: (scores before, scores after)."""
     before, after = comparison.before, comparison.after
     found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
-    if len(before.by_source) > 1:
-        found |= {name: (s, after.by_source[name]) for name, s in before.by_source.items()}
+    for name, scores in before.by_source.items():
+        if list(scores) != list(before.rewards):  # the only one that counts is the reward itself
+            found[name] = (scores, after.by_source[name])
     if rubric:
         found["rubric"] = (rubric_scores(before), rubric_scores(after))
     return found

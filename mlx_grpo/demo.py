@@ -109,7 +109,7 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
     if not (run / "final").is_dir():
         return
     ui.say("3/3  compare with the SFT model on held-out prompts")
-    show_comparison(ui, compare_run(run, None, "", ui), rubric=True)
+    show_comparison(ui, compare_run(run, None, "", ui), rubric=False)
     adapter = next(run / name for name in ("best", "final") if (run / name).is_dir())
     ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
     generate = Path(sys.executable).with_name("mlx_lm.generate")
