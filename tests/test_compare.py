@@ -1,0 +1,46 @@
+"""What a comparison lists: every judge of the answers, once."""
+
+import pytest
+
+from mlx_grpo.compare import Comparison, contests
+from mlx_grpo.evaluate import Evaluation
+
+
+def evaluation(rewards: list[float], **by_source: list[float]) -> Evaluation:
+    """One whose answers do not matter."""
+    return Evaluation(
+        reward=sum(rewards) / len(rewards),
+        kl=0.0,
+        perplexity=1.0,
+        mean_length=1.0,
+        finished=1.0,
+        rewards=tuple(rewards),
+        groups=(),
+        by_source=by_source,
+    )
+
+
+def listed(before: Evaluation, after: Evaluation) -> dict[str, list[list[float]]]:
+    comparison = Comparison(before, after, "best", "prompts.jsonl")
+    return {name: [list(s) for s in sides] for name, sides in contests(comparison, False).items()}
+
+
+def test_a_reward_that_is_the_only_one_is_listed_once() -> None:
+    before, after = evaluation([1.0, 2.0], model=[1, 2]), evaluation([3.0, 4.0], model=[3, 4])
+    assert listed(before, after) == {"reward": [[1.0, 2.0], [3.0, 4.0]]}
+
+
+@pytest.mark.parametrize("measured", [[5.0, 6.0], [0.0, 0.0]])
+def test_a_judge_that_is_only_measured_is_listed_beside_the_reward(measured: list[float]) -> None:
+    before = evaluation([1.0, 2.0], model=[1.0, 2.0], gold=[7.0, 7.0])
+    after = evaluation([3.0, 4.0], model=[3.0, 4.0], gold=measured)
+    assert listed(before, after) == {
+        "reward": [[1.0, 2.0], [3.0, 4.0]],
+        "gold": [[7.0, 7.0], measured],
+    }
+
+
+def test_rewards_that_are_added_up_are_listed_one_by_one() -> None:
+    before = evaluation([3.0, 5.0], model=[1.0, 2.0], short=[2.0, 3.0])
+    after = evaluation([7.0, 9.0], model=[3.0, 4.0], short=[4.0, 5.0])
+    assert list(listed(before, after)) == ["reward", "model", "short"]
