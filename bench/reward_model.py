@@ -23,7 +23,7 @@ from mlx_grpo.config import RewardTrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.data import load_pairs, read_jsonl
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import read_json, sha256, write_json
+from mlx_grpo.files import MANIFEST, read_json, sha256, write_json, write_manifest
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, load_reward_model
 from mlx_grpo.preferences import group_pairs, split_groups
@@ -110,6 +110,8 @@ def main() -> int:
                 about = read_json(args.measure / REWARD_CONFIG)
                 figures = {"temperature": found.temperature, "held_out": asdict(found)}
                 write_json(args.measure / REWARD_CONFIG, about | figures)
+                if (args.measure / MANIFEST).exists():
+                    write_manifest(args.measure)
         elif args.pairs.is_file():
             settings = replace(
                 SETTINGS,

@@ -78,8 +78,9 @@ def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
     before, after = comparison.before, comparison.after
     found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
     for name, scores in before.by_source.items():
-        if list(scores) != list(before.rewards):  # the only one that counts is the reward itself
-            found[name] = (scores, after.by_source[name])
+        sides = (scores, after.by_source[name])
+        if any(list(s) != list(e.rewards) for s, e in zip(sides, (before, after), strict=True)):
+            found[name] = sides  # else it is the reward itself, as the only one that counts
     if rubric:
         found["rubric"] = (rubric_scores(before), rubric_scores(after))
     return found

@@ -87,6 +87,8 @@ class KLController:
             if decay == DECAY_MAX:  # a jump is answered by d alone, s would overshoot
                 decay_sum = min(decay_sum, self.decay_sum)
             return replace(self, decay=decay, decay_sum=decay_sum)
+        if self.decay or self.decay_sum:  # of a run that was resumed with another actuator
+            self = replace(self, decay=0.0, decay_sum=0.0)
         if self.actuator == "reward":
             error = min(max(kl / target - 1, -ERROR_CLIP), ERROR_CLIP)
             beta = min(max(self.beta * (1 + self.gain * error), self.beta_min), self.beta_max)

@@ -28,6 +28,9 @@ from mlx_grpo.state import RunState
 from mlx_grpo.types import Group, Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer
 
+RESERVED = frozenset({"reward", "reward_model", "rubric", "judge"})
+"""Names under which figures have scores that are no custom function's."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -124,6 +127,8 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
     names = [spec.rpartition(":")[2] for spec, _ in weighted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
+    if taken := RESERVED.intersection(names):
+        raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
     return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
 
 

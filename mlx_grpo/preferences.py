@@ -64,7 +64,7 @@ def split_groups(
         test, valid = valid, []
     rest = [rest[i] for i in permutation(seed, "split", n=len(rest))]
     count = len(groups)
-    if not sides["train"]:
+    if not test and not sides["train"]:
         test, rest = _first(rest, max(1, round(test_fraction * count)))
     if valid_fraction and not valid:
         valid, rest = _first(rest, max(1, round(valid_fraction * count)))

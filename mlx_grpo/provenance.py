@@ -16,11 +16,12 @@ from mlx_grpo.rewards import CustomReward
 
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("rm_residency", "show_every", "log"),
+    *("show_every", "log"),
 )
 """May change: no number depends on them."""
-ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit")
-"""May change: only the order of sums depends on them, so the last bits may differ."""
+ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
+"""May change: only the order of sums depends on them, so the last bits may differ; unless they make
+the weights be held in another form, which is compared on its own."""
 BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
 """Paths: what is there counts, not where it is. Everything else shapes the numbers,
 `num_iterations` too, because the KL targets' phases are shares of it."""
@@ -43,9 +44,18 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
     }
 
 
-def recorded(config: TrainConfig, inputs: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint keeps of it, as JSON reads it back."""
-    about = {"config": asdict(config), "inputs": inputs, "versions": versions()}
+def recorded(config: TrainConfig, inputs: dict[str, str], dense: bool) -> dict[str, Any]:
+    """What a checkpoint keeps of it, as JSON reads it back.
+
+    Args:
+        dense: weights are expanded to fp32 instead of packed.
+    """
+    about = {
+        "config": asdict(config),
+        "inputs": inputs,
+        "versions": versions(),
+        "weights": "dense fp32" if dense else "packed",
+    }
     return dict(json.loads(json.dumps(about)))
 
 
@@ -76,7 +86,13 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for flag in sorted(inputs)
         if saved["inputs"].get(flag) != now["inputs"].get(flag)
     ]
-    return flags + contents
+    held = saved.get("weights", now["weights"])  # states from before it was recorded
+    form = (
+        [f"weights {held} -> {now['weights']} (--memory-limit, --rm-residency or the machine)"]
+        if held != now["weights"]
+        else []
+    )
+    return flags + contents + form
 
 
 def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -34,12 +34,12 @@ def train_all(
         check(run.config)
         if not dry_run:
             check_vacant(run.config.run_directory, run.resume)
-    shared = len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1
     weights = None
-    if shared:
-        plan = plan_run(runs[0].config)
-        check_fits(runs[0].config, plan, ui)
-        weights = load_weights(runs[0].config, plan)
+    if len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1:
+        plan, *others = (plan_run(r.config) for r in runs)
+        if all(other == plan for other in others):  # else the weights may be held in another form
+            check_fits(runs[0].config, plan, ui)
+            weights = load_weights(runs[0].config, plan)
     done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
     if done and len(runs) > 1 and not dry_run:
         _compare([r.config.run_directory for r in runs], ui)

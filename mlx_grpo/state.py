@@ -59,7 +59,10 @@ class RunState:
         return RunState(
             controller=replace(
                 self.controller,
-                **{name: saved[name] for name in ("beta", "learning_rate", "decay", "decay_sum")},
+                beta=saved["beta"],
+                learning_rate=saved["learning_rate"],
+                decay=saved.get("decay", 0.0),  # states from before there was one
+                decay_sum=saved.get("decay_sum", 0.0),
             ),
             normalizer=replace(self.normalizer, **saved["normalizer"]),
             best=Best() if best["step"] is None else Best(best["step"], best["perplexity"]),

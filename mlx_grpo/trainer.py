@@ -90,7 +90,8 @@ def _dry_run(parts: RunParts, ui: Console) -> None:
 
 def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
     config, actor = parts.config, parts.roles.actor.model
-    about = recorded(config, input_digests(config, parts.evaluator.rewards.custom))
+    digests = input_digests(config, parts.evaluator.rewards.custom)
+    about = recorded(config, digests, parts.plan.choice.dense)
     state = first_state(config)
     run_directory.check_space(run, config, actor)
     with _telling_how_to_go_on(run, ui, (OSError,)):

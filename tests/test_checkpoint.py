@@ -226,3 +226,9 @@ def test_the_state_of_a_run_survives_the_file(tmp_path: Path, best: Best) -> Non
         KLController("decay", 9.0, 9.0, 1.0, 0.1, 1000.0, 1e-6, 1e-3), state.normalizer
     )
     assert fresh.with_json(load(path).state) == observed
+
+
+def test_a_state_from_before_there_was_a_decay_is_read() -> None:
+    state = run_state(iteration=3)
+    saved = {k: v for k, v in state.to_json().items() if not k.startswith("decay")}
+    assert state.with_json(saved).controller.decay == 0.0

@@ -44,3 +44,9 @@ def test_rewards_that_are_added_up_are_listed_one_by_one() -> None:
     before = evaluation([3.0, 5.0], model=[1.0, 2.0], short=[2.0, 3.0])
     after = evaluation([7.0, 9.0], model=[3.0, 4.0], short=[4.0, 5.0])
     assert list(listed(before, after)) == ["reward", "model", "short"]
+
+
+def test_a_judge_that_agreed_before_training_and_not_after_is_listed() -> None:
+    before = evaluation([1.0, 2.0], model=[1.0, 2.0], form=[0.0, 0.0])
+    after = evaluation([3.0, 4.0], model=[0.5, 1.0], form=[2.5, 3.0])
+    assert list(listed(before, after)) == ["reward", "model", "form"]

@@ -144,3 +144,9 @@ def test_only_the_reward_actuator_penalises_the_reward() -> None:
 @pytest.mark.parametrize("kl", [float("nan"), float("inf")])
 def test_a_kl_that_is_not_finite_moves_nothing(actuator: Actuator, kl: float) -> None:
     assert controller(actuator).step(kl, 0.05) == controller(actuator)
+
+
+@pytest.mark.parametrize("actuator", ["reward", "lr", "none"])
+def test_a_run_that_goes_on_with_another_actuator_decays_no_more(actuator: Actuator) -> None:
+    left = replace(controller(actuator), decay=0.1, decay_sum=0.1).step(0.05, 0.05)
+    assert (left.decay, left.decay_sum) == (0.0, 0.0)

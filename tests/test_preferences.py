@@ -81,3 +81,9 @@ def test_a_split_that_leaves_a_side_empty_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="leave none to"):
         split_groups(groups, valid, test, seed=1)
+
+
+def test_rows_that_are_marked_for_the_figures_are_never_trained_on() -> None:
+    split = split_groups(marked("test", *[""] * 9), 0.2, 0.1, seed=1)
+    assert [g.prompt_ids[0] for g in split.test] == [0]
+    assert len(split.train) + len(split.valid) == 9

@@ -14,7 +14,7 @@ INPUTS = {"--prompts": "a" * 64}
 
 
 def about(**changes: Any) -> dict[str, Any]:
-    return recorded(replace(TrainConfig(), **changes), INPUTS)
+    return recorded(replace(TrainConfig(), **changes), INPUTS, dense=True)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
@@ -71,3 +71,12 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> 
     del older["config"]["eval_reward"], older["config"]["decode_rows"]
     assert differences(older, about()) == hints(older, about()) == []
     assert differences(older, about(eval_reward=("m:f",))) == ["--eval-reward  -> m:f"]
+
+
+def test_weights_held_in_another_form_are_told() -> None:
+    packed = recorded(TrainConfig(), INPUTS, dense=False)
+    assert differences(about(), packed) == [
+        "weights dense fp32 -> packed (--memory-limit, --rm-residency or the machine)"
+    ]
+    older = {k: v for k, v in packed.items() if k != "weights"}
+    assert differences(older, packed) == []

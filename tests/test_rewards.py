@@ -10,8 +10,11 @@ from typing import Any, cast
 
 import pytest
 
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.reward_model import RewardModel
+from mlx_grpo.parts import load_parts
 from mlx_grpo.reward_worker import call
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.types import Completion, Group, Prompt
@@ -257,3 +260,14 @@ def test_a_weight_of_zero_measures_and_trains_nothing_even_where_it_is_not_a_num
     assert totals == [[1.0, 3.0]]
     assert by_source["gold"][1] == 7.0
     mix.check_finite(group("a", "bcd"))
+
+
+def test_a_function_under_a_name_that_figures_have_is_refused(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def reward(completions):\n    return [0.0] * len(completions)\n"
+    )
+    config = TrainConfig(**{**train_arguments, "reward": (f"{tmp_path / 'mine.py'}:reward",)})
+    with pytest.raises(InputError, match="--reward: the name 'reward' is taken"):
+        load_parts(config, Console(quiet=True))

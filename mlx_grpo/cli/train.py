@@ -24,8 +24,8 @@ def train(
         typer.Option(
             "--resume",
             help="Continue the run in --output with its own settings, bit for bit. Free to change: "
-            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout, rm_residency; "
-            "decode_rows, rows_per_pass and memory_limit move the last bits; inputs may move to "
+            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout; decode_rows, "
+            "rows_per_pass, memory_limit and rm_residency move the last bits; inputs may move to "
             "another path.",
         ),
     ] = False,
