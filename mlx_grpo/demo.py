@@ -5,6 +5,7 @@ the reward adapter and the prompts in this package or, in a checkout, beside it.
 """
 
 import importlib.util
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -62,8 +63,9 @@ def smollm2_gguf() -> Path:
     )
 
 
-def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
-    """Convert, train, compare; what is already done is not done again.
+def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
+    """Convert, train, compare; what is already done is not done again. False if a signal ended the
+    training early.
 
     Raises:
         InputError: the model is not installed, or `work/weights` holds other models.
@@ -105,12 +107,13 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> None:
             f"2/3  train: {iterations} iterations of {config.batch_size} prompts x {config.K} "
             "answers"
         )
-        train(config, ui, resume=is_run(run))
-    if not (run / "final").is_dir():
-        return
+        if not train(config, ui, resume=is_run(run)):
+            return False
     ui.say("3/3  compare with the SFT model on held-out prompts")
     show_comparison(ui, compare_run(run, None, "", ui), rubric=False)
     adapter = next(run / name for name in ("best", "final") if (run / name).is_dir())
     ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
-    generate = Path(sys.executable).with_name("mlx_lm.generate")
-    ui.say(f"{generate} --model {sft} --adapter-path {adapter} --prompt 'Why is the sky blue?'")
+    generate = str(Path(sys.executable).with_name("mlx_lm.generate"))
+    paths = (generate, "--model", str(sft), "--adapter-path", str(adapter))
+    ui.say(shlex.join((*paths, "--prompt", "Why is the sky blue?")))
+    return True

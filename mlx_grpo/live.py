@@ -28,18 +28,18 @@ class LiveView:
         self.total = total
         self.doing = "starting"
         self.history: list[dict[str, Any]] = []
-        self._step = 0
-        self._stage: str | None = None
-        self._since = time.monotonic()
+        self._begun = 0
+        self._running: tuple[int, str, float] | None = None
+        """(iteration, stage, when it began); one value, for rich draws from a thread of its own."""
 
     @contextmanager
     def stage(self, step: int, name: str) -> Iterator[None]:
         """The block is this stage of this iteration."""
-        self._step, self._stage, self._since = step, name, time.monotonic()
+        self._begun, self._running = step, (step, name, time.monotonic())
         try:
             yield
         finally:
-            self._stage = None
+            self._running = None
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._progress(), self._stages()]
@@ -49,29 +49,30 @@ class LiveView:
         return Group(Text(), *parts)
 
     def _progress(self) -> Table:
-        done = self.history[-1]["step"] if self.history else 0
+        # a resumed run has no history of what is done, and one left out is not in it
+        done = max(self._begun - 1, self.history[-1]["step"] if self.history else 0)
         row = _grid(4, gap=1)
         bar = ProgressBar(self.total, done, width=BAR_CELLS, complete_style="cyan")
-        row.add_row(Text("iterations", style="bold"), bar, f"{done}/{self.total}", self._left())
+        row.add_row(Text("iterations", style="bold"), bar, f"{done}/{self.total}", self._left(done))
         return row
 
-    def _left(self) -> str:
+    def _left(self, done: int) -> str:
         if not self.history:
             return ""
-        each = fmean(m["time/iteration"] for m in self.history[-TREND:])
-        left = each * (self.total - self.history[-1]["step"])
+        left = (self.total - done) * fmean(m["time/iteration"] for m in self.history[-TREND:])
         return f"{duration(left)} left" if left else ""
 
     def _stages(self) -> Text:
         """A bar as long as the last iteration took, in stages; or what is done between."""
-        if self._stage is None:
+        if (running := self._running) is None:
             return Text(self.doing, style="dim")
-        elapsed = time.monotonic() - self._since
+        step, stage, since = running
+        elapsed = time.monotonic() - since
         took = self._took()
-        text = Text(f"{self._step}:", no_wrap=True, overflow="ellipsis")
+        text = Text(f"{step}:", no_wrap=True, overflow="ellipsis")
         for name in STAGES:
-            now = name == self._stage
-            before = STAGES.index(name) < STAGES.index(self._stage)
+            now = name == stage
+            before = STAGES.index(name) < STAGES.index(stage)
             cells = max(2, round(STAGE_CELLS * took[name] / sum(took.values())))
             # the last iteration's time is only an estimate: never quite full while it lasts
             share = min(elapsed / took[name], 0.99) if now else float(before)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console
+from mlx_grpo.errors import InputError
 from mlx_grpo.parts import load_weights
 from mlx_grpo.planned import check_fits, plan_run
 from mlx_grpo.report import comparison, try_report
@@ -30,6 +31,8 @@ def train_all(
     Raises:
         InputError: wrong input; a directory in the way of the last run is found before the first.
     """
+    if len({run.config.run_directory for run in runs}) < len(runs):
+        raise InputError("--seed: the same seed twice; give each once")
     for run in runs:
         check(run.config)
         if not dry_run:

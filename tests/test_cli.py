@@ -39,7 +39,8 @@ def test_a_stop_during_one_seed_does_not_start_the_next(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "_loop", lambda *_: False)
-    assert command(monkeypatch, "train", "--quiet", "--seed", "1", "--seed", "2", *flags) == 0
+    # a shell's `train && eval` must not go on to eval
+    assert command(monkeypatch, "train", "--quiet", "--seed", "1", "--seed", "2", *flags) == 130
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
     monkeypatch.setattr(trainer, "_loop", lambda *_: True)
@@ -48,6 +49,17 @@ def test_a_stop_during_one_seed_does_not_start_the_next(
     monkeypatch.setattr(trainer, "first_state", lambda c: (seen.append(c.seed), real(c))[1])
     command(monkeypatch, "train", "--quiet", "--seed", "1", "--seed", "2", *flags)
     assert seen == [1, 2]
+
+
+def test_a_seed_that_is_given_twice_is_refused_before_the_first_run(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command(monkeypatch, "train", "--seed", "1", "--seed", "1", *flags) == 2
+    assert "--seed: the same seed twice" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_resume_needs_no_more_than_the_run_directory(

@@ -90,6 +90,22 @@ def test_before_the_first_iteration_there_is_a_view_too() -> None:
         assert "0/60" in picture(view) and "1: rollout" in picture(view)
 
 
+def test_a_stage_that_ends_while_it_is_drawn_is_drawn_to_the_end(
+    view: LiveView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich draws from a thread of its own; an error there ends the live view."""
+    stage, took = view.stage(31, "update"), view._took()
+    monkeypatch.setattr(view, "_took", lambda: (stage.__exit__(None, None, None), took)[1])
+    stage.__enter__()
+    assert "31: rollout" in picture(view)
+
+
+def test_a_resumed_run_shows_what_was_done_before() -> None:
+    view = LiveView(60)
+    with view.stage(31, "rollout"):
+        assert "30/60" in picture(view)
+
+
 def test_sparks_go_from_the_lowest_to_the_highest_value() -> None:
     assert sparks([0.0, 1.0, 2.0]) == "▁▅█"
     assert sparks([1.0, 1.0]) == "▁▁"

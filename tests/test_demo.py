@@ -15,7 +15,7 @@ from mlx_grpo.convert import Quantization, convert_sft, locate
 from mlx_grpo.errors import InputError
 from mlx_grpo.train_rm import train_rm
 
-Demo = Callable[[], None]
+Demo = Callable[[], bool]
 
 
 @pytest.fixture
@@ -59,6 +59,14 @@ def test_it_converts_trains_and_compares_and_does_nothing_twice(
     go()
     assert "holds a finished run" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()} == made
+
+
+def test_a_stop_during_the_training_is_told_apart_from_its_end(
+    run: tuple[Demo, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, _ = run
+    monkeypatch.setattr(demo, "train", lambda *_, **__: False)
+    assert not go()
 
 
 def test_other_weights_in_its_place_are_refused(run: tuple[Demo, Path], tmp_path: Path) -> None:

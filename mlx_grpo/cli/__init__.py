@@ -29,6 +29,8 @@ UsageError: Any = typer.BadParameter.__mro__[
     1
 ]  # typer carries its own copy of click, which it does not export
 
+INTERRUPTED = 130
+
 
 def _version(show: bool) -> None:
     if show:
@@ -46,7 +48,10 @@ def root(
 
 
 def main() -> int:
-    """Entry point: 0 when done, 2 for bad input, 130 when interrupted."""
+    """Entry point: 0 when done, 2 for bad input, 130 when interrupted.
+
+    A command may return its exit code, or whether it came to its end.
+    """
     command = typer.main.get_command(app)
     try:
         code = command.main(prog_name="mlx-grpo", standalone_mode=False)
@@ -63,7 +68,9 @@ def main() -> int:
         return 2
     except (KeyboardInterrupt, typer.Abort):
         Console().error("interrupted")
-        return 130
-    if code == 130:  # what typer makes of Ctrl-C, without a word
+        return INTERRUPTED
+    if isinstance(code, bool):  # what a signal ended early has said so itself
+        return 0 if code else INTERRUPTED
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
         Console().error("interrupted")
     return code if isinstance(code, int) else 0

@@ -14,8 +14,8 @@ def demo(
     iterations: Annotated[int, typer.Option(help="Training iterations.", min=1)] = 10,
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 42,
     quiet: Quiet = False,
-) -> None:
+) -> bool:
     """The whole story on an embedded model: convert, train, show what changed."""
     from mlx_grpo.demo import demo as run
 
-    run(work, iterations, seed, Console(quiet))
+    return run(work, iterations, seed, Console(quiet))

@@ -4,19 +4,20 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from mlx_grpo.config import flag_of
 from mlx_grpo.config_sources import field_help, field_types
 
+T = TypeVar("T")
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 
 def with_flags(
     cls: type, repeated: tuple[str, ...] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Give a command one option per field of a configuration class.
 
     The function receives those that were given, as `flags`.
@@ -25,7 +26,7 @@ def with_flags(
         repeated: fields whose option may be given several times.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., T]) -> Callable[..., T]:
         kinds = typing.get_type_hints(command, include_extras=True)
         own = [
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kinds[p.name])
@@ -36,9 +37,9 @@ def with_flags(
         ]
         names = [option.name for option in options]
 
-        def wrapper(**arguments: Any) -> None:
+        def wrapper(**arguments: Any) -> T:
             given = {n: arguments.pop(n) for n in names}
-            command({n: v for n, v in given.items() if v not in (None, [])}, **arguments)
+            return command({n: v for n, v in given.items() if v not in (None, [])}, **arguments)
 
         wrapper.__doc__ = command.__doc__
         wrapper.__name__ = command.__name__

@@ -40,10 +40,11 @@ def train(
         bool, typer.Option("--dry-run", help="One iteration; nothing is kept.")
     ] = False,
     quiet: Quiet = False,
-) -> None:
+) -> bool:
     """Train a LoRA on the SFT model with GRPO.
 
-    --seed may be given several times: the runs follow one another.
+    --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C or
+    SIGTERM ended it early.
     """
     from mlx_grpo.run_directory import CONFIG, is_run
     from mlx_grpo.seeds import Planned, train_all
@@ -63,4 +64,4 @@ def train(
             c = build_config(c.run_directory / CONFIG, set or (), given)
         # of several seeds, those not started yet start now
         runs.append(Planned(c, resume and (started or len(configs) == 1)))
-    train_all(runs, Console(quiet), dry_run, allow_config_change)
+    return train_all(runs, Console(quiet), dry_run, allow_config_change)
