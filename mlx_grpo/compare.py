@@ -6,16 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluation, win_rate
 from mlx_grpo.judge import Verdicts
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.parts import load_evaluator
 from mlx_grpo.rubric import judge
-from mlx_grpo.run_directory import CONFIG, chosen_adapter, is_run
+from mlx_grpo.run_directory import chosen_adapter, settings
 from mlx_grpo.types import Completion
 
 SHOWN = 3
@@ -45,10 +43,8 @@ def compare_run(
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    if not is_run(run):
-        raise InputError(f"{run}: no run here (config.toml is missing)")
+    config = replace(settings(run), eval_limit=limit)
     directory = chosen_adapter(run, adapter)
-    config = replace(build_config(run / CONFIG), eval_limit=limit)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
     with ui.working("loading"):

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo import checkpoint, log, provenance
 from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import to_toml
+from mlx_grpo.config_sources import build_config, to_toml
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best, Evaluation
 from mlx_grpo.files import (
@@ -79,6 +79,17 @@ def check_vacant(run: Path, resume: bool) -> None:
 def is_run(run: Path) -> bool:
     """Whether a run was started in this directory."""
     return (run / CONFIG).is_file()
+
+
+def settings(run: Path) -> TrainConfig:
+    """The settings of the run in a directory.
+
+    Raises:
+        InputError: no run there, or its settings are damaged.
+    """
+    if not is_run(run):
+        raise InputError(f"{run}: no run here ({CONFIG} is missing)")
+    return build_config(run / CONFIG)
 
 
 def chosen_adapter(run: Path, name: str) -> Path:

@@ -102,6 +102,23 @@ def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
     assert said.count("Best checkpoint") == 2
 
 
+def test_a_judge_of_some_of_the_runs_is_shown_for_those(run: Path, tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", seed=43, eval_reward=())
+    rows = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    write_jsonl(
+        plain / "metrics.jsonl",
+        [{k: v for k, v in row.items() if "rewards/gold" not in k} for row in rows],
+    )
+    for runs in ([run, plain], [plain, run]):
+        said = words(write_report(runs, tmp_path / "both.html").read_text())
+        assert "gold judge: gold 0.700 ± 0.000 0.610 ± 0.000" in said
+        assert "Gold judge: gold held-out, by iteration" in said
+
+
+def test_a_run_that_is_given_twice_counts_once(run: Path) -> None:
+    assert "<title>seed-42 " in write_report([run, run.parent]).read_text()
+
+
 def test_a_directory_of_runs_stands_for_them(run: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "seed-43", seed=43)
     assert "2 runs: seed-42, seed-43" in write_report([tmp_path / "runs"]).read_text()
@@ -116,6 +133,26 @@ def test_a_run_at_work_is_followed_and_a_stopped_one_is_not(tmp_path: Path) -> N
     html = write_report([run]).read_text()
     assert 'http-equiv="refresh"' not in html
     assert "stopped at iteration 30 of 60" in words(html)
+
+
+def test_a_page_says_how_old_it_may_be_and_how_to_go_on(tmp_path: Path) -> None:
+    """A run that is killed cannot say so itself."""
+    run = write_run(tmp_path / "a run", steps=30)
+    go_on = f"Go on with mlx-grpo train --resume --output '{run}'"
+    said = words(write_report([run], running=True).read_text())
+    # ten iterations of 22 s and an evaluation of 30 s
+    assert "anew at each evaluation, about every 4 min 10 s" in said
+    assert f"much older than that, the run has died. {go_on}" in said
+    said = words(write_report([run], running=False).read_text())
+    assert go_on in said and "has died" not in said
+    assert "Go on with" not in words(write_report([write_run(tmp_path / "done")]).read_text())
+
+
+def test_a_run_without_its_last_evaluation_has_not_finished(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert read(run, False).finished
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert "stopped at iteration 60 of 60" in words(write_report([run]).read_text())
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
@@ -140,6 +177,11 @@ def test_figures_that_are_not_finite_are_said_to_be(run: Path) -> None:
     assert "60 not finite 0.01 not finite KL too high" in words(write_report([run]).read_text())
 
 
+def test_a_gate_between_two_targets_is_rounded(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=10, kl_schedule="linear", kl_targets=(0.05, 0.01))
+    assert "10 0.0050 0.044 19.50 best so far" in words(write_report([run]).read_text())
+
+
 def test_the_learning_curve_of_the_reward_model_is_drawn(tmp_path: Path) -> None:
     curve = [
         {"step": s, "train_loss": 0.7, "valid_loss": 0.69, "valid_accuracy": 0.5} for s in (1, 2)
@@ -147,7 +189,9 @@ def test_the_learning_curve_of_the_reward_model_is_drawn(tmp_path: Path) -> None
     (tmp_path / "rm").mkdir()
     write_jsonl(tmp_path / "rm" / "learning_curve.jsonl", curve)
     run = write_run(tmp_path / "run", rm_model=str(tmp_path / "rm"))
-    assert "Reward model: accuracy" in words(write_report([run]).read_text())
+    html = write_report([run]).read_text()
+    assert "Reward model: accuracy share of held-out pairs, by optimizer step" in words(html)
+    assert "optimizer step 2\nheld-out: 0.5" in html
 
 
 @pytest.mark.parametrize(

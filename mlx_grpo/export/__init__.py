@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import build_config
 from mlx_grpo.convert.quality import check_texts
 from mlx_grpo.convert.source import declared_base
 from mlx_grpo.errors import InputError
@@ -18,7 +17,7 @@ from mlx_grpo.export.card import USES, Subject, export_card
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files import atomic_directory, verify_manifest, write_manifest, write_text
-from mlx_grpo.run_directory import CONFIG, REPORT, chosen_adapter, is_run
+from mlx_grpo.run_directory import REPORT, chosen_adapter, settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]
 
@@ -63,9 +62,7 @@ def export_run(export: Export) -> Exported:
         InputError: no finished run, its SFT model is gone, or the directory exists and `replace` is
             false.
     """
-    if not is_run(export.run):
-        raise InputError(f"{export.run}: no run here (config.toml is missing)")
-    config = build_config(export.run / CONFIG)
+    config = settings(export.run)
     adapter, sft = chosen_adapter(export.run, export.adapter), Path(config.actor_model)
     if not (sft / "config.json").is_file():
         raise InputError(f"{sft}: the run's SFT model is not here; run from where it was trained")

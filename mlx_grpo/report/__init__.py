@@ -9,9 +9,8 @@ from mlx_grpo.files import write_text
 from mlx_grpo.lock import held
 from mlx_grpo.report.page import over, render, rows, title_of
 from mlx_grpo.report.record import read
+from mlx_grpo.run_directory import REPORT as REPORT
 from mlx_grpo.run_directory import is_run
-
-REPORT = "report.html"
 
 
 def write_report(
@@ -27,7 +26,7 @@ def write_report(
     Raises:
         InputError: no run there, or one without any figures yet.
     """
-    found = [run for given in runs for run in _runs_at(given)]
+    found = list({run.resolve(): run for given in runs for run in _runs_at(given)}.values())
     records = [read(run, held(run) if running is None else running) for run in found]
     target = output or _common(found) / REPORT
     if not target.parent.is_dir():

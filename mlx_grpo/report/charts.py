@@ -49,7 +49,8 @@ class Chart:
     unit: str
     lines: Sequence[Line]
     bands: Sequence[Band] = ()
-    note: str = ""
+    axis: str = "iteration"
+    """What a step from left to right is."""
 
     @property
     def drawn(self) -> bool:
@@ -72,7 +73,7 @@ def svg(chart: Chart) -> Markup:
     parts = [head, _grid(scale, x_ticks, y_ticks)]
     parts += [_band(b, scale) for b in bands]
     parts += [_line(line, scale) for line in lines]
-    parts += [_tooltips(chart.lines, scale), Markup("</svg>")]
+    parts += [_tooltips(chart, scale), Markup("</svg>")]
     return Markup("").join(parts)
 
 
@@ -174,9 +175,9 @@ def _line(line: Line, scale: _Scale) -> Markup:
     return drawn
 
 
-def _tooltips(lines: Sequence[Line], scale: _Scale) -> Markup:
+def _tooltips(chart: Chart, scale: _Scale) -> Markup:
     """Invisible columns that name the figures at their place."""
-    tables = {line.name: dict(line.points) for line in lines if line.look != "faint"}
+    tables = {line.name: dict(line.points) for line in chart.lines if line.look != "faint"}
     xs = sorted({x for table in tables.values() for x in table})
     xs = xs[:: max(1, math.ceil(len(xs) / TOOLTIPS))]
     width = (WIDTH - LEFT - RIGHT) / max(1, len(xs))
@@ -184,14 +185,15 @@ def _tooltips(lines: Sequence[Line], scale: _Scale) -> Markup:
         Markup(
             '<rect class="tip" x="{:.1f}" y="{}" width="{:.1f}" height="{}">'
             "<title>{}</title></rect>"
-        ).format(scale.x(x) - width / 2, TOP, width, HEIGHT - TOP - BOTTOM, _tip(x, tables))
+        ).format(scale.x(x) - width / 2, TOP, width, HEIGHT - TOP - BOTTOM, tip)
         for x in xs
+        for tip in [_tip(f"{chart.axis} {x:g}", x, tables)]
     )
 
 
-def _tip(x: float, tables: dict[str, dict[float, float]]) -> str:
+def _tip(place: str, x: float, tables: dict[str, dict[float, float]]) -> str:
     there = [f"{name}: {shown(table[x])}" for name, table in tables.items() if x in table]
-    return "\n".join([f"iteration {shown(x)}", *there])
+    return "\n".join([place, *there])
 
 
 def _told(chart: Chart) -> str:

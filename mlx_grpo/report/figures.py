@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from mlx_grpo.report.charts import Band, Chart, Line, Point, smoothed, spread
-from mlx_grpo.report.record import Record
+from mlx_grpo.report.record import Record, gold_names
 
 TARGET_BAND = 0.3
 """The KL counts as held within this share of its target."""
@@ -48,7 +48,7 @@ def _single(r: Record) -> list[Chart]:
 
 
 def _several(records: Sequence[Record]) -> list[Chart]:
-    gold = [f"eval_rewards/{name}/mean" for name in records[0].config.gold_names] + ["eval_gold"]
+    gold = [*(f"eval_rewards/{name}/mean" for name in gold_names(records)), "eval_gold"]
     kl = _mean(records, "kl", "KL to the SFT model", "nats per token")
     target = Line("target", records[0].series("kl/target"), "target")
     return [
@@ -64,11 +64,11 @@ def _several(records: Sequence[Record]) -> list[Chart]:
 
 
 def _mean(records: Sequence[Record], key: str, title: str, unit: str) -> Chart:
-    runs = [r.series(key) for r in records]
-    runs = [smoothed(s) if len(s) > FEW else s for s in runs]
-    mean, area = spread(runs)
-    each = [Line(f"seed {r.config.seed}", s, "faint") for r, s in zip(records, runs, strict=True)]
-    name = f"mean of {len(records)} runs"
+    runs = [(f"seed {r.config.seed}", s) for r in records if (s := r.series(key))]
+    runs = [(seed, smoothed(s) if len(s) > FEW else s) for seed, s in runs]
+    mean, area = spread([s for _, s in runs])
+    each = [Line(seed, s, "faint") for seed, s in runs]
+    name = f"mean of {len(runs)} runs"
     marks = key.startswith("eval")
     return Chart(title, unit, [*each, Line(name, mean, "a", marks)], [Band("one sd", area)])
 
@@ -132,7 +132,8 @@ def _reward_model(r: Record) -> list[Chart]:
 
     losses = [Line("training", curve("train_loss")), Line("held-out", curve("valid_loss"), "b")]
     accuracy = Line("held-out", curve("valid_accuracy"), "b")
+    step = "optimizer step"
     return [
-        Chart("Reward model: loss while it was trained", "per pair", losses),
-        Chart("Reward model: accuracy", "share of held-out pairs", [accuracy]),
+        Chart("Reward model: loss while it was trained", "per pair", losses, axis=step),
+        Chart("Reward model: accuracy", "share of held-out pairs", [accuracy], axis=step),
     ]

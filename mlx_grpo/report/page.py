@@ -13,11 +13,12 @@ from jinja2 import Environment, StrictUndefined
 
 from mlx_grpo.config import TrainConfig, flag_of
 from mlx_grpo.config_sources import field_help
+from mlx_grpo.console import duration
 from mlx_grpo.evaluate import WinRate
 from mlx_grpo.health import Row
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
-from mlx_grpo.report.record import Record
+from mlx_grpo.report.record import Record, gold_names
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
@@ -50,8 +51,10 @@ def render(records: Sequence[Record], title: str) -> str:
         rows=rows(records),
         summary=summary,
         status=status,
+        pace=pace,
+        going_on=going_on,
         wins=wins,
-        judges={"reward": "reward", **{n: f"rewards/{n}" for n in records[0].config.gold_names}},
+        judges={"reward": "reward", **{n: f"rewards/{n}" for n in gold_names(records)}},
         warnings=_warnings(records),
         number=number,
         over=over,
@@ -74,6 +77,19 @@ def status(r: Record) -> str:
     if r.running:
         return f"running, {place}"
     return "finished" if r.finished else f"stopped at {place}"
+
+
+def pace(r: Record) -> str:
+    """Roughly how long it is from one page of a run to the next, once that is known."""
+    if not r.iterations:
+        return ""
+    between = r.config.eval_every * fmean(row["time/iteration"] for row in r.iterations[-10:])
+    return f", about every {duration(between + r.evaluations[-1].get('time/evaluate', 0.0))}"
+
+
+def going_on(r: Record) -> str:
+    """What to type to go on with a run."""
+    return f"mlx-grpo train --resume --output {shlex.quote(str(r.run))}"
 
 
 def summary(r: Record) -> list[str]:
@@ -131,7 +147,7 @@ def wins(r: Record, key: str) -> str:
 
 def rows(records: Sequence[Record]) -> list[Figure]:
     """What the table has, of what the runs have."""
-    judges = {f"eval_rewards/{name}/mean": name for name in records[0].config.gold_names}
+    judges = {f"eval_rewards/{name}/mean": name for name in gold_names(records)}
     table = [
         Figure("reward", "eval_reward", "+.3f"),
         *(Figure(f"gold judge: {name}", key, ".3f") for key, name in judges.items()),

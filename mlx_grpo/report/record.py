@@ -1,5 +1,6 @@
 """What a run directory tells, read once for its report."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,16 +8,14 @@ from pathlib import Path
 from mlx_grpo import log
 from mlx_grpo.checkpoint import step_directories
 from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import build_config
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import WinRate, win_rate
 from mlx_grpo.files import read_json
 from mlx_grpo.health import Finding, Row, findings
+from mlx_grpo.models.reward_model import LEARNING_CURVE
 from mlx_grpo.parts import target_at
 from mlx_grpo.report.charts import Point
-from mlx_grpo.run_directory import CHECKPOINTS, CONFIG, is_run
-
-LEARNING_CURVE = "learning_curve.jsonl"
+from mlx_grpo.run_directory import CHECKPOINTS, settings
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,9 @@ class Record:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.config.num_iterations and not self.running
+        """Whether the last iteration was evaluated too, and nothing is at work."""
+        done = "eval_reward" in self.rows[-1] and self.step >= self.config.num_iterations
+        return done and not self.running
 
     @property
     def chosen(self) -> Row:
@@ -95,15 +96,18 @@ class Record:
         return decided
 
 
+def gold_names(records: Sequence[Record]) -> list[str]:
+    """The judges that any of the runs was measured by."""
+    return list(dict.fromkeys(name for r in records for name in r.config.gold_names))
+
+
 def read(run: Path, running: bool) -> Record:
     """Read a run.
 
     Raises:
         InputError: no run here, one without any figures yet, or damage.
     """
-    if not is_run(run):
-        raise InputError(f"{run}: no run here ({CONFIG} is missing)")
-    config = build_config(run / CONFIG)
+    config = settings(run)
     rows = _log(run / log.METRICS)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
