@@ -19,6 +19,7 @@ import json
 import math
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, load_model
 from shapes import SHAPES
 
 from mlx_grpo.backend import (
@@ -41,6 +42,7 @@ from mlx_grpo.grpo import Clip
 from mlx_grpo.metrics import Clock
 from mlx_grpo.models.footprint import Footprint, footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters
+from mlx_grpo.models.merging import merged
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.stages import Sizes, Stages
 from mlx_grpo.models.streamed import StreamedRewardModel
@@ -139,15 +141,25 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> dict[str, dict
     actor = Stages(add_lora(model, args.rank, 2.0, seed=0), choice.sizes)
     reference = Stages(model, choice.sizes)
     judge = judge_of(args, plan, model, place)
+    stored = place / "stored"
+    stored.mkdir()
+    write_model(stored, args.shape, args.depth)
     optimizer = new_optimizer(1e-6, 0.0)
     mx.clear_cache()
     for iteration in range(args.iterations):
         clock = Clock()
         before = {**lora_parameters(actor.model)}, dict(tree_flatten(optimizer.state))
-        one(args, plan, iteration, actor, reference, judge, optimizer, clock)
+        one(args, plan, iteration, actor, reference, judge, optimizer, clock, stored)
         del before
         mx.clear_cache()
     return {n: {"bytes": clock.peaks[n], "seconds": clock.seconds[n]} for n in clock.peaks}
+
+
+def sampling_form(plan: Plan, actor: nn.Module, stored: Path) -> AbstractContextManager[nn.Module]:
+    """As `models.merging.sampler` does, for a model without a directory of its own."""
+    if not policy_for(plan.choice.dense).merge_lora:
+        return nullcontext(actor)
+    return merged(actor, load_model(stored, lazy=True)[0])
 
 
 def one(
@@ -159,6 +171,7 @@ def one(
     judge: RewardModel | StreamedRewardModel | None,
     optimizer: Any,
     clock: Clock,
+    stored: Path,
 ) -> None:
     """An iteration, as `mlx_grpo/iteration.py` runs it."""
     drawn = mx.random.randint(0, reference.vocabulary, (args.prompts, args.prompt)).tolist()
@@ -175,9 +188,9 @@ def one(
         kl_stop=math.inf,
         rows_per_pass=plan.choice.sizes.rows,
     )
-    with clock.stage("rollout"):
+    with clock.stage("rollout"), sampling_form(plan, actor.model, stored) as sampled:
         tokenizer, stop = NoTokenizer(), frozenset()
-        groups = rollout(actor.model, tokenizer, stop, prompts, sampling, 0, "bench", iteration)
+        groups = rollout(sampled, tokenizer, stop, prompts, sampling, 0, "bench", iteration)
     with clock.stage("reward"):
         if isinstance(judge, StreamedRewardModel):
             raw_PK = judge.score_groups(groups)

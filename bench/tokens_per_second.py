@@ -17,6 +17,7 @@ import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX
 import argparse
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from mlx_grpo.backend import device_name, limit_memory, recommended_memory
 from mlx_grpo.devices import machine_limits
 from mlx_grpo.grpo import Clip, token_weights
 from mlx_grpo.logprob import token_logps
-from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
@@ -52,6 +54,8 @@ class Bench:
     reward_model: RewardModel
     prompt: int
     completion: int
+    backbone: Backbone | None = None
+    """Of a converted model; a rollout merges the LoRA into its weights where a run would."""
 
 
 class NoTokenizer:
@@ -66,7 +70,9 @@ def groups_of(rows: int) -> int:
     return max(1, rows // K)
 
 
-def make_bench(model: nn.Module, prompt: int, completion: int) -> Bench:
+def make_bench(
+    model: nn.Module, prompt: int, completion: int, backbone: Backbone | None = None
+) -> Bench:
     """Actor, reference and reward adapter on one model."""
     actor = add_lora(model, RANK, 2.0, seed=0)
     moved = {
@@ -78,7 +84,7 @@ def make_bench(model: nn.Module, prompt: int, completion: int) -> Bench:
     reference = Stages(model)
     head_1D = mx.random.normal((1, reference.hidden_size), key=key(2, "head"))
     judge = RewardModel(Stages(add_lora(model, 8, 2.0, seed=3)), head_1D, None, None)
-    return Bench(Stages(actor), reference, judge, prompt, completion)
+    return Bench(Stages(actor), reference, judge, prompt, completion, backbone)
 
 
 def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
@@ -88,8 +94,10 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
     prompts = [Prompt(f"p{i}", (), tuple(ids)) for i, ids in enumerate(drawn)]
     sampling = Sampling(rows // groups, completion)
 
+    actor = bench.actor.model
     start = time.perf_counter()
-    found = rollout(bench.actor.model, NoTokenizer(), frozenset(), prompts, sampling, 0, "bench")
+    with sampler(bench.backbone, actor) if bench.backbone else nullcontext(actor) as model:
+        found = rollout(model, NoTokenizer(), frozenset(), prompts, sampling, 0, "bench")
     marks = [time.perf_counter()]
     for group in found:
         bench.reward_model.score(group)
@@ -186,10 +194,11 @@ def main() -> None:
         parser.error(f"--rows {odd[0]}: up to {K}, or a multiple of {K}")
     if args.model:
         limit_memory(recommended_memory(), 0)
-        model = load_backbone(args.model).model
+        backbone = load_backbone(args.model)
+        model = backbone.model
     else:
-        model = random_model(args.shape)
-    bench = make_bench(model, args.prompt, args.completion)
+        backbone, model = None, random_model(args.shape)
+    bench = make_bench(model, args.prompt, args.completion, backbone)
     work = work_of(model, lora_parameters(bench.actor.model))
     limits = machine_limits(mx.float32 if device_name() == "cpu" else mx.bfloat16)
     run_stages(bench, 1, min(4, args.completion))  # MLX compiles kernels at run time

@@ -6,8 +6,8 @@ device is.
 - Metal and CUDA: the packed weights stay packed, MLX's quantized kernels do the work, activations
   are bf16.
 - Linux CPU: MLX's 4-bit and bf16 kernels are 10 to 100 times slower than an fp32 BLAS, so the
-  frozen weights are expanded once to fp32 (the same values); its exponentials are slow too, so
-  `swiglu` and `exp_rows` go around them.
+  frozen weights are expanded once to fp32 (the same values), and hold the LoRA too while answers
+  are sampled; its exponentials are slow too, so `swiglu` and `exp_rows` go around them.
 """
 
 import ctypes
@@ -61,6 +61,11 @@ class ComputePolicy:
     """Expand quantized weights once to `dtype` instead of using the quantized kernels."""
     dtype: mx.Dtype
     """Dtype of activations and unpacked weights; packed weights bring the dtype of their scales."""
+
+    @property
+    def merge_lora(self) -> bool:
+        """Whether to sample from W + scale * (A B)^T: one product instead of three."""
+        return self.dense
 
     @property
     def slow(self) -> bool:
@@ -120,19 +125,24 @@ def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
     ).astype(mx.float32)
 
 
-def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """The dense twin of a quantized Linear or Embedding; values are computed in fp32.
+def expand_into(weight: mx.array, module: nn.Module) -> None:
+    """Overwrite `weight` with the values of a quantized Linear or Embedding, computed in fp32.
 
-    Some rows at a time, since dequantizing takes several times the memory of its result.
+    Some rows at a time, since dequantizing takes several times the memory of its result. Whoever
+    holds the same array object sees the new values.
     """
-    count, packed = module.weight.shape
-    columns = packed * 32 // module.bits
-    weight = mx.zeros((count, columns), dtype)
-    step = max(1, EXPANDED_BYTES // (4 * columns))
-    for start in range(0, count, step):
+    step = max(1, EXPANDED_BYTES // (4 * weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        weight[rows] = dense_weight(module, rows).astype(dtype)
+        weight[rows] = dense_weight(module, rows).astype(weight.dtype)
         mx.eval(weight)
+
+
+def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """The dense twin of a quantized Linear or Embedding."""
+    count, packed = module.weight.shape
+    weight = mx.zeros((count, packed * 32 // module.bits), dtype)
+    expand_into(weight, module)
     if isinstance(module, nn.QuantizedEmbedding):
         dense = nn.Embedding(1, 1)
     else:

@@ -12,6 +12,7 @@ from mlx_grpo.data import answer_tokens
 from mlx_grpo.grpo import kl_k3_sum
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
 from mlx_grpo.rewards import RewardMix
@@ -83,17 +84,18 @@ class Evaluator:
             progress(what, done, total)
             safe_point()
 
-        groups = rollout(
-            policy.model,
-            self.backbone.tokenizer,
-            self.backbone.stop_ids,
-            self.prompts,
-            self.sampling,
-            self.seed,
-            PURPOSE,
-            on_wave=lambda done, total: after_each("held-out answers", done, total),
-            safe_point=safe_point,
-        )
+        with sampler(self.backbone, policy.model) as model:
+            groups = rollout(
+                model,
+                self.backbone.tokenizer,
+                self.backbone.stop_ids,
+                self.prompts,
+                self.sampling,
+                self.seed,
+                PURPOSE,
+                on_wave=lambda done, total: after_each("held-out answers", done, total),
+                safe_point=safe_point,
+            )
         flat: list[float] = []
         by_source: dict[str, list[float]] = {}
         for batch in [groups] if self.rewards.at_once else [[g] for g in groups]:

@@ -29,6 +29,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """(inode, bytes, time of the last change): another one means another content."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a directory entry to disk; macOS keeps it in the drive's cache unless asked
     for more than fsync."""

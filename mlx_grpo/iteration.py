@@ -14,6 +14,7 @@ from mlx_grpo.data import batch_indices
 from mlx_grpo.guard import NotFinite, Skip, check_finite
 from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.models.lora import scale_adapter
+from mlx_grpo.models.merging import sampler
 from mlx_grpo.parts import RunParts, sampling, target_at, update_settings
 from mlx_grpo.rollout import rollout
 from mlx_grpo.scoring import Shaping, measure, rate, score_under
@@ -49,9 +50,13 @@ def iterate(
     prompts = [parts.prompts[i] for i in indices]
     target = target_at(config, state.iteration)
 
-    with clock.stage("rollout"), ui.stage(step, "rollout"):
+    with (
+        clock.stage("rollout"),
+        ui.stage(step, "rollout"),
+        sampler(roles.backbone, roles.actor.model) as model,
+    ):
         groups = rollout(
-            roles.actor.model,
+            model,
             roles.backbone.tokenizer,
             roles.backbone.stop_ids,
             prompts,

@@ -2,12 +2,12 @@
 limit.
 
 What stays: weights, the actor's LoRA with AdamW's two moments (fp32), the reward model. What comes
-and goes: keys and values of a rollout; a block's arrays over one pass; the inputs of all blocks
-that a backward keeps; gradients and the adapter and moments before the iteration; logits of a
-chunk of the head. The factors below count arrays alive at once; they are fits to MLX's own peaks
-of single blocks (docs/memory.md), where an MLP's arrays [tokens, width], the block's own
-[tokens, hidden] and attention's scores are what counts. A plan assumes prompts and answers as long
-as they may be.
+and goes: keys and values of a rollout, and the packed weights that undo its merged LoRA; a block's
+arrays over one pass; the inputs of all blocks that a backward keeps; gradients and the adapter and
+moments before the iteration; logits of a chunk of the head. The factors below count arrays alive at
+once; they are fits to MLX's own peaks of single blocks (docs/memory.md), where an MLP's arrays
+[tokens, width], the block's own [tokens, hidden] and attention's scores are what counts. A plan
+assumes prompts and answers as long as they may be.
 """
 
 from collections.abc import Iterator
@@ -213,7 +213,8 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     rows = max(work.k, min(choice.decode_rows, work.prompts * work.k))  # never less than a group
     cached = rows * tokens * model.cache_values * (4 if choice.dense else 2)
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
-    return int(cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
+    undo = model.packed_block_bytes if choice.dense else 0  # a LoRA is merged then
+    return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
 
 
 def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> int:

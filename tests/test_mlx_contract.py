@@ -35,6 +35,22 @@ def test_a_numpy_view_of_an_evaluated_array_shares_its_memory() -> None:
     assert array.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
 
 
+def test_an_array_changed_in_place_is_changed_for_all_who_hold_it_and_in_its_own_buffer() -> None:
+    weight = mx.random.normal((512, 512))
+    mx.eval(weight)
+    holder, before, bits = [weight], mx.get_active_memory(), np.array(weight)
+    mx.reset_peak_memory()
+    weight += mx.ones((1, 512))
+    mx.eval(weight)
+    assert holder[0] is weight and np.array_equal(np.array(holder[0]), bits + 1)
+    for rows in (slice(0, 256), slice(256, 512)):
+        weight[rows] = mx.array(bits[rows])
+        mx.eval(weight)
+    assert np.array_equal(np.array(holder[0]), bits)
+    assert mx.get_active_memory() == before
+    assert mx.get_peak_memory() - before < 0.75 * weight.nbytes
+
+
 def test_deepcopy_with_a_memo_keeps_the_very_arrays() -> None:
     model = tiny_model()
     arrays = {id(v): v for _, v in tree_flatten(model.parameters())}

@@ -18,6 +18,7 @@ from mlx_grpo.backend import peak_memory
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.iteration import iterate
+from mlx_grpo.models.merging import sampler
 from mlx_grpo.parts import RunParts, first_state, load_parts, sampling
 from mlx_grpo.rollout import rollout
 
@@ -69,16 +70,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rollout_seconds(parts: RunParts, iteration: int) -> float:
     start, backbone = time.perf_counter(), parts.roles.backbone
-    rollout(
-        parts.roles.actor.model,
-        backbone.tokenizer,
-        backbone.stop_ids,
-        parts.prompts if iteration else parts.prompts[:1],
-        sampling(parts.config, K, parts.plan),
-        SEED,
-        "rollout",
-        iteration,
-    )
+    with sampler(backbone, parts.roles.actor.model) as model:
+        rollout(
+            model,
+            backbone.tokenizer,
+            backbone.stop_ids,
+            parts.prompts if iteration else parts.prompts[:1],
+            sampling(parts.config, K, parts.plan),
+            SEED,
+            "rollout",
+            iteration,
+        )
     return time.perf_counter() - start
 
 

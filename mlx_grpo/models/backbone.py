@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
 from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import read_json, verify_manifest
+from mlx_grpo.files import file_stamp, read_json, verify_manifest
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
@@ -35,11 +35,29 @@ class Backbone:
     tokenizer: Any
     config: dict[str, Any]
     policy: ComputePolicy
+    stamps: tuple[tuple[int, int, int], ...] = ()
+    """Of the weight files, as they were read."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Every token that ends an answer."""
         return frozenset(self.tokenizer.eos_token_ids)
+
+    def packed(self) -> nn.Module:
+        """The model as it is stored, from its files; lazy.
+
+        Raises:
+            InputError: they are not what they were when this backbone was loaded.
+        """
+        try:
+            if _stamps(self.path) == self.stamps:
+                return _load_lazily(self.path, read_json(self.path / "config.json"))[0]
+        except FileNotFoundError:
+            pass
+        raise InputError(
+            f"{self.path}: the weights were changed while they were in use; start again with the "
+            "new ones, or with the old ones in their place"
+        )
 
 
 def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
@@ -54,18 +72,29 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
             f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
         )
     verify_manifest(path)
-    config = read_json(path / "config.json")
-    try:
-        # the configuration that comes back has the stop tokens of generation_config.json
-        model, config = load_model(path, lazy=True, model_config=rope_fields(config))
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
-        raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
+    stamps = _stamps(path)
+    # the configuration that comes back has the stop tokens of generation_config.json
+    model, config = _load_lazily(path, read_json(path / "config.json"))
     tokenizer = load_chat_tokenizer(path, config.get("eos_token_id"))
     policy = policy or choose_policy(parameter_count(path))
     apply_policy(model, policy)
     model.freeze()
     model.eval()
-    return Backbone(path, model, tokenizer, config, policy)
+    return Backbone(path, model, tokenizer, config, policy, stamps)
+
+
+def _load_lazily(path: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        found: tuple[nn.Module, dict[str, Any]] = load_model(
+            path, lazy=True, model_config=rope_fields(config)
+        )
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
+        raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
+    return found
+
+
+def _stamps(path: Path) -> tuple[tuple[int, int, int], ...]:
+    return tuple(map(file_stamp, weight_files(path)))
 
 
 def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:

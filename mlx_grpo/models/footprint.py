@@ -41,6 +41,8 @@ class Footprint:
     """Keys and values of one token in all blocks."""
     embedding_bytes: int
     """Of the embedding as it is stored."""
+    packed_block_bytes: int = 0
+    """Of the quantized linear layers of all blocks."""
 
     def lora_bytes(self, rank: int) -> int:
         """A LoRA on every linear layer, fp32."""
@@ -94,6 +96,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
         cache_values=sum(s[1] * s[3] for s in kv_shapes),
         embedding_bytes=_embedding(model)[2],
+        packed_block_bytes=sum(_packed_bytes(layer) for layer in model.layers),
     )
 
 
@@ -109,6 +112,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
     return [_shape(m) for _, m in block.named_modules() if _is_linear(m)]
+
+
+def _packed_bytes(block: nn.Module) -> int:
+    packed = [m for _, m in block.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    return sum(v.nbytes for m in packed for _, v in tree_flatten(m.parameters()))
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,58 @@
+"""The LoRA inside the frozen weights while answers are sampled, where weights are dense.
+
+y = W' x with W' = W + scale * (A B)^T takes one product where W x + scale * B^T A^T x takes three
+and four passes more. There is no second copy: the arrays themselves change, for every role that
+holds them, and are expanded anew from the packed weights afterwards, so that they come back bit for
+bit. Nothing but a rollout may run in between.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_grpo.backend import expand_into
+from mlx_grpo.models.backbone import Backbone, share
+from mlx_grpo.models.lora import lora_modules
+
+
+@contextmanager
+def sampler(backbone: Backbone, policy: nn.Module) -> Iterator[nn.Module]:
+    """A policy on `backbone` in the form that samples fastest; for the time of a rollout only.
+
+    Raises:
+        InputError: the files of the backbone have changed; nothing else has then.
+    """
+    if not (backbone.policy.merge_lora and lora_modules(policy)):
+        yield policy
+        return
+    with merged(policy, backbone.packed()) as model:
+        yield model
+
+
+@contextmanager
+def merged(policy: nn.Module, packed: nn.Module) -> Iterator[nn.Module]:
+    """The policy with its LoRA in its linear layers, in the arrays that other trees share; they are
+    what they were afterwards, however it ends.
+
+    Args:
+        packed: the same model, quantized. A layer that is not has nothing it could be restored
+            from, and keeps its LoRA beside it.
+    """
+    stored = dict(packed.named_modules())
+    layers = [(n, m) for n, m in lora_modules(policy) if isinstance(stored[n], nn.QuantizedLinear)]
+    sources = [stored[name] for name, _ in layers]
+    mx.eval([source.parameters() for source in sources])  # what can fail, before anything changes
+    model = share(policy)
+    model.update_modules(tree_unflatten([(name, layer.linear) for name, layer in layers]))
+    try:
+        for _, layer in layers:
+            weight = layer.linear.weight
+            weight += ((layer.scale * layer.lora_b.T) @ layer.lora_a.T).astype(weight.dtype)
+            mx.eval(weight)
+        yield model
+    finally:
+        for (_, layer), source in zip(layers, sources, strict=True):
+            expand_into(layer.linear.weight, source)
