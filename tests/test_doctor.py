@@ -52,6 +52,13 @@ def test_a_sound_machine_has_no_problem(
     assert "sft-4bit" in out and "whole" in out
 
 
+def test_the_list_of_findings_is_no_chatter_that_quiet_leaves_out(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "--weights", str(weights), "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 def test_a_damaged_weight_is_a_problem_and_the_exit_code_says_so(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

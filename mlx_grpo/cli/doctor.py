@@ -24,7 +24,7 @@ def doctor(
     """Examine this machine; for each problem what to type. Exit code 1 if there is one."""
     from mlx_grpo.doctor import examine
 
-    ui = Console(quiet)
+    ui = Console(quiet and not as_json)
     findings = []
     for finding in examine(weights):
         findings.append(finding)
