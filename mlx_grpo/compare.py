@@ -30,20 +30,30 @@ class Comparison:
     adapter: str
     prompts: str
     """File."""
+    judges: Sequence[str] = ()
+    """Sources of a reward that were measured and never trained on."""
 
 
 def compare_run(
-    run: Path, prompts: Path | None, adapter: str, ui: Console, limit: int = 0
+    run: Path,
+    prompts: Path | None,
+    adapter: str,
+    ui: Console,
+    limit: int = 0,
+    judges: Sequence[str] = (),
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
     Args:
         limit: first prompts to use; 0 means all.
+        judges: functions to measure by beside the run's own, as --eval-reward names them.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    config = replace(settings(run), eval_limit=limit)
+    config = settings(run)
+    measured = tuple(dict.fromkeys((*config.eval_reward, *judges)))
+    config = replace(config, eval_limit=limit, eval_reward=measured)
     directory = chosen_adapter(run, adapter)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
@@ -57,7 +67,7 @@ def compare_run(
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
             after = evaluator(Stages(actor, evaluator.reference.sizes), ui.progress)
-    return Comparison(before, after, str(directory), config.eval_prompts)
+    return Comparison(before, after, str(directory), config.eval_prompts, config.gold_names)
 
 
 def rubric_scores(evaluation: Evaluation) -> list[float]:
@@ -69,7 +79,7 @@ def rubric_scores(evaluation: Evaluation) -> list[float]:
     ]
 
 
-def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
+def contests(comparison: Comparison, rubric: bool = False) -> dict[str, Scores]:
     """Everything that gave each answer a number: (scores before, scores after)."""
     before, after = comparison.before, comparison.after
     found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
@@ -82,9 +92,9 @@ def contests(comparison: Comparison, rubric: bool) -> dict[str, Scores]:
     return found
 
 
-def figures(comparison: Comparison, rubric: bool, verdicts: Verdicts | None) -> dict[str, Any]:
+def figures(comparison: Comparison, verdicts: Verdicts | None) -> dict[str, Any]:
     """All of it as JSON: the figures of each side, and who wins by what."""
-    wins = {name: _counts(*scores) for name, scores in contests(comparison, rubric).items()}
+    wins = {name: _counts(*scores) for name, scores in contests(comparison).items()}
     if verdicts:
         wins["judge"] = {
             **_counts(*_sides(verdicts)),
@@ -120,15 +130,13 @@ def _sides(verdicts: Verdicts) -> Scores:
     return [1 - o for o in verdicts.outcomes], verdicts.outcomes
 
 
-def show_comparison(
-    ui: Console, comparison: Comparison, rubric: bool, verdicts: Verdicts | None = None
-) -> None:
+def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | None = None) -> None:
     """The table, and some answers side by side."""
     before, after = comparison.before, comparison.after
-    label = {"rubric": "gold rubric (never trained on)"}
+    label = {name: f"gold judge: {name}" for name in comparison.judges}
     rows = [
         (label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", _wins(old, new))
-        for name, (old, new) in contests(comparison, rubric).items()
+        for name, (old, new) in contests(comparison).items()
     ]
     if verdicts:
         sides = _sides(verdicts)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from mlx_grpo.errors import InputError
 
+REPEATED = ("reward", "eval_reward", "log")
+"""Fields whose option may be given several times."""
 SinkName = Literal["tensorboard", "trackio", "wandb"]
 
 

@@ -110,7 +110,7 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
         if not train(config, ui, resume=is_run(run)):
             return False
     ui.say("3/3  compare with the SFT model on held-out prompts")
-    show_comparison(ui, compare_run(run, None, "", ui), rubric=False)
+    show_comparison(ui, compare_run(run, None, "", ui))
     adapter = next(run / name for name in ("best", "final") if (run / name).is_dir())
     ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
     generate = str(Path(sys.executable).with_name("mlx_lm.generate"))

@@ -22,7 +22,7 @@ def evaluation(rewards: list[float], **by_source: list[float]) -> Evaluation:
 
 def listed(before: Evaluation, after: Evaluation) -> dict[str, list[list[float]]]:
     comparison = Comparison(before, after, "best", "prompts.jsonl")
-    return {name: [list(s) for s in sides] for name, sides in contests(comparison, False).items()}
+    return {name: [list(s) for s in sides] for name, sides in contests(comparison).items()}
 
 
 def test_a_reward_that_is_the_only_one_is_listed_once() -> None:

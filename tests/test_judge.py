@@ -265,16 +265,18 @@ def test_eval_shows_and_writes_what_the_judge_said(
 ) -> None:
     stub = serve(lambda asked: "B" if "[Answer A]" in asked else "A")
     file = tmp_path / "figures.json"
-    flags = ("--judge", stub.url, "--json", str(file), "--rubric", "--limit", "2")
+    flags = ("--judge", stub.url, "--json", str(file), "--limit", "2")
+    flags += ("--eval-reward", "mlx_grpo.rubric:gold")
     assert evaluate(monkeypatch, run, *flags) == 0
     shown_text = capsys.readouterr()
     assert "judge (2 ties)" in shown_text.out
+    assert "gold judge: gold" in shown_text.out
     assert "50% (9% to 91%)" in shown_text.out
     assert KEY not in shown_text.out + shown_text.err + file.read_text()
     found = json.loads(file.read_text())
     assert found["prompts"]["count"] == 2
     assert found["adapter"] in (f"{run}/best", f"{run}/final")
-    assert set(found["wins"]) == {"reward", "rubric", "judge"}
+    assert set(found["wins"]) == {"reward", "gold", "judge"}
     judged = found["wins"]["judge"]
     assert (judged["wins"], judged["ties"], judged["losses"]) == (0, 2, 0)
     assert (judged["disagreements"], judged["unreadable"]) == (2, 0)

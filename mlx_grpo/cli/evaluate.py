@@ -18,9 +18,13 @@ def evaluate(
     ] = None,
     limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
-    rubric: Annotated[
-        bool, typer.Option("--rubric", help="Also judge by the rubric of the demo.")
-    ] = False,
+    eval_reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Function to measure by beside those of the run, module:function or "
+            "file.py:function; may be given several times."
+        ),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +53,7 @@ def evaluate(
     asked = Judge(judge, judge_model, key) if judge else None
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
-    comparison = compare_run(run, prompts, adapter, ui, limit)
+    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or ())
     verdicts = None
     try:
         if asked:
@@ -57,6 +61,6 @@ def evaluate(
                 before, after = comparison.before.groups, comparison.after.groups
                 verdicts = compare_answers(asked, before, after, ui.progress)
     finally:  # a judge that fails takes nothing else with it
-        show_comparison(ui, comparison, rubric, verdicts)
+        show_comparison(ui, comparison, verdicts)
         if json_file:
-            write_json(json_file, figures(comparison, rubric, verdicts))
+            write_json(json_file, figures(comparison, verdicts))

@@ -4,6 +4,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -12,6 +13,12 @@ from mlx_grpo.config import flag_of
 from mlx_grpo.config_sources import field_help, field_types
 
 T = TypeVar("T")
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="TOML file with any of these settings, e.g. batch_size = 8.")
+]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as key=value; wins over --config.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
 

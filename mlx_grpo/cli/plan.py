@@ -1,24 +1,21 @@
 """`mlx-grpo plan`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlx_grpo.cli.options import Quiet, with_flags
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
+from mlx_grpo.config import REPEATED, TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 from mlx_grpo.devices import MACS, THIS, check_name
 
 
-@with_flags(TrainConfig, repeated=("reward", "eval_reward"))
+@with_flags(TrainConfig, repeated=REPEATED)
 def plan(
     flags: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any of the fields below.")
-    ] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
+    config: ConfigFile = None,
+    set: Assignments = None,
     device: Annotated[
         str,
         typer.Option(
@@ -28,10 +25,9 @@ def plan(
     ] = THIS,
     quiet: Quiet = False,
 ) -> None:
-    """Memory and time of a training run before it starts: each stage's peak, what fits the limit,
-    and an estimate of the seconds.
+    """Estimate memory and time of a training run before it starts.
 
-    Takes the flags of train and reads no weights.
+    Takes the flags of train and reads no weights: each stage's peak, what fits the limit, seconds.
     """
     from mlx_grpo.planned import check_fits, plan_run, show, show_time
 

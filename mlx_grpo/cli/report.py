@@ -17,8 +17,7 @@ def report(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write one self-contained HTML page: figures, curves, warnings, answers; several runs: mean
-    and spread."""
+    """Write one HTML page: figures, curves, warnings, answers; mean and spread of several runs."""
     from mlx_grpo.report import write_report
 
     Console(quiet).say(f"written to {write_report(runs, output)}")

@@ -1,24 +1,21 @@
 """`mlx-grpo train`."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlx_grpo.cli.options import Quiet, with_flags
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
+from mlx_grpo.config import REPEATED, TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 
 
-@with_flags(TrainConfig, repeated=("seed", "reward", "eval_reward", "log"))
+@with_flags(TrainConfig, repeated=("seed", *REPEATED))
 def train(
     flags: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file with any of the fields below.")
-    ] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="Any field as key=value.")] = None,
+    config: ConfigFile = None,
+    set: Assignments = None,
     resume: Annotated[
         bool,
         typer.Option(

@@ -19,7 +19,4 @@ def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     with ui.working("training the reward model"):
         quality = train_rm(config, ui.say)
     show_quality(ui, quality)
-    ui.say(
-        f"written to {config.output}; use it with 'mlx-grpo convert --rm {config.output}' or "
-        "'mlx-grpo train --rm-model'"
-    )
+    ui.say(f"written to {config.output}; use it with: mlx-grpo train --rm-model {config.output}")

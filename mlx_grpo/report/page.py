@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from mlx_grpo.config import TrainConfig, flag_of
+from mlx_grpo.config import REPEATED, TrainConfig, flag_of
 from mlx_grpo.config_sources import field_help
 from mlx_grpo.console import duration
 from mlx_grpo.evaluate import WinRate
@@ -22,8 +22,6 @@ from mlx_grpo.report.record import Record, gold_names
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
-REPEATED = ("reward", "eval_reward", "log")
-"""Options that are given once per value."""
 
 
 @dataclass(frozen=True)
