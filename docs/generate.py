@@ -19,6 +19,10 @@ PAGES = Path(__file__).parent / "commands"
 MARKER = "<!-- below: written by docs/generate.py -->\n"
 
 
+SHARED = {"plan": "train"}
+"""Commands that take the options of another one, which stand on its page only."""
+
+
 def commands() -> dict[str, Any]:
     """The program's commands by name."""
     group: Any = typer.main.get_command(app)
@@ -28,13 +32,16 @@ def commands() -> dict[str, Any]:
 def page(name: str, command: Any, now: str) -> str:
     """The page of a command, given what the file holds now."""
     by_hand = now.split(MARKER)[0] if MARKER in now else f"# mlx-grpo {name}\n\n{command.help}\n\n"
-    return f"{by_hand}{MARKER}{flags(command)}"
+    return f"{by_hand}{MARKER}{flags(name, command)}"
 
 
-def flags(command: Any) -> str:
+def flags(name: str, command: Any) -> str:
     """Arguments and options as a table."""
-    rows = [_row(p) for p in command.params if p.name != "help"]
-    return "\n".join(["## Flags", "", "| | default | |", "|---|---|---|", *rows]) + "\n"
+    other = SHARED.get(name)
+    known = [_row(p) for p in commands()[other].params] if other else []
+    rows = [row for p in command.params if p.name != "help" and (row := _row(p)) not in known]
+    head = ["## Flags", "", *([f"Those of [{other}]({other}.md#flags), and:", ""] if other else [])]
+    return "\n".join([*head, "| | default | |", "|---|---|---|", *rows]) + "\n"
 
 
 def _row(parameter: Any) -> str:

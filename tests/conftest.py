@@ -258,7 +258,7 @@ def convert_damaged(
         role, place = ("rm" if kind.startswith("rm") else "sft"), source
         if kind == "gguf":
             place = source / "m.gguf"
-        flags = ["--no-verify", "--group-size", "32", "--out", str(tmp_path / "w")]
+        flags = ["--no-verify", "--group-size", "32", "--output", str(tmp_path / "w")]
         monkeypatch.setattr(sys, "argv", ["mlx-grpo", "convert", f"--{role}", str(place), *flags])
         capsys.readouterr()
         code = main()

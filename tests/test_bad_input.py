@@ -23,7 +23,7 @@ TRAIN = (
     *("--eval-prompts", "{held_out}", "--output", "runs/one", "--num-iterations", "2"),
     *("--batch-size", "2", "--K", "2", "--max-completion-length", "4", "--lora-rank", "2"),
 )
-CONVERT = ("convert", "--no-verify", "--group-size", "32", "--out", "weights")
+CONVERT = ("convert", "--no-verify", "--group-size", "32", "--output", "weights")
 TRAIN_RM = ("train-rm", "--model", "{sft}", "--output", "weights/rm", "--pairs")
 
 

@@ -165,7 +165,7 @@ def convert(hub: Hub, where: Path, *arguments: str, offline: bool = False) -> tu
 def test_only_needed_files_of_one_revision_are_fetched_and_then_kept(
     hub: Hub, tmp_path: Path
 ) -> None:
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--out", "one")
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "one")
     assert code == 0, err
     needed = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     assert hub.fetched() == needed | {"tokenizer_config.json"}
@@ -173,11 +173,13 @@ def test_only_needed_files_of_one_revision_are_fetched_and_then_kept(
     assert f"| source | `owner/name`, revision `{COMMIT}` |" in card
     assert "| licence | mit |" in card
     hub.requests.clear()
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--out", "two", offline=True)
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "two", offline=True)
     assert code == 0, err
     assert not hub.requests
     assert COMMIT in (tmp_path / "two" / "sft-4bit" / "README.md").read_text()
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--revision", "old", "--out", "old")
+    code, err = convert(
+        hub, tmp_path, "--sft", "owner/name", "--revision", "old", "--output", "old"
+    )
     assert code == 0, err
     assert f"revision `{OTHER}`" in (tmp_path / "old" / "sft-4bit" / "README.md").read_text()
     files = [tmp_path / d / "sft-4bit" / "model.safetensors" for d in ("one", "two", "old")]
@@ -187,13 +189,13 @@ def test_only_needed_files_of_one_revision_are_fetched_and_then_kept(
 
 def test_what_was_fetched_before_a_failure_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
     hub.failing = "model.safetensors"
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--out", "w")
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "w")
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert "owner/name" in err and not (tmp_path / "w").exists()
     before = hub.fetched()
     hub.requests.clear()
     hub.failing, hub.cut_once = "", "model.safetensors"  # breaks off once, and is tried again
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--out", "w")
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "w")
     assert code == 0, err
     assert len(before) > 1 and hub.fetched() & before <= {"model.safetensors"}
 
@@ -213,14 +215,14 @@ def test_what_was_fetched_before_a_failure_is_not_fetched_again(hub: Hub, tmp_pa
 def test_what_the_hub_refuses_is_told_in_one_line(
     arguments: tuple[str, ...], complaint: str, hub: Hub, tmp_path: Path
 ) -> None:
-    code, err = convert(hub, tmp_path, *arguments, "--out", "w")
+    code, err = convert(hub, tmp_path, *arguments, "--output", "w")
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert re.match(rf"error: {complaint}", err), err
     assert not (tmp_path / "w").exists()
 
 
 def test_without_network_or_cache_the_command_says_so(hub: Hub, tmp_path: Path) -> None:
-    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--out", "w", offline=True)
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "w", offline=True)
     assert (code, len(err.strip().splitlines())) == (2, 1), err
     assert re.match(r"error: owner/name: no such directory, and the Hub cannot be reached \(", err)
     assert not (tmp_path / "w").exists()

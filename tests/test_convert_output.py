@@ -30,7 +30,7 @@ def command(
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
-        flags = ["--group-size", "32", "--out", "w", *arguments]
+        flags = ["--group-size", "32", "--output", "w", *arguments]
         monkeypatch.setattr(sys, "argv", ["mlx-grpo", "convert", *flags])
         capsys.readouterr()
         return main(), *capsys.readouterr()

@@ -177,7 +177,14 @@ def test_a_template_that_refuses_a_system_message_is_named_in_one_line(
         reward_model.score(group(messages=messages))
     row = {"messages": messages, "chosen": "yes", "rejected": "no"}
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [row, row])
-    arguments = ["--rm", str(tmp_path / "rm"), "--out", str(tmp_path / "w"), "--pairs", str(pairs)]
+    arguments = [
+        "--rm",
+        str(tmp_path / "rm"),
+        "--output",
+        str(tmp_path / "w"),
+        "--pairs",
+        str(pairs),
+    ]
     monkeypatch.setattr(sys, "argv", ["mlx-grpo", "convert", "--group-size", "32", *arguments])
     capsys.readouterr()
     assert main() == 2

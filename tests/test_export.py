@@ -39,7 +39,7 @@ def difference(a: mx.array, b: mx.array) -> float:
 
 
 def export(run: Path, form: Any, out: Path, **options: Any) -> Path:
-    return export_run(Export(run, form, out=out, **options)).directory
+    return export_run(Export(run, form, output=out, **options)).directory
 
 
 def test_the_adapter_is_what_mlx_lm_loads(run: Path, tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_sixteen_bits_keep_the_adapters_work_and_four_bits_say_what_they_lost(
     run: Path, tmp_path: Path
 ) -> None:
     adapted = logits(run.parent / "sft-4bit", run / "best")
-    wide = export_run(Export(run, "dequantized", out=tmp_path / "wide"))
-    packed = export_run(Export(run, "fused", out=tmp_path / "packed"))
+    wide = export_run(Export(run, "dequantized", output=tmp_path / "wide"))
+    packed = export_run(Export(run, "fused", output=tmp_path / "packed"))
     near, far = (difference(logits(e.directory), adapted) for e in (wide, packed))
     assert near < 0.1 < far
     assert wide.cost and packed.cost and wide.cost.fused < packed.cost.fused / 10
@@ -113,7 +113,7 @@ REFUSED = {
     "a private nothing": (("--private",), "--private: needs --push"),
     "another adapter": (("--adapter", "last"), "must be best or final"),
     "no texts": (("--fuse", "--texts", "none.jsonl"), "none.jsonl: no such file; give --texts"),
-    "an existing directory": (("--out", "."), "already exists; replace it with --force"),
+    "an existing directory": (("--output", "."), "already exists; replace it with --force"),
     "no name of a repository": (("--push", "a/b/c"), "not a repository's name"),
 }
 

@@ -130,7 +130,7 @@ def push(hub: Hub, run: Path, where: Path, *flags: str, token: str = "") -> tupl
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mlx_grpo", "export", str(run), "--push", "owner/name"),
-            *("--out", str(where / "out"), *flags),
+            *("--output", str(where / "out"), *flags),
         ],
         env=environment,
         capture_output=True,

@@ -42,7 +42,7 @@ def test_generate_speaks_with_the_adapter_and_with_the_fused_model(
     sft = finished_run.parent / "sft-4bit"
     adapted = answer(sft, "--adapter-path", finished_run / "best")
     assert adapted.strip() and adapted != answer(sft)
-    out = export_run(Export(finished_run, "dequantized", out=tmp_path / "wide", verify=False))
+    out = export_run(Export(finished_run, "dequantized", output=tmp_path / "wide", verify=False))
     assert answer(out.directory) == adapted
 
 
@@ -92,7 +92,7 @@ def ask(address: str) -> dict[str, Any]:
 def test_server_answers_with_the_adapter(form: str, finished_run: Path, tmp_path: Path) -> None:
     sft, adapter = finished_run.parent / "sft-4bit", finished_run / "best"
     if form == "export":
-        adapter = export_run(Export(finished_run, "adapter", out=tmp_path / "a")).directory
+        adapter = export_run(Export(finished_run, "adapter", output=tmp_path / "a")).directory
     with serving("--model", sft, "--adapter-path", adapter) as address:
         reply = ask(address)
     text = reply["choices"][0]["message"]["content"]

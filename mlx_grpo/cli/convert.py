@@ -17,7 +17,7 @@ def convert(
     rm: Annotated[
         str | None, typer.Option(help="Reward model: directory or Hub id, full or an adapter.")
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path, typer.Option(help="Directory that gets sft-4bit/ and rm-4bit/ (or -8bit, -16bit).")
     ] = Path("weights"),
     revision: Annotated[str | None, typer.Option(help="Hub revision of --sft.")] = None,
@@ -77,7 +77,7 @@ def convert(
                 )
             check_file(file)
     ui, target = Console(quiet), Quantization(bits, group_size)
-    sft_out, rm_out = out / f"sft-{bits}bit", out / f"rm-{bits}bit"
+    sft_out, rm_out = output / f"sft-{bits}bit", output / f"rm-{bits}bit"
     sft_source = locate(sft, revision) if sft else None
     rm_source = locate(rm, rm_revision) if rm else None
     outs = [out for given, out in ((sft, sft_out), (rm, rm_out)) if given and not force]

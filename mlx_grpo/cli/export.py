@@ -20,7 +20,7 @@ def export(
     ] = False,
     peft: Annotated[bool, typer.Option("--peft", help="An adapter for Hugging Face PEFT.")] = False,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
-    out: Annotated[
+    output: Annotated[
         Path | None, typer.Option(help="Directory to write (default: RUN/export/FORM).")
     ] = None,
     base: Annotated[
@@ -64,7 +64,7 @@ def export(
         check_push(push)
     ui = Console(quiet)
     with ui.working("exporting"):
-        wanted = Export(run, form, adapter, out, base, texts, verify, report, force)
+        wanted = Export(run, form, adapter, output, base, texts, verify, report, force)
         done = export_run(wanted)
     ui.say(f"{done.adapter} -> {done.directory}")
     if done.cost:

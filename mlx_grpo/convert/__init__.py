@@ -185,7 +185,7 @@ def check_sources(
     """
     for out in outs:
         if out.exists():
-            raise InputError(f"{out}: already exists; replace it with --force, or choose --out")
+            raise InputError(f"{out}: already exists; replace it with --force, or choose --output")
     if sft:
         with _opened(sft, bases[0]) as opened:
             _check_role(opened, wants_head=False)

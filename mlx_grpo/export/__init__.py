@@ -30,7 +30,7 @@ class Export:
     form: Form
     adapter: str = ""
     """`best`, `final`, or "" for best if there."""
-    out: Path | None = None
+    output: Path | None = None
     """None for RUN/export/FORM."""
     base: str | None = None
     """Hub id or path of the transformers model that a PEFT adapter belongs to; None for what the
@@ -70,9 +70,9 @@ def export_run(export: Export) -> Exported:
     verify_manifest(sft)
     measured = _texts(export, config)
     base = export.base or declared_base(sft)
-    out = export.out or export.run / "export" / export.form
+    out = export.output or export.run / "export" / export.form
     if out.exists() and not export.replace:
-        raise InputError(f"{out}: already exists; replace it with --force, or choose --out")
+        raise InputError(f"{out}: already exists; replace it with --force, or choose --output")
     with atomic_directory(out, replace=export.replace) as directory:
         _write(export.form, directory, adapter, sft, base)
         cost = fused_cost(sft, adapter, directory, measured) if measured else None
