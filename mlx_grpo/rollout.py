@@ -23,6 +23,8 @@ from mlx_grpo.types import Completion, FinishReason, Group, Prompt
 SAMPLER_BLOCK = 256
 PREFILL_TOKENS = 512
 """Of a prompt at a time."""
+GROW_TOKENS = 64
+"""Of the caches at a time, at most."""
 # Finished rows are dropped once they are an eighth: copying the cache costs a fraction of a step.
 COMPACT_BELOW = 0.875
 
@@ -156,9 +158,11 @@ def _prefill(
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)
     batch = []
+    # grown a few times, to what this rollout can need: most of that may never be touched
+    step = -(-sampling.max_tokens // -(-sampling.max_tokens // GROW_TOKENS))
     for layer in zip(*per_prompt, strict=True):
         cache = type(layer[0]).merge([c for c in layer for _ in range(sampling.k)])
-        cache.step = sampling.max_tokens  # grow once, by what this rollout can need
+        cache.step = step
         batch.append(cache)
     return batch
 

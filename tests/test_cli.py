@@ -1,5 +1,7 @@
 """The command line: several seeds, resuming with a run's own settings, help and version."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,18 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def steps(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").glob("step-*"))
+
+
+def test_a_command_that_loads_models_leaves_pytorch_alone(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_grpo", "train", "--dry-run", *flags],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_several_seeds_run_one_after_the_other(

@@ -115,6 +115,14 @@ def test_weights_in_packed_form_are_sampled_from_as_they_are(directory: Path) ->
         assert model is backbone.model  # no LoRA
 
 
+def test_a_fresh_lora_is_sampled_from_without_merging_it(packed: Backbone) -> None:
+    (packed.path / "model.safetensors").unlink()  # not even read
+    actor = add_lora(packed.model, rank=4, scale=2.0, seed=0)
+    with sampler(packed, actor) as model:
+        assert mx.array_equal(model(TOKENS), actor(TOKENS))
+        assert not lora_modules(model)
+
+
 def test_only_layers_that_were_quantized_are_merged(packed: Backbone) -> None:
     stored = packed.packed()
     first = stored.layers[0].self_attn

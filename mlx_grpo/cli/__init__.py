@@ -6,6 +6,7 @@ import typer
 
 from mlx_grpo import __version__
 from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
+from mlx_grpo.cli.options import with_models
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 
@@ -15,14 +16,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("convert")(convert.convert)
-app.command("plan")(plan.plan)
-app.command("train")(train.train)
-app.command("train-rm")(train_rm.train_reward_model)
-app.command("eval")(evaluate.evaluate)
+app.command("demo")(with_models(demo.demo))
+app.command("convert")(with_models(convert.convert))
+app.command("plan")(with_models(plan.plan))
+app.command("train")(with_models(train.train))
+app.command("train-rm")(with_models(train_rm.train_reward_model))
+app.command("eval")(with_models(evaluate.evaluate))
 app.command("report")(report.report)
-app.command("export")(export.export)
+app.command("export")(with_models(export.export))
 app.command("doctor")(doctor.doctor)
 
 UsageError: Any = typer.BadParameter.__mro__[

@@ -1,6 +1,8 @@
 """What commands share: an option per field of a configuration class, and --quiet."""
 
+import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -20,6 +22,27 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting as key=value; wins over --config.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+
+def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that loads models, and transformers without PyTorch.
+
+    mlx-lm imports transformers for its tokenizers, and that PyTorch where it is installed: half of
+    a start, for nothing. It looks for it once, so PyTorch is out of sight for that moment only, and
+    only in a process that is ours from the beginning.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **named: Any) -> Any:
+        if not {"torch", "transformers"} & sys.modules.keys():
+            sys.modules["torch"] = None  # type: ignore[assignment]
+            try:
+                import mlx_lm  # noqa: F401
+            finally:
+                del sys.modules["torch"]
+        return command(*args, **named)
+
+    return run
 
 
 def with_flags(

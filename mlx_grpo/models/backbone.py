@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,11 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
     stamps = _stamps(path)
     # the configuration that comes back has the stop tokens of generation_config.json
     model, config = _load_lazily(path, read_json(path / "config.json"))
-    tokenizer = load_chat_tokenizer(path, config.get("eos_token_id"))
     policy = policy or choose_policy(parameter_count(path))
-    apply_policy(model, policy)
+    with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
+        reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"))
+        apply_policy(model, policy)
+        tokenizer = reading.result()
     model.freeze()
     model.eval()
     return Backbone(path, model, tokenizer, config, policy, stamps)

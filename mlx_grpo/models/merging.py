@@ -25,11 +25,14 @@ def sampler(backbone: Backbone, policy: nn.Module) -> Iterator[nn.Module]:
     Raises:
         InputError: the files of the backbone have changed; nothing else has then.
     """
-    if not (backbone.policy.merge_lora and lora_modules(policy)):
+    layers = lora_modules(policy)
+    if not (backbone.policy.merge_lora and layers):
         yield policy
-        return
-    with merged(policy, backbone.packed()) as model:
-        yield model
+    elif not any(mx.any(layer.lora_b).item() for _, layer in layers):
+        yield backbone.model  # a LoRA that has not been trained adds nothing
+    else:
+        with merged(policy, backbone.packed()) as model:
+            yield model
 
 
 @contextmanager
