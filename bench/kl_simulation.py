@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     seeds = parser.parse_args().seeds
     rows = []
-    for iterations, rate in ((30, 0.01), (90, 0.004), (300, 0.002), (800, 0.002)):
+    for iterations, rate in ((30, 0.01), (45, 0.03), (90, 0.004), (300, 0.002), (800, 0.002)):
         for actuator in ("decay", "reward", "lr", "none"):
             halves = np.array(
                 [

@@ -4,8 +4,8 @@ Actuators:
 - `decay`: after the update the adapter is scaled by exp(-d), as decoupled weight decay towards the
   reference (Loshchilov & Hutter 2017, arXiv:1711.05101, with a rate that is controlled):
       e = kl / target - 1
-      d = clip(s + gain * 0.25 * e, 0, 0.5)
-      s <- clip(s + gain * 0.15 * e, 0, 0.5), but not upwards where d is at its bound
+      d = clip(s + gain * 0.25 * e, 0, 1)
+      s <- clip(s + gain * 0.15 * e, 0, 1), but not upwards where d is at its bound
   A small adapter's KL grows with the square of its scale, so d acts at once and with a strength
   that is known; the sum s learns what each iteration's updates add. The error is not taken in
   logarithms: a batch's KL is noisy, and it is its mean that is to be on target.
@@ -25,7 +25,8 @@ from typing import Literal
 ERROR_CLIP = 0.2
 DECAY_NOW = 0.25
 DECAY_SUM = 0.15
-DECAY_MAX = 0.5
+DECAY_MAX = 1.0
+"""Above what holds a policy whose updates double its KL of 0.01 in an iteration (about 0.4)."""
 LR_FACTOR = 1.5
 
 Schedule = Literal["phased", "constant", "linear"]

@@ -119,11 +119,11 @@ def test_decay_acts_at_once_and_learns_what_stays() -> None:
 
 
 def test_a_jump_is_not_remembered() -> None:
-    assert decays(10.0, 1.0) == [0.5, 0.0]
+    assert decays(10.0, 1.0) == [1.0, 0.0]
 
 
-def test_decay_is_at_most_a_half_and_never_grows_the_adapter() -> None:
-    assert decays(99.0, 0.1, 0.1) == [0.5, 0.0, 0.0]
+def test_decay_is_at_most_one_and_never_grows_the_adapter() -> None:
+    assert decays(99.0, 0.1, 0.1) == [1.0, 0.0, 0.0]
     assert decays(0.0) == [0.0]
 
 

@@ -21,6 +21,11 @@ def test_decay_settles_within_a_fifth_of_every_target(seed: int) -> None:
     )
 
 
+def test_decay_holds_a_policy_that_learns_fast() -> None:
+    halves = [second_halves(simulate(Toy(seed), "decay", 45, 0.03)) for seed in range(8)]
+    assert np.mean(halves, axis=0) == pytest.approx([1, 1, 1], rel=0.2)
+
+
 def test_without_control_the_kl_leaves_every_target() -> None:
     assert min(second_halves(simulate(Toy(0), "none", ITERATIONS, RATE))) > 1.3
 
