@@ -18,9 +18,8 @@ import argparse
 import json
 import math
 import tempfile
-import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,17 @@ from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.scoring import Shaping, rate, score_under
 from mlx_grpo.types import Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer, reused_groups, update
+
+EARLY = 20
+"""The iteration whose peak the last one's is compared with."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a stage."""
+
+    bytes: int
+    seconds: float
 
 
 class NoTokenizer:
@@ -133,8 +143,8 @@ def judge_of(
     return StreamedRewardModel(place, policy, sizes, STREAMED_HIDDEN, head_1D, None, None)
 
 
-def measure(args: argparse.Namespace, plan: Plan, place: Path) -> dict[str, dict[str, float]]:
-    """Peak bytes and seconds of each stage of the last iteration."""
+def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str, Figures]]:
+    """Peak and time of each stage of every iteration."""
     choice = plan.choice
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     model = loaded(args.shape, args.depth, choice.dense)
@@ -146,13 +156,20 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> dict[str, dict
     write_model(stored, args.shape, args.depth)
     optimizer = new_optimizer(1e-6, 0.0)
     mx.clear_cache()
+    found = []
     for iteration in range(args.iterations):
         clock = Clock()
         before = {**lora_parameters(actor.model)}, dict(tree_flatten(optimizer.state))
         one(args, plan, iteration, actor, reference, judge, optimizer, clock, stored)
         del before
         mx.clear_cache()
-    return {n: {"bytes": clock.peaks[n], "seconds": clock.seconds[n]} for n in clock.peaks}
+        found.append({n: Figures(clock.peaks[n], clock.seconds[n]) for n in clock.peaks})
+    return found
+
+
+def peak(stages: dict[str, Figures]) -> int:
+    """Bytes of an iteration."""
+    return max(f.bytes for f in stages.values())
 
 
 def sampling_form(plan: Plan, actor: nn.Module, stored: Path) -> AbstractContextManager[nn.Module]:
@@ -237,21 +254,11 @@ def main() -> None:
         f"{args.prompt} + {args.completion} tokens, limit {args.limit or 'none'}: rows "
         f"{c.decode_rows}, {c.sizes}{', reward model read anew' if c.swap else ''}"
     )
-    found: dict[str, dict[str, float]] = {}
-    start = time.perf_counter()
+    found: list[dict[str, Figures]] = []
     if not args.plan_only:
         with tempfile.TemporaryDirectory() as place:
             found = measure(args, plan, Path(place))
-    for name, size in plan.stages.items():
-        got = found.get(name, {}).get("bytes", 0)
-        compared = f"{got / 1e9:8.3f} measured {size / got - 1:+7.1%}" if got else ""
-        print(f"{name:8} {size / 1e9:8.3f} GB planned {compared}", flush=True)
-    measured = max((f["bytes"] for f in found.values()), default=0)
-    if measured:
-        print(
-            f"{'peak':8} {plan.peak / 1e9:8.3f} GB planned {measured / 1e9:8.3f} measured "
-            f"{plan.peak / measured - 1:+7.1%}  ({time.perf_counter() - start:.0f} s)"
-        )
+    show(plan, found)
     if args.json:
         flags = {k: v for k, v in vars(args).items() if k not in ("json", "plan_only")}
         line = {
@@ -259,12 +266,38 @@ def main() -> None:
             "device": device_name(),
             "choice": asdict(c),
             "fits": plan.fits,
-            "weights": plan.weights,
+            "weight_bytes": plan.weights,
             "planned": plan.stages,
-            "measured": found,
+            "measured": {n: asdict(f) for n, f in found[-1].items()} if found else {},
+            "peaks": list(map(peak, found)),
         }
         with args.json.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def show(plan: Plan, found: list[dict[str, Figures]]) -> None:
+    """The last iteration beside the plan, and whether the peak has grown."""
+    last = found[-1] if found else {}
+    for name, size in plan.stages.items():
+        got = last.get(name)
+        compared = (
+            f"{got.bytes / 1e9:8.3f} measured {size / got.bytes - 1:+7.1%} {got.seconds:8.1f} s"
+            if got
+            else ""
+        )
+        print(f"{name:8} {size / 1e9:8.3f} GB planned {compared}")
+    if last:
+        size, got_bytes = plan.peak, peak(last)
+        print(
+            f"{'peak':8} {size / 1e9:8.3f} GB planned {got_bytes / 1e9:8.3f} measured "
+            f"{size / got_bytes - 1:+7.1%}"
+        )
+    if len(found) > EARLY:
+        early = peak(found[EARLY - 1])
+        print(
+            f"iteration {EARLY}: {early:,} bytes, iteration {len(found)}: {peak(last):,} bytes "
+            f"({peak(last) / early - 1:+.2%})"
+        )
 
 
 if __name__ == "__main__":

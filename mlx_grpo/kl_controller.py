@@ -3,12 +3,14 @@
 Actuators:
 - `decay`: after the update the adapter is scaled by exp(-d), as decoupled weight decay towards the
   reference (Loshchilov & Hutter 2017, arXiv:1711.05101, with a rate that is controlled):
-      e = kl / target - 1
-      d = clip(s + gain * 0.25 * e, 0, 1)
-      s <- clip(s + gain * 0.15 * e, 0, 1), but not upwards where d is at its bound
+      d = clip(s + gain * 0.25 * (kl / target - 1), 0, 1)
+      s <- clip(s + gain * 0.15 * (kl / aimed - 1), 0, 1), but not upwards where d is at its bound
   A small adapter's KL grows with the square of its scale, so d acts at once and with a strength
-  that is known; the sum s learns what each iteration's updates add. The error is not taken in
-  logarithms: a batch's KL is noisy, and it is its mean that is to be on target.
+  that is known; the sum s learns what each iteration's updates add. `aimed` is the target of the
+  iteration before, which this KL was steered to. Where the target changes s is multiplied by
+  sqrt(aimed / target): an update of the same length is so much larger a part of the smaller
+  adapter. The error is not taken in logarithms: a batch's KL is noisy, and it is its mean that is
+  to be on target.
 - `reward`: the shaped reward is z_i - beta * kl_i, and beta follows the measured KL (Ziegler et al.
   2019, arXiv:1909.08593, section 2.2):
       e = clip(kl / target - 1, -0.2, 0.2)
@@ -76,20 +78,17 @@ class KLController:
     decay: float = 0.0
     """What the adapter is to be scaled down by, as exp(-decay)."""
     decay_sum: float = 0.0
+    aimed: float = 0.0
+    """The target that `decay` was set for; 0 before the first step."""
 
     def step(self, kl: float, target: float) -> "KLController":
         """The controller after an iteration whose mean KL (k3, nats per token) was `kl`."""
         if not math.isfinite(kl):
             return self
         if self.actuator == "decay":
-            error = kl / target - 1
-            decay = _bounded(self.decay_sum + self.gain * DECAY_NOW * error)
-            decay_sum = _bounded(self.decay_sum + self.gain * DECAY_SUM * error)
-            if decay == DECAY_MAX:  # a jump is answered by d alone, s would overshoot
-                decay_sum = min(decay_sum, self.decay_sum)
-            return replace(self, decay=decay, decay_sum=decay_sum)
-        if self.decay or self.decay_sum:  # of a run that was resumed with another actuator
-            self = replace(self, decay=0.0, decay_sum=0.0)
+            return self._decayed(kl, target)
+        if self.aimed:  # of a run that was resumed with another actuator
+            self = replace(self, decay=0.0, decay_sum=0.0, aimed=0.0)
         if self.actuator == "reward":
             error = min(max(kl / target - 1, -ERROR_CLIP), ERROR_CLIP)
             beta = min(max(self.beta * (1 + self.gain * error), self.beta_min), self.beta_max)
@@ -101,6 +100,15 @@ class KLController:
             )
             return replace(self, learning_rate=rate)
         return self
+
+    def _decayed(self, kl: float, target: float) -> "KLController":
+        aimed = self.aimed or target
+        before = _bounded(self.decay_sum * math.sqrt(aimed / target))
+        decay = _bounded(before + self.gain * DECAY_NOW * (kl / target - 1))
+        after = _bounded(before + self.gain * DECAY_SUM * (kl / aimed - 1))
+        if decay == DECAY_MAX:  # a jump is answered by d alone, s would overshoot
+            after = min(before, after)
+        return replace(self, decay=decay, decay_sum=after, aimed=target)
 
     @property
     def penalty(self) -> float:

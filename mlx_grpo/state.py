@@ -43,6 +43,7 @@ class RunState:
             "learning_rate": self.controller.learning_rate,
             "decay": self.controller.decay,
             "decay_sum": self.controller.decay_sum,
+            "decay_aimed": self.controller.aimed,
             "normalizer": {"mean": self.normalizer.mean, "std": self.normalizer.std},
             "best": {
                 "step": self.best.step,
@@ -63,6 +64,7 @@ class RunState:
                 learning_rate=saved["learning_rate"],
                 decay=saved.get("decay", 0.0),  # states from before there was one
                 decay_sum=saved.get("decay_sum", 0.0),
+                aimed=saved.get("decay_aimed", 0.0),
             ),
             normalizer=replace(self.normalizer, **saved["normalizer"]),
             best=Best() if best["step"] is None else Best(best["step"], best["perplexity"]),

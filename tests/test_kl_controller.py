@@ -127,6 +127,13 @@ def test_decay_is_at_most_one_and_never_grows_the_adapter() -> None:
     assert decays(0.0) == [0.0]
 
 
+def test_a_new_target_is_no_error_of_the_old_decay() -> None:
+    steady = replace(controller("decay"), decay_sum=0.1, aimed=0.04)
+    after = steady.step(0.04, 0.01)  # on the target it was steered to, which is now a fourth
+    assert after.decay_sum == pytest.approx(0.1 * 2)
+    assert after.decay == pytest.approx(0.1 * 2 + 0.25 * 3)
+
+
 def test_the_gain_scales_the_decay() -> None:
     assert replace(controller("decay"), gain=0.5).step(0.024, 0.02).decay == pytest.approx(0.025)
 
@@ -148,5 +155,5 @@ def test_a_kl_that_is_not_finite_moves_nothing(actuator: Actuator, kl: float) ->
 
 @pytest.mark.parametrize("actuator", ["reward", "lr", "none"])
 def test_a_run_that_goes_on_with_another_actuator_decays_no_more(actuator: Actuator) -> None:
-    left = replace(controller(actuator), decay=0.1, decay_sum=0.1).step(0.05, 0.05)
-    assert (left.decay, left.decay_sum) == (0.0, 0.0)
+    left = replace(controller(actuator), decay=0.1, decay_sum=0.1, aimed=0.1).step(0.05, 0.05)
+    assert (left.decay, left.decay_sum, left.aimed) == (0.0, 0.0, 0.0)
