@@ -6,6 +6,7 @@ told of once and left out: metrics.jsonl has everything.
 
 import importlib
 import importlib.util
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 
 from mlx_grpo.config import SinkName, TrainConfig
 from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.files import write_text
 
 MODULES: dict[SinkName, str] = {
     "tensorboard": "tensorboardX",
@@ -21,6 +23,7 @@ MODULES: dict[SinkName, str] = {
     "wandb": "wandb",
 }
 PROJECT = "mlx-grpo"
+TITLE = "tracker.txt"
 
 Sink = Callable[[dict[str, Any]], None]
 """Given a row of metrics.jsonl."""
@@ -92,7 +95,7 @@ def _tensorboard(name: SinkName, config: TrainConfig, run: Path, step: int) -> O
 def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
     """Trackio and Weights & Biases, which share their interface."""
     library = importlib.import_module(MODULES[name])
-    title = "-".join(run.resolve().parts[-2:])
+    title = _title(run, begins=not step)
     identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name
     library.init(project=PROJECT, name=title, config=asdict(config), resume="allow", **identity)
 
@@ -102,3 +105,13 @@ def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opene
         library.log({**figures, "iteration": row["step"]})
 
     return write, library.finish
+
+
+def _title(run: Path, begins: bool) -> str:
+    """What trackers call a run. It is kept, so that a resumed run goes on under its name; it holds
+    the time, so that a new run in a directory of the same name does not."""
+    title = "-".join(run.resolve().parts[-2:])
+    if begins:
+        write_text(run / TITLE, f"{title}-{time.strftime('%Y%m%d-%H%M%S')}\n")
+    # runs of older versions have none
+    return (run / TITLE).read_text("utf-8").strip() if (run / TITLE).is_file() else title

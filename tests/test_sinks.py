@@ -1,5 +1,6 @@
 """Figures go where --log says, and no sink can end a run or spoil it."""
 
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -54,6 +55,23 @@ def test_a_tracker_gets_the_configuration_and_the_numbers(
     assert begun["config"]["seed"] == 7 and begun["resume"] == "allow"
     assert row == {"reward": 0.5, "policy/stopped_early": 0.0, "iteration": 1.0}
     assert last == "finish"
+
+
+def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, run = Tracker("wandb"), tmp_path / "runs" / "seed-7"
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    hours = iter(["1", "2"])
+    monkeypatch.setattr(sinks.time, "strftime", lambda _: next(hours))
+    for step in (0, 3):  # begun, resumed
+        run.mkdir(parents=True, exist_ok=True)
+        log_all(TrainConfig(log=("wandb",)), run, step)
+    shutil.rmtree(run)
+    run.mkdir()
+    log_all(TrainConfig(log=("wandb",)), run)
+    ids = [named["id"] for call, named in tracker.calls if call == "init"]
+    assert ids == ["runs-seed-7-1", "runs-seed-7-1", "runs-seed-7-2"]
 
 
 def test_tensorboard_gets_a_file_in_the_run(tmp_path: Path) -> None:
