@@ -33,6 +33,13 @@ class Finding:
     """The figures."""
     advice: str
     """What to try."""
+    judge: str = ""
+    """Which one, where there may be several."""
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """What stays the same from one evaluation to the next."""
+        return self.title, self.judge
 
 
 def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
@@ -56,8 +63,8 @@ def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
 def new_findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
     """Those that were not there at the evaluation before the last."""
     ends = [i for i, row in enumerate(rows) if "eval_reward" in row]
-    told = {f.title for f in findings(rows[: ends[-2] + 1], gold)} if len(ends) > 1 else set()
-    return [f for f in findings(rows, gold) if f.title not in told]
+    told = findings(rows[: ends[-2] + 1], gold) if len(ends) > 1 else []
+    return [f for f in findings(rows, gold) if f.about not in {t.about for t in told}]
 
 
 def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Finding]:
@@ -68,13 +75,14 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
     for key in gold:
         judged = _ends(evaluations, key)
         if judged and judged[1] < judged[0] - WORSE_GOLD * abs(judged[0]):
+            name = key.removeprefix("eval_rewards/").removesuffix("/mean")
             yield Finding(
                 "The reward rises while the gold judge falls",
-                f"{rose}, {key.removeprefix('eval_rewards/').removesuffix('/mean')} "
-                f"{judged[0]:.3f} -> {judged[1]:.3f}",
+                f"{rose}, {name} {judged[0]:.3f} -> {judged[1]:.3f}",
                 "The reward is being fooled: read the answers with the largest gain below. Use an "
                 "earlier checkpoint, lower --kl-targets, or mend the reward model (more pairs of "
                 "the kind it overrates; a custom --reward beside it).",
+                name,
             )
     perplexity = _ends(evaluations, "eval_perplexity")
     if perplexity and perplexity[1] > WORSE_PERPLEXITY * perplexity[0]:
@@ -150,10 +158,15 @@ def _kl(iterations: Sequence[Row]) -> Iterator[Finding]:
 
 def _no_best(evaluations: Sequence[Row]) -> Iterator[Finding]:
     if len(evaluations) > 1 and not any(r["eval_best"] for r in evaluations):
-        lowest = min(_values(evaluations[1:], "eval_kl"), default=float("nan"))
+        measured = _values(evaluations[1:], "eval_kl")
+        lowest = (
+            f"lowest held-out KL {min(measured):.4f} nats per token"
+            if measured
+            else "no KL was finite"
+        )
         yield Finding(
             "No evaluation has passed the KL gate",
-            f"lowest held-out KL {lowest:.4f} nats per token; there is no best/ adapter",
+            f"{lowest}; there is no best/ adapter",
             "best/ wants a held-out KL below the current target. Raise --kl-targets, or hold the "
             "policy closer with a lower --learning-rate or a higher --kl-gain.",
         )

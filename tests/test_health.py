@@ -93,12 +93,25 @@ def test_a_custom_judge_that_nobody_calls_gold_is_not_one() -> None:
     assert findings(evaluations(eval_rewards__gold__mean=0.1), gold=[]) == []
 
 
+def test_a_second_judge_that_falls_later_is_news() -> None:
+    def rows(gold: float, form: float, step: int) -> dict[str, Any]:
+        judges = {"eval_rewards/gold/mean": gold, "eval_rewards/form/mean": form}
+        return {**EVALUATION, **judges, "step": step, "eval_reward": step / 10, "eval_best": True}
+
+    told = [rows(0.6, 0.6, 0), rows(0.5, 0.6, 10), rows(0.5, 0.4, 20)]
+    (news,) = new_findings(told, ["gold", "form"])
+    assert "form 0.600 -> 0.400" in news.evidence
+
+
 def test_noise_of_a_gold_judge_is_no_fall() -> None:
     assert titles(evaluations(eval_rewards__gold__mean=0.595)) == []
 
 
 def test_a_run_without_a_best_checkpoint_says_so() -> None:
-    assert titles(evaluations(eval_best=False)) == ["No evaluation has passed the KL gate"]
+    rows = evaluations(eval_best=False)
+    assert titles(rows) == ["No evaluation has passed the KL gate"]
+    (found,) = findings([rows[0], {**rows[1], "eval_kl": None}])
+    assert found.evidence == "no KL was finite; there is no best/ adapter"
 
 
 def test_skipped_iterations_are_counted() -> None:
