@@ -1,8 +1,10 @@
 """A run's adapter in other forms: the numbers that mlx-lm, transformers and PEFT find in them."""
 
+import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from mlx_lm.utils import load
 from mlx_grpo.cli import main
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export import Export, export_run
+from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files import verify_manifest
 from mlx_grpo.models.lora import load_arrays
+from mlx_grpo.run_directory import settings
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])
 
@@ -90,6 +94,27 @@ def test_the_card_holds_the_runs_figures_and_no_path_of_this_machine(
     without = export(run, "adapter", tmp_path / "b", report=False)
     assert "report" not in (without / "README.md").read_text()
     assert not (without / "report.html").exists()
+
+
+def test_the_card_shows_what_the_gold_judges_gave(run: Path, tmp_path: Path) -> None:
+    config = replace(settings(run), eval_reward=("judges.py:plain",))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    key = "eval_rewards/plain/mean"
+    write_jsonl(
+        tmp_path / "metrics.jsonl",
+        [row | ({key: 0.5 + row["step"] / 8} if "eval_reward" in row else {}) for row in rows],
+    )
+    about = Subject(tmp_path, tmp_path / "final", run.parent, None, "adapter", "a", False)
+    assert "| gold judge: plain | 0.5 | 0.75 |" in export_card(about, config, None)
+
+
+def test_a_directory_beside_us_is_no_hub_id(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    card = export(run, "peft", tmp_path / "p", base="mine/base") / "README.md"
+    assert "base_model" not in card.read_text()
 
 
 def test_base_and_licence_come_from_the_card_of_the_sft_model(run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The model card of an exported run: what it is, how to use it, what the training changed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,7 @@ def export_card(subject: Subject, config: TrainConfig, cost: FusedCost | None) -
             f"`{base}`, trained with GRPO by mlx-grpo: {FORMS[subject.form]}.",
             *([f"What fusing cost: {cost.describe()}."] if cost else []),
             *("", "## Use", "", "```", use, "```", ""),
-            *("## What training changed", "", *_figures(subject), ""),
+            *("## What training changed", "", *_figures(subject, config.gold_names), ""),
             *("## How it was trained", "", *_settings(subject, config), ""),
         ]
     )
@@ -76,15 +77,17 @@ def _front_matter(subject: Subject) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _figures(subject: Subject) -> list[str]:
+def _figures(subject: Subject, judges: Sequence[str]) -> list[str]:
     rows = [r for r in log.read(subject.run / log.METRICS) if "eval_reward" in r]
     best = subject.adapter.name == "best"
     after = next((r for r in reversed(rows) if r["eval_best"] or not best), None)
     if not rows or after is None:
         return ["The run holds no evaluation."]
+    gold = {f"eval_rewards/{name}/mean": f"gold judge: {name}" for name in judges}
+    named = {key: what for key, what in (FIGURES | gold).items() if key in after}
     chosen = "; chosen on the same prompts, so judge it on others" if best else ""
     return [
         f"On the run's held-out prompts, before and after iteration {after['step']}{chosen}.",
@@ -92,14 +95,14 @@ def _figures(subject: Subject) -> list[str]:
         *("| | SFT model | after GRPO |", "|---|---|---|"),
         *(
             f"| {what} | {_number(rows[0], name)} | {_number(after, name)} |"
-            for name, what in FIGURES.items()
+            for name, what in named.items()
         ),
         *(["", f"The whole run: [{REPORT}]({REPORT})."] if subject.report else []),
     ]
 
 
 def _number(row: dict[str, Any], name: str) -> str:
-    value = row[name]
+    value = row.get(name)
     if value is None:
         return "not finite"
     return f"{value:.0%}" if name.endswith("ratio") else f"{value:.4g}"
