@@ -13,15 +13,21 @@ import time
 CHILD = """
 import os, sys, time
 from mlx_grpo import cli
-import mlx_grpo.rollout as rollout
-drawn = rollout.sample
-def first(*args):
+from mlx_grpo.cli.options import with_models
+
+@with_models  # imports what a command imports, in the same way
+def watch():
     import mlx.core as mx
-    result = drawn(*args)
-    mx.eval(result)
-    print(f"FIRST {time.time()}", flush=True)
-    os._exit(0)
-rollout.sample = first
+    import mlx_grpo.rollout as rollout
+    drawn = rollout.sample
+    def first(*args):
+        result = drawn(*args)
+        mx.eval(result)
+        print(f"FIRST {time.time()}", flush=True)
+        os._exit(0)
+    rollout.sample = first
+
+watch()
 sys.argv = ["mlx-grpo", "train", "--dry-run", "--quiet", *sys.argv[1:]]
 cli.main()
 """

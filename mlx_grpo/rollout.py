@@ -152,6 +152,8 @@ def _prefill(
         safe_point()
         caches = make_prompt_cache(model)
         ahead = prompt.token_ids[:-1]
+        for cache in caches:
+            cache.step = max(1, len(ahead))  # no room for what is decoded elsewhere
         for start in range(0, len(ahead), PREFILL_TOKENS):
             part = ahead[start : start + PREFILL_TOKENS]
             model(mx.array([part]), cache=caches)  # lazy: the head is never computed
@@ -160,8 +162,10 @@ def _prefill(
     batch = []
     # grown a few times, to what this rollout can need: most of that may never be touched
     step = -(-sampling.max_tokens // -(-sampling.max_tokens // GROW_TOKENS))
+    each_k = mx.array([i for i in range(len(prompts)) for _ in range(sampling.k)])
     for layer in zip(*per_prompt, strict=True):
-        cache = type(layer[0]).merge([c for c in layer for _ in range(sampling.k)])
+        cache = type(layer[0]).merge(list(layer))
+        cache.filter(each_k)
         cache.step = step
         batch.append(cache)
     return batch
@@ -182,8 +186,9 @@ def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.a
         logps_B1 = picked_B1 - mx.logsumexp(z_BV, axis=-1, keepdims=True)
         return tokens_B1[:, 0].astype(mx.int32), logps_B1[:, 0]
     weights_BV, _ = exp_rows(z_BV)
-    padded_BV = mx.pad(weights_BV, [(0, 0), (0, -vocabulary % SAMPLER_BLOCK)])
-    blocks_BNM = padded_BV.reshape(rows, -1, SAMPLER_BLOCK)
+    if missing := -vocabulary % SAMPLER_BLOCK:  # a pad by nothing would be a copy
+        weights_BV = mx.pad(weights_BV, [(0, 0), (0, missing)])
+    blocks_BNM = weights_BV.reshape(rows, -1, SAMPLER_BLOCK)
     sums_BN = blocks_BNM.sum(axis=-1)
     total_B = sums_BN.sum(axis=-1)
     block_B, rest_B = _invert(sums_BN, u_B * total_B)
