@@ -50,9 +50,7 @@ class RewardProcess:
         try:
             self.file: str | None = self._reply(None, never_stop)["file"]
         except RewardError as e:
-            message = str(e)
-            where = "" if message.startswith("--reward") else f"--reward {spec}: "
-            raise InputError(f"{where}{message}") from e
+            raise InputError(f"reward function {spec}: {e}") from e
 
     def __call__(
         self, arguments: dict[str, Any], safe_point: SafePoint = never_stop

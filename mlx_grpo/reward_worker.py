@@ -33,15 +33,15 @@ def load_function(spec: str) -> Any:
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise RewardError(f"--reward {spec}: write it as module:function or file.py:function")
+        raise RewardError("write it as module:function or file.py:function")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
     except (Exception, SystemExit) as e:  # importing runs the user's code: it may raise anything
         reason = f"{type(e).__name__}: {e}"
-        raise RewardError(f"--reward {spec}: cannot import '{source}' ({reason})") from e
+        raise RewardError(f"cannot import '{source}' ({reason})") from e
     function = getattr(module, name, None)
     if not callable(function):
-        raise RewardError(f"--reward {spec}: '{source}' has no function '{name}'")
+        raise RewardError(f"'{source}' has no function '{name}'")
     return function
 
 

@@ -150,8 +150,11 @@ def test_a_configuration_file_with(case: str, entry_point: Run, tmp_path: Path) 
 
 
 REWARDS = {
-    "no file": ("missing.py:f", r"--reward missing\.py:f: cannot import 'missing\.py'"),
-    "no function": ("r.py:missing", r"--reward r\.py:missing: 'r\.py' has no function 'missing'"),
+    "no file": ("missing.py:f", r"reward function missing\.py:f: cannot import 'missing\.py'"),
+    "no function": (
+        "r.py:missing",
+        r"reward function r\.py:missing: 'r\.py' has no function 'missing'",
+    ),
     "NaN": (
         "r.py:nan",
         r"reward 'nan' returned \[nan.*\] on prompt '\w+'; a reward must be a finite",

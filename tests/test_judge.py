@@ -303,6 +303,7 @@ def test_a_judge_that_fails_midway_leaves_the_table_in_place(
         (("--judge", "http://127.0.0.1:9/v1"), "Connection refused"),
         (("--judge", "nowhere"), "not a URL"),
         (("--json", "no/such/directory/f.json"), "no such directory"),
+        (("--json", "."), "--json .: a directory; name a file"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_work(

@@ -211,6 +211,11 @@ def test_a_directory_without_a_report_in_it_gets_one_line(
     assert not (run / "report.html").exists()
 
 
+def test_a_directory_in_the_place_of_the_page_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a directory; name a file, as .*report\.html"):
+        write_report([run], tmp_path)
+
+
 def test_training_writes_it_at_each_evaluation_and_once_more_at_the_end(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,7 @@ def test_a_reward_loads_from_a_module() -> None:
 def test_a_spec_that_leads_nowhere_is_refused(spec: str, message: str) -> None:
     with pytest.raises(InputError) as failure:
         load_reward(spec)
-    assert str(failure.value).startswith(f"--reward {spec}: ")
+    assert str(failure.value).startswith(f"reward function {spec}: ")
     assert message in str(failure.value)
 
 

@@ -65,7 +65,7 @@ def main() -> int:
         return 2
     except UsageError as e:
         if message := e.format_message():  # empty where a missing command has shown the help
-            Console().error(f"{message} (see --help)")
+            Console().error(f"{message.removesuffix('.')} (see --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         Console().error("interrupted")

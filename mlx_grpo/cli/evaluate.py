@@ -46,8 +46,9 @@ def evaluate(
     from mlx_grpo.files import write_json
     from mlx_grpo.judge import Judge, compare_answers
 
-    if json_file and not json_file.parent.is_dir():
-        raise InputError(f"--json {json_file}: no such directory")
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        found = "a directory; name a file" if json_file.is_dir() else "no such directory"
+        raise InputError(f"--json {json_file}: {found}")
     ui = Console(quiet)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     asked = Judge(judge, judge_model, key) if judge else None

@@ -29,6 +29,8 @@ def write_report(
     found = list({run.resolve(): run for given in runs for run in _runs_at(given)}.values())
     records = [read(run, held(run) if running is None else running) for run in found]
     target = output or _common(found) / REPORT
+    if target.is_dir():
+        raise InputError(f"{target}: a directory; name a file, as {target / REPORT}")
     if not target.parent.is_dir():
         raise InputError(f"{target}: no such directory as {target.parent}; make it first")
     write_text(target, render(records, title_of(found)))
