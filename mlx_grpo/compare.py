@@ -135,14 +135,14 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
     before, after = comparison.before, comparison.after
     label = {name: f"gold judge: {name}" for name in comparison.judges}
     rows = [
-        (label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", _wins(old, new))
+        (label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", str(win_rate(old, new)))
         for name, (old, new) in contests(comparison).items()
     ]
     if verdicts:
         sides = _sides(verdicts)
         won = _counts(*sides)
         cells = (f"{won['losses']} wins", f"{won['wins']} wins")
-        rows.append((f"judge ({won['ties']} ties)", *cells, _wins(*sides)))
+        rows.append((f"judge ({won['ties']} ties)", *cells, str(win_rate(*sides))))
     rows += [
         ("KL to the SFT model, nats/token", f"{before.kl:.4f}", f"{after.kl:.4f}", ""),
         (
@@ -179,12 +179,6 @@ def _answers(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]
 
 def _shown(completion: Completion) -> str:
     return completion.text.strip() + (" [cut off]" if completion.finish_reason == "length" else "")
-
-
-def _wins(before: Sequence[float], after: Sequence[float]) -> str:
-    rate = win_rate(before, after)
-    low, high = rate.wilson()
-    return f"{rate.share:.0%} ({low:.0%} to {high:.0%})"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -189,6 +189,10 @@ class WinRate:
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return middle - half, middle + half
 
+    def __str__(self) -> str:
+        low, high = self.wilson()
+        return f"{self.share:.0%} ({low:.0%} to {high:.0%})"
+
 
 def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     """Compare two policies prompt by prompt."""

@@ -137,10 +137,7 @@ def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]
 def wins(r: Record, key: str) -> str:
     """How often the run beats the SFT model, with a 95 % interval."""
     rate = r.wins(key)
-    if not rate:
-        return ""
-    low, high = rate.wilson()
-    return f"{rate.share:.0%} ({low:.0%} to {high:.0%})"
+    return str(rate) if rate else ""
 
 
 def rows(records: Sequence[Record]) -> list[Figure]:
