@@ -23,7 +23,6 @@ MODULES: dict[SinkName, str] = {
     "wandb": "wandb",
 }
 PROJECT = "mlx-grpo"
-TITLE = "tracker.txt"
 
 Sink = Callable[[dict[str, Any]], None]
 """Given a row of metrics.jsonl."""
@@ -95,7 +94,7 @@ def _tensorboard(name: SinkName, config: TrainConfig, run: Path, step: int) -> O
 def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
     """Trackio and Weights & Biases, which share their interface."""
     library = importlib.import_module(MODULES[name])
-    title = _title(run, begins=not step)
+    title = _title(run, run / f"{name}.txt", begins=not step)
     identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name
     library.init(project=PROJECT, name=title, config=asdict(config), resume="allow", **identity)
 
@@ -107,11 +106,11 @@ def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opene
     return write, library.finish
 
 
-def _title(run: Path, begins: bool) -> str:
-    """What trackers call a run. It is kept, so that a resumed run goes on under its name; it holds
-    the time, so that a new run in a directory of the same name does not."""
+def _title(run: Path, kept: Path, begins: bool) -> str:
+    """What a tracker calls a run. It is kept, so that a resumed run goes on under its name; it
+    holds the time, so that a new run in a directory of the same name does not."""
     title = "-".join(run.resolve().parts[-2:])
     if begins:
-        write_text(run / TITLE, f"{title}-{time.strftime('%Y%m%d-%H%M%S')}\n")
+        write_text(kept, f"{title}-{time.strftime('%Y%m%d-%H%M%S')}\n")
     # runs of older versions have none
-    return (run / TITLE).read_text("utf-8").strip() if (run / TITLE).is_file() else title
+    return kept.read_text("utf-8").strip() if kept.is_file() else title

@@ -60,18 +60,20 @@ def test_a_tracker_gets_the_configuration_and_the_numbers(
 def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker, run = Tracker("wandb"), tmp_path / "runs" / "seed-7"
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    hours = iter(["1", "2"])
+    trackers, run = [Tracker("trackio"), Tracker("wandb")], tmp_path / "runs" / "seed-7"
+    for tracker in trackers:
+        monkeypatch.setitem(sys.modules, tracker.__name__, tracker)
+    hours = iter("1234")  # each tracker takes its time to open
     monkeypatch.setattr(sinks.time, "strftime", lambda _: next(hours))
     for step in (0, 3):  # begun, resumed
         run.mkdir(parents=True, exist_ok=True)
-        log_all(TrainConfig(log=("wandb",)), run, step)
+        assert log_all(TrainConfig(log=("trackio", "wandb")), run, step) == []
     shutil.rmtree(run)
     run.mkdir()
-    log_all(TrainConfig(log=("wandb",)), run)
-    ids = [named["id"] for call, named in tracker.calls if call == "init"]
-    assert ids == ["runs-seed-7-1", "runs-seed-7-1", "runs-seed-7-2"]
+    log_all(TrainConfig(log=("trackio", "wandb")), run)
+    names = [[named["name"] for call, named in t.calls if call == "init"] for t in trackers]
+    assert names[0] == ["runs-seed-7-1", "runs-seed-7-1", "runs-seed-7-3"]
+    assert names[1] == ["runs-seed-7-2", "runs-seed-7-2", "runs-seed-7-4"]
 
 
 def test_tensorboard_gets_a_file_in_the_run(tmp_path: Path) -> None:
