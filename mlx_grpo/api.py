@@ -10,6 +10,7 @@ from typing import Any
 from mlx_grpo import log
 from mlx_grpo.config import TrainConfig as GRPOConfig
 from mlx_grpo.console import Console
+from mlx_grpo.launch import launched
 from mlx_grpo.trainer import train as train_run
 
 __all__ = ["GRPOConfig", "Run", "train"]
@@ -44,8 +45,12 @@ class Run:
 def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> Run:
     """Train; the run directory is `config.output`, or runs/seed-SEED.
 
+    A script that mlx.launch has started trains together with its other ranks.
+
     Raises:
         InputError: a setting or a file that cannot work, in one line; it is a ValueError.
     """
-    finished = train_run(config, Console(quiet), resume)
+    ui = Console(quiet)
+    with launched(ui) as ranks:
+        finished = train_run(config, ui, resume, ranks=ranks)
     return Run(config.run_directory, finished)

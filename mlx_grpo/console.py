@@ -27,9 +27,14 @@ class Console:
     def __init__(self, quiet: bool = False):
         self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._muted = False
         self._status: Status | None = None
         self._view: LiveView | None = None
         self._last_progress = time.monotonic()
+
+    def mute(self) -> None:
+        """Errors only from here on: another process says the rest."""
+        self.out.quiet = self._muted = True
 
     def say(self, text: str) -> None:
         """One line."""
@@ -37,7 +42,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         """One line on standard error."""
-        self.err.print(Text(f"warning: {text}", style="yellow"))
+        if not self._muted:
+            self.err.print(Text(f"warning: {text}", style="yellow"))
 
     def error(self, text: str) -> None:
         """One line on standard error."""

@@ -9,12 +9,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_grpo.data import answer_tokens
+from mlx_grpo.exchange import Rewards, all_groups, all_rewards
 from mlx_grpo.grpo import kl_k3_sum
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import RewardMix
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.stopping import SafePoint, never_stop
@@ -77,15 +79,16 @@ class Evaluator:
         policy: Stages,
         progress: Progress = lambda *_: None,
         safe_point: SafePoint = never_stop,
+        ranks: Ranks = ALONE,
     ) -> Evaluation:
-        """Evaluate a policy."""
+        """Evaluate a policy; of several ranks each takes its share of the prompts."""
 
         def after_each(what: str, done: int, total: int) -> None:
             progress(what, done, total)
             safe_point()
 
         with sampler(self.backbone, policy.model) as model:
-            groups = rollout(
+            mine = rollout(
                 model,
                 self.backbone.tokenizer,
                 self.backbone.stop_ids,
@@ -95,20 +98,23 @@ class Evaluator:
                 PURPOSE,
                 on_wave=lambda done, total: after_each("held-out answers", done, total),
                 safe_point=safe_point,
+                share=ranks.share,
             )
-        flat: list[float] = []
-        by_source: dict[str, list[float]] = {}
-        for batch in [groups] if self.rewards.at_once else [[g] for g in groups]:
+        groups = all_groups(ranks, mine, self.prompts)
+        found: Rewards = ([], {})
+        for batch in [mine] if self.rewards.at_once else [[g] for g in mine]:
             rewards, sources = self.rewards(batch, safe_point)
-            flat += [reward for row in rewards for reward in row]
+            found[0].extend(rewards)
             for name, scores in sources.items():
-                by_source.setdefault(name, []).extend(scores)
-            after_each("held-out rewards", len(flat), len(groups) * self.sampling.k)
+                found[1].setdefault(name, []).extend(scores)
+            after_each("held-out rewards", len(found[0]), len(mine))
+        raw_PK, by_source = all_rewards(ranks, found, self.sampling.k)
+        flat = [reward for row in raw_PK for reward in row]
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),
-            kl=0.0 if policy is self.reference else self._kl(groups, policy, after_each),
-            perplexity=perplexity(policy, self.prompts, self.answers, after_each),
+            kl=0.0 if policy is self.reference else self._kl(mine, policy, after_each, ranks),
+            perplexity=perplexity(policy, self.prompts, self.answers, after_each, ranks),
             mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=tuple(flat),
@@ -116,8 +122,10 @@ class Evaluator:
             by_source=by_source,
         )
 
-    def _kl(self, groups: Sequence[Group], policy: Stages, progress: Progress) -> float:
-        total = tokens = 0.0
+    def _kl(
+        self, groups: Sequence[Group], policy: Stages, progress: Progress, ranks: Ranks
+    ) -> float:
+        each = []
         for done, group in enumerate(groups, 1):
             prompt_1S = mx.array([group.prompt.token_ids])
             tokens_KT, mask_KT = completion_arrays(group)
@@ -125,9 +133,9 @@ class Evaluator:
                 token_logps(stages, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature)
                 for stages in (policy, self.reference)
             )
-            total += kl_k3_sum(logp_KT, ref_KT, mask_KT).item()
-            tokens += mask_KT.sum().item()
+            each.append((kl_k3_sum(logp_KT, ref_KT, mask_KT).item(), mask_KT.sum().item()))
             progress("held-out KL", done, len(groups))
+        total, tokens = map(sum, zip(*ranks.merged(each), strict=True))
         return total / tokens
 
 
@@ -147,15 +155,16 @@ def perplexity(
     prompts: Sequence[Prompt],
     answers: Answers,
     progress: Progress = lambda *_: None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """exp of the mean negative log-prob per token of the reference answers, at temperature 1."""
-    total = tokens = 0.0
-    for done, prompt in enumerate(prompts, 1):
-        progress("held-out perplexity", done, len(prompts))
+    each, mine = [], prompts[ranks.share]
+    for done, prompt in enumerate(mine, 1):
+        progress("held-out perplexity", done, len(mine))
         row_1T = mx.array([answers[prompt.id]])
         logp_1T = token_logps(policy, mx.array([prompt.token_ids]), row_1T, mx.ones(row_1T.shape))
-        total -= logp_1T.sum().item()
-        tokens += row_1T.size
+        each.append((-logp_1T.sum().item(), row_1T.size))
+    total, tokens = map(sum, zip(*ranks.merged(each), strict=True))
     return math.exp(min(total / tokens, 700.0))
 
 

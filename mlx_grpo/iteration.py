@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_grpo.agreement import check_adapter
 from mlx_grpo.console import Console
 from mlx_grpo.data import batch_indices
+from mlx_grpo.exchange import all_groups, all_rewards
 from mlx_grpo.guard import NotFinite, Skip, check_finite
 from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.models.lora import scale_adapter
@@ -38,57 +40,64 @@ class Iteration:
 def iterate(
     parts: RunParts, state: RunState, ui: Console, safe_point: SafePoint = never_stop
 ) -> Iteration:
-    """One iteration of GRPO.
+    """One iteration of GRPO; of several ranks each works on its share and learns the whole.
 
     Raises:
         StopRequested: at a safe point; adapter and optimizer may have moved by then.
     """
-    config, roles, clock = parts.config, parts.roles, Clock()
+    config, roles, ranks, clock = parts.config, parts.roles, parts.ranks, Clock()
     mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
     step = state.iteration + 1
     indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
     prompts = [parts.prompts[i] for i in indices]
     target = target_at(config, state.iteration)
 
-    with (
-        clock.stage("rollout"),
-        ui.stage(step, "rollout"),
-        sampler(roles.backbone, roles.actor.model) as model,
-    ):
-        groups = rollout(
-            model,
-            roles.backbone.tokenizer,
-            roles.backbone.stop_ids,
-            prompts,
-            sampling(config, config.K, parts.plan),
-            config.seed,
-            "rollout",
-            state.iteration,
-            safe_point=safe_point,
-        )
+    with clock.stage("rollout"), ui.stage(step, "rollout"):
+        with sampler(roles.backbone, roles.actor.model) as model:
+            mine = rollout(
+                model,
+                roles.backbone.tokenizer,
+                roles.backbone.stop_ids,
+                prompts,
+                sampling(config, config.K, parts.plan),
+                config.seed,
+                "rollout",
+                state.iteration,
+                safe_point=safe_point,
+                share=ranks.share,
+            )
+        groups = all_groups(ranks, mine, prompts)
     with clock.stage("reward"), ui.stage(step, "reward"):
-        raw_PK, by_source = parts.evaluator.rewards(groups, safe_point)
+        scores = parts.evaluator.rewards(mine, safe_point)
+        raw_PK, by_source = all_rewards(ranks, scores, config.K)
     shaping = Shaping(state.controller.penalty, config.scale_advantages)
     settings = update_settings(config, target, parts.plan)
     try:
         check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
-        with clock.stage("logprob"), ui.stage(step, "logprob"):
+        with clock.stage("logprob"), ui.stage(step, "logprob"), ranks.failing_together():
             rated = rate(
-                groups, raw_PK, roles.reference, normalizer, config.temperature, safe_point
+                groups,
+                raw_PK,
+                roles.reference,
+                normalizer,
+                config.temperature,
+                safe_point,
+                ranks.share,
             )
-            first, rest = rated[: reused_groups(settings)], rated[reused_groups(settings) :]
+            reused = ranks.own(range(reused_groups(settings))).stop
+            first, rest = rated[:reused], rated[reused:]
             later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
         with clock.stage("update"), ui.stage(step, "update"):
             parts.optimizer.learning_rate = state.controller.learning_rate
             scored, stats = update(
-                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point
+                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point, ranks
             )
     except NotFinite as e:  # raised before the first step of the optimizer
         metrics = skipped_metrics(state, groups, e.skip, clock)
         return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
     state = replace(state, normalizer=normalizer)
-    measures = measure(groups, scored)
+    measures = measure(mine, scored, ranks)
     controller = state.controller.step(measures.kl, target)
     if controller.decay:
         scale_adapter(roles.actor.model, math.exp(-controller.decay))
@@ -100,6 +109,7 @@ def iterate(
             measures.tokens, stats.tokens, config.num_iterations - state.iteration - 1
         ),
     }
+    check_adapter(ranks, roles.actor.model, step)
     state = replace(
         state,
         iteration=state.iteration + 1,

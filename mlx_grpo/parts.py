@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.optimizers as optim
 
+from mlx_grpo import log
 from mlx_grpo.backend import limit_memory, policy_for
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
@@ -22,6 +24,8 @@ from mlx_grpo.models.stages import Stages
 from mlx_grpo.models.streamed import StreamedRewardModel, open_streamed
 from mlx_grpo.plan import STREAMED_HIDDEN, Plan
 from mlx_grpo.planned import check_fits, plan_run
+from mlx_grpo.provenance import input_digests, recorded
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
@@ -50,6 +54,7 @@ class RunParts:
     prompts: list[Prompt]
     evaluator: Evaluator
     optimizer: optim.AdamW
+    ranks: Ranks = ALONE
 
 
 def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
@@ -70,16 +75,19 @@ def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
     return Weights(backbone, load_reward_model(path, backbone, sizes, policy))
 
 
-def load_parts(config: TrainConfig, ui: Console, weights: Weights | None = None) -> RunParts:
+def load_parts(
+    config: TrainConfig, ui: Console, weights: Weights | None = None, ranks: Ranks = ALONE
+) -> RunParts:
     """Build everything a run needs.
 
     Args:
         weights: those of `config`, where another run has loaded them.
+        ranks: those that share the work.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    plan = plan_run(config)
+    plan = plan_run(config, ranks=ranks.size)
     check_fits(config, plan, ui)
     evaluator = load_evaluator(config, ui, weights, plan)
     backbone = evaluator.backbone
@@ -87,7 +95,7 @@ def load_parts(config: TrainConfig, ui: Console, weights: Weights | None = None)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return RunParts(config, plan, roles, prompts, evaluator, optimizer)
+    return RunParts(config, plan, roles, prompts, evaluator, optimizer, ranks)
 
 
 def load_evaluator(
@@ -182,3 +190,36 @@ def update_settings(config: TrainConfig, target: float, plan: Plan) -> UpdateSet
         kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
         rows_per_pass=plan.choice.sizes.rows,
     )
+
+
+def evaluation_due(state: RunState, config: TrainConfig) -> bool:
+    """Whether an evaluation comes before the next iteration."""
+    last = state.iteration == config.num_iterations
+    return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
+
+
+def policy_at(parts: RunParts, iteration: int) -> Stages:
+    """What is evaluated after so many iterations: before the first update the actor is the
+    reference, so its KL needs no measuring."""
+    return parts.roles.actor if iteration else parts.roles.reference
+
+
+def check_skips(state: RunState, config: TrainConfig) -> None:
+    """Refuse to go on after too many iterations that taught nothing.
+
+    Raises:
+        InputError: with what to look at.
+    """
+    if state.skipped_in_a_row >= config.max_skipped_steps:
+        run = config.run_directory
+        raise InputError(
+            f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not finite "
+            f"(see {run / log.SKIPPED}); check the reward, or resume with a lower --learning-rate "
+            "and --allow-config-change"
+        )
+
+
+def provenance_of(parts: RunParts) -> dict[str, Any]:
+    """What the run's numbers come from, see `provenance.recorded`."""
+    digests = input_digests(parts.config, parts.evaluator.rewards.custom)
+    return recorded(parts.config, digests, parts.plan.choice.dense, parts.ranks.size)

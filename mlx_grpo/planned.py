@@ -15,11 +15,12 @@ from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
 from mlx_grpo.timing import estimate, stage_costs
 
 
-def plan_run(config: TrainConfig, here: bool = True) -> Plan:
+def plan_run(config: TrainConfig, here: bool = True, ranks: int = 1) -> Plan:
     """What fits into the run's memory limit, or the leanest if nothing does; reads no weight.
 
     Args:
         here: on this machine; otherwise on a Mac, whose GPU takes the weights as they are stored.
+        ranks: processes that share the prompts of an iteration; the plan is each one's.
 
     Raises:
         InputError: a model is missing or cannot be loaded.
@@ -28,12 +29,14 @@ def plan_run(config: TrainConfig, here: bool = True) -> Plan:
     dense = here and choose_policy(model.parameters).dense
     given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
     limit = parse_bytes(config.memory_limit) or recommended_memory()
-    return choose(model, _judge(config), _workload(config), limit, given, config.rm_residency)
+    return choose(
+        model, _judge(config), _workload(config, ranks), limit, given, config.rm_residency
+    )
 
 
-def _workload(config: TrainConfig) -> Workload:
+def _workload(config: TrainConfig, ranks: int = 1) -> Workload:
     return Workload(
-        prompts=config.batch_size,
+        prompts=-(-config.batch_size // ranks),
         k=config.K,
         prompt_tokens=config.max_prompt_length,
         completion_tokens=config.max_completion_length,

@@ -44,17 +44,21 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
     }
 
 
-def recorded(config: TrainConfig, inputs: dict[str, str], dense: bool) -> dict[str, Any]:
+def recorded(
+    config: TrainConfig, inputs: dict[str, str], dense: bool, ranks: int = 1
+) -> dict[str, Any]:
     """What a checkpoint keeps of it, as JSON reads it back.
 
     Args:
         dense: weights are expanded to fp32 instead of packed.
+        ranks: processes that share the work; only the order of sums depends on it.
     """
     about = {
         "config": asdict(config),
         "inputs": inputs,
         "versions": versions(),
         "weights": "dense fp32" if dense else "packed",
+        "ranks": ranks,
     }
     return dict(json.loads(json.dumps(about)))
 
@@ -108,7 +112,9 @@ def hints(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name, new in now["versions"].items()
         if saved["versions"].get(name) != new
     ]
-    return flags + libraries
+    before_ranks = saved.get("ranks", 1)  # states from before there were several
+    ranks = [f"ranks {before_ranks} -> {now['ranks']}"] if before_ranks != now["ranks"] else []
+    return flags + libraries + ranks
 
 
 def _shown(value: Any) -> str:

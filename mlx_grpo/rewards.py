@@ -113,7 +113,7 @@ class RewardMix:
         totals: list[list[float]] = []
         parts: dict[str, list[float]] = {}
         streamed: list[list[float]] | list[None] = [None] * len(groups)
-        if isinstance(self.model, StreamedRewardModel):  # read once for all groups
+        if groups and isinstance(self.model, StreamedRewardModel):  # read once for all groups
             streamed = self.model.score_groups(groups, safe_point)
         for group, ready in zip(groups, streamed, strict=True):
             safe_point()

@@ -54,25 +54,25 @@ def rollout(
     iteration: int = 0,
     on_wave: Callable[[int, int], None] = lambda done, total: None,
     safe_point: SafePoint = never_stop,
+    share: slice = slice(None),
 ) -> list[Group]:
-    """One group per prompt, in order.
+    """One group per prompt of the share, in order.
 
     Args:
         seed, purpose, iteration: choose the random numbers, with the prompt's id, the sample and
             the position.
         on_wave: told (finished prompts, all prompts) after each batch of rows.
         safe_point: called at each token; it may stop the rollout.
+        share: which of the prompts to answer.
     """
-    per_wave = max(1, sampling.decode_rows // sampling.k) if sampling.decode_rows else len(prompts)
+    numbered = _numbered(prompts)[share]
+    per_wave = max(1, sampling.decode_rows // sampling.k if sampling.decode_rows else len(numbered))
     groups: list[Group] = []
-    seen: Counter[str] = Counter()
-    for start in range(0, len(prompts), per_wave):
-        wave = prompts[start : start + per_wave]
-        paths = []
-        for prompt in wave:
-            # a prompt that comes twice in a batch, at an epoch's end, gets other samples
-            first = sampling.k * seen[prompt.id]
-            seen[prompt.id] += 1
+    for start in range(0, len(numbered), per_wave):
+        wave, paths = [], []
+        for prompt, times in numbered[start : start + per_wave]:
+            wave.append(prompt)
+            first = sampling.k * times
             paths += [(purpose, iteration, prompt.id, first + i) for i in range(sampling.k)]
         drawn = _decode(model, stop_ids, wave, sampling, seed, paths, safe_point)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
@@ -80,8 +80,19 @@ def rollout(
             Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))
             for i, prompt in enumerate(wave)
         ]
-        on_wave(len(groups), len(prompts))
+        on_wave(len(groups), len(numbered))
     return groups
+
+
+def _numbered(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """Each prompt and how often it came before: one that comes twice in a batch, at an epoch's end,
+    gets other samples."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for prompt in prompts:
+        numbered.append((prompt, seen[prompt.id]))
+        seen[prompt.id] += 1
+    return numbered
 
 
 def _completion(

@@ -10,6 +10,7 @@ from mlx_grpo.guard import check_finite
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.padding import completion_arrays
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import Group, RatedGroup, ScoredGroup
@@ -46,10 +47,11 @@ def rate(
     normalizer: ScoreNormalizer,
     temperature: float,
     safe_point: SafePoint = never_stop,
+    share: slice = slice(None),
 ) -> list[RatedGroup]:
-    """Normalise raw scores and take log-probs under the reference."""
+    """Normalise raw scores and take log-probs under the reference, of the groups of the share."""
     rated = []
-    for position, (group, raw_K) in enumerate(zip(groups, raw_PK, strict=True)):
+    for position, (group, raw_K) in list(enumerate(zip(groups, raw_PK, strict=True)))[share]:
         safe_point()
         ids = group.prompt.token_ids
         tokens_KT, mask_KT = completion_arrays(group)
@@ -104,17 +106,27 @@ def is_dead(group: ScoredGroup) -> bool:
     return not bool((group.advantages_K != 0).any().item())
 
 
-def measure(groups: Sequence[Group], scored: Sequence[ScoredGroup]) -> Measures:
-    """Figures of a scored rollout."""
-    k1 = k3 = gap = 0.0
-    tokens = 0
-    for group, s in zip(groups, scored, strict=True):
-        lengths_K = s.mask_KT.sum(axis=-1)
-        tokens += int(lengths_K.sum().item())
-        k1 += (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
-        k3 += kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
-        gap = max(gap, _logp_gap(group, s.old_logp_KT))
-    return Measures(tokens, k3 / tokens, k1 / tokens, gap, sum(map(is_dead, scored)))
+def measure(
+    groups: Sequence[Group], scored: Sequence[ScoredGroup], ranks: Ranks = ALONE
+) -> Measures:
+    """Figures of a scored rollout.
+
+    Args:
+        groups: those of this rank's share, as `scored`.
+    """
+    pairs = zip(groups, scored, strict=True)
+    each = ranks.merged([(*_sums(s), _logp_gap(group, s.old_logp_KT)) for group, s in pairs])
+    lengths, k1, k3, dead, gaps = zip(*each, strict=True)
+    tokens = sum(lengths)
+    return Measures(tokens, sum(k3) / tokens, sum(k1) / tokens, max(gaps), sum(dead))
+
+
+def _sums(s: ScoredGroup) -> tuple[int, float, float, bool]:
+    """(tokens, sum of k1, sum of k3, whether the group is dead)."""
+    lengths_K = s.mask_KT.sum(axis=-1)
+    k1 = (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
+    k3 = kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
+    return int(lengths_K.sum().item()), k1, k3, is_dead(s)
 
 
 def _logp_gap(group: Group, old_KT: mx.array) -> float:

@@ -2,14 +2,16 @@
 their comparison."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mlx_grpo.config import TrainConfig, check
+from mlx_grpo.config_sources import typed_flags
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.parts import load_weights
 from mlx_grpo.planned import check_fits, plan_run
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.report import comparison, try_report
 from mlx_grpo.run_directory import check_vacant
 from mlx_grpo.trainer import train
@@ -23,8 +25,20 @@ class Planned:
     resume: bool = False
 
 
+def planned_by_leader(ranks: Ranks, runs: Sequence[Planned]) -> list[Planned]:
+    """The runs that rank 0 has planned, on every rank: only rank 0 sees the run directories."""
+    plain = ranks.gather([(asdict(r.config), r.resume) for r in runs])[0]
+    if ranks.leads:
+        return list(runs)
+    return [Planned(TrainConfig(**typed_flags(TrainConfig, c)), resume) for c, resume in plain]
+
+
 def train_all(
-    runs: Sequence[Planned], ui: Console, dry_run: bool = False, allow_change: bool = False
+    runs: Sequence[Planned],
+    ui: Console,
+    dry_run: bool = False,
+    allow_change: bool = False,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Train one after the other; False if a signal ended one early, and then the rest is left.
 
@@ -35,16 +49,16 @@ def train_all(
         raise InputError("--seed: the same seed twice; give each once")
     for run in runs:
         check(run.config)
-        if not dry_run:
+        if not dry_run and ranks.leads:
             check_vacant(run.config.run_directory, run.resume)
     weights = None
     if len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1:
-        plan, *others = (plan_run(r.config) for r in runs)
+        plan, *others = (plan_run(r.config, ranks=ranks.size) for r in runs)
         if all(other == plan for other in others):  # else the weights may be held in another form
             check_fits(runs[0].config, plan, ui)
             weights = load_weights(runs[0].config, plan)
-    done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights) for r in runs)
-    if done and len(runs) > 1 and not dry_run:
+    done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights, ranks) for r in runs)
+    if done and len(runs) > 1 and not dry_run and ranks.leads:
         _compare([r.config.run_directory for r in runs], ui)
     return done
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo import log, run_directory
+from mlx_grpo.agreement import check_inputs, share_state
 from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.console import Console, duration
-from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Best
+from mlx_grpo.follow import follow
 from mlx_grpo.health import new_findings
 from mlx_grpo.iteration import iterate
 from mlx_grpo.lock import locked
@@ -19,11 +20,15 @@ from mlx_grpo.metrics import Clock
 from mlx_grpo.parts import (
     RunParts,
     Weights,
+    check_skips,
+    evaluation_due,
     first_state,
     load_parts,
+    policy_at,
+    provenance_of,
     target_at,
 )
-from mlx_grpo.provenance import input_digests, recorded
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.report import REPORT, try_report
 from mlx_grpo.run_directory import Snapshot
 from mlx_grpo.sinks import Sink, check_installed, opened
@@ -40,35 +45,45 @@ def train(
     dry_run: bool = False,
     allow_change: bool = False,
     weights: Weights | None = None,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
+
+    Of several ranks the first writes the run, the others follow.
 
     Args:
         allow_change: resume although settings or inputs that shape the numbers have changed.
         weights: those of `config`, where another run has loaded them.
+        ranks: those that share the work.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
-    check_installed(config.log)
+    if ranks.leads:
+        check_installed(config.log)
     if dry_run:
-        with _loaded(config, ui, weights) as parts:
+        with _loaded(config, ui, weights, ranks) as parts:
             _dry_run(parts, ui)
         return True
+    if not ranks.leads:
+        with _loaded(config, ui, weights, ranks) as parts:
+            return follow(parts, ui)
     run = config.run_directory
     with locked(run):
         run_directory.check_vacant(run, resume)
-        with _loaded(config, ui, weights) as parts:
+        with _loaded(config, ui, weights, ranks) as parts:
             return _run(parts, run, ui, resume, allow_change)
 
 
 @contextmanager
-def _loaded(config: TrainConfig, ui: Console, weights: Weights | None) -> Iterator[RunParts]:
+def _loaded(
+    config: TrainConfig, ui: Console, weights: Weights | None, ranks: Ranks
+) -> Iterator[RunParts]:
     names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
-        parts = load_parts(config, ui, weights)
+        parts = load_parts(config, ui, weights, ranks)
     try:
         yield parts
     finally:
@@ -90,9 +105,8 @@ def _dry_run(parts: RunParts, ui: Console) -> None:
 
 def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
     config, actor = parts.config, parts.roles.actor.model
-    digests = input_digests(config, parts.evaluator.rewards.custom)
-    about = recorded(config, digests, parts.plan.choice.dense)
-    state = first_state(config)
+    about, state = provenance_of(parts), first_state(config)
+    check_inputs(parts.ranks, about)
     run_directory.check_space(run, config, actor)
     with _telling_how_to_go_on(run, ui, (OSError,)):
         if resume:
@@ -102,12 +116,14 @@ def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bo
             for warning in warnings:
                 ui.warn(warning)
             ui.say(f"resuming after iteration {state.iteration}")
+    state = share_state(parts.ranks, state, actor, parts.optimizer)
     with (
         _telling_how_to_go_on(run, ui, (BaseException,)),
         ui.training(config.num_iterations),
         opened(config, run, state.iteration, ui.warn) as sink,
         stop_signals() as safe_point,
     ):
+        safe_point = parts.ranks.watching(safe_point)
         return _loop(parts, state, run, ui, about, sink, safe_point)
 
 
@@ -143,7 +159,7 @@ def _loop(
         before = Snapshot.of(run, actor, optimizer)
         done = state.iteration == config.num_iterations
         try:
-            if _evaluation_due(state, config):
+            if evaluation_due(state, config):
                 state = _evaluate(parts, state, run, ui, sink, safe_point)
                 try_report([run], ui.warn, running=True)
             elif state != saved and _save_due(state, config):
@@ -153,7 +169,7 @@ def _loop(
                 break
             else:
                 safe_point()
-                _check_skips(run, state, config)
+                check_skips(state, config)
                 state = _iterate_and_log(parts, state, run, ui, sink, safe_point)
         except Exception as reason:
             before.put_back(actor, optimizer)
@@ -163,6 +179,7 @@ def _loop(
                 try_report([run], ui.warn)  # which must not go on saying that the run does
             if not isinstance(reason, StopRequested):
                 raise
+            parts.ranks.stopped()
             if run_directory.is_run(run):
                 ui.warn(GO_ON.format(run=run))
             return False
@@ -175,23 +192,9 @@ def _loop(
     return True
 
 
-def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
-    last = state.iteration == config.num_iterations
-    return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
-
-
 def _save_due(state: RunState, config: TrainConfig) -> bool:
     last = state.iteration == config.num_iterations
     return state.iteration > 0 and (last or state.iteration % config.checkpoint_every == 0)
-
-
-def _check_skips(run: Path, state: RunState, config: TrainConfig) -> None:
-    if state.skipped_in_a_row >= config.max_skipped_steps:
-        raise InputError(
-            f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not finite "
-            f"(see {run / log.SKIPPED}); check the reward, or resume with a lower --learning-rate "
-            "and --allow-config-change"
-        )
 
 
 def _iterate_and_log(
@@ -217,11 +220,9 @@ def _evaluate(
 ) -> RunState:
     """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
     config, roles, step = parts.config, parts.roles, state.iteration
-    # before the first update the actor is the reference, so its KL needs no measuring
-    policy = roles.actor if step else roles.reference
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        evaluation = parts.evaluator(policy, ui.progress, safe_point)
+        evaluation = parts.evaluator(policy_at(parts, step), ui.progress, safe_point, parts.ranks)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):

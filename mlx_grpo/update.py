@@ -23,6 +23,7 @@ from mlx_grpo.models import backward
 from mlx_grpo.models.lora import Parameters, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
 from mlx_grpo.padding import joined, length_buckets, row_lengths, rows_of
+from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.scoring import Shaping, is_dead, score
 from mlx_grpo.stopping import SafePoint, never_stop
 from mlx_grpo.types import RatedGroup, ScoredGroup
@@ -83,11 +84,13 @@ def update(
     shaping: Shaping,
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[ScoredGroup], UpdateStats]:
     """All optimizer steps of one iteration, in the order the groups come in.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
-    preference weighs as zero and does not make the others heavier.
+    preference weighs as zero and does not make the others heavier. With several ranks each gives
+    its own groups; minibatches are those of the whole batch, and all ranks take the same steps.
 
     Args:
         first: the first minibatch, scored on the way (see `reused_groups`), or nothing.
@@ -95,64 +98,68 @@ def update(
         safe_point: called before each pass; it may stop the update halfway.
 
     Returns:
-        All groups, scored, and the sums over the minibatches.
+        This rank's groups, scored, and the sums over the minibatches.
 
     Raises:
         NotFinite: a log-prob of the first minibatch is not finite; nothing has moved by then.
     """
     stats = UpdateStats()
-    scored: list[ScoredGroup] = []
-    if first:
-        total, scored = _first_minibatch(stages, first, shaping, settings, safe_point)
-        _step(stages, optimizer, total, stats)
-    groups = [*scored, *later]
+    sizes = ranks.merged([*map(_size, first), *map(_size, later)])
+    groups: list[ScoredGroup] = list(later)
     for epoch in range(settings.epochs):
-        for start in range(0 if epoch else len(first), len(groups), settings.minibatch_size):
-            minibatch = groups[start : start + settings.minibatch_size]
-            total = _minibatch(stages, minibatch, start, settings, safe_point)
+        for start in range(0, len(sizes), settings.minibatch_size):
+            positions = range(len(sizes))[start : start + settings.minibatch_size]
+            total = _MinibatchSum.over(positions, sizes, settings)
+            if epoch == start == 0:
+                with ranks.failing_together():
+                    scored = _first_minibatch(stages, total, first, shaping, safe_point)
+                    groups = [*scored, *later]
+            if epoch or start or not first:
+                _minibatch(stages, total, groups[ranks.own(positions)], safe_point)
+            total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
                 return groups, stats
-            _step(stages, optimizer, total, stats)
+            _step(stages, optimizer, total, stats, ranks)
     return groups, stats
+
+
+def _size(group: RatedGroup | ScoredGroup) -> tuple[int, int]:
+    """(completions, tokens)."""
+    return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
 
 
 def _first_minibatch(
     stages: Stages,
+    total: "_MinibatchSum",
     groups: Sequence[RatedGroup],
     shaping: Shaping,
-    settings: UpdateSettings,
     safe_point: SafePoint,
-) -> tuple["_MinibatchSum", list[ScoredGroup]]:
+) -> list[ScoredGroup]:
     """Forward, score, backward, group by group: the traces of one group at a time are held."""
-    total, scored = _MinibatchSum.over(groups, 0, settings), []
+    scored = []
     for group in groups:
         safe_point()
         buckets = _buckets(group, 0)
-        ahead = [forward_pass(stages, rows_of(group, b), settings.temperature) for b in buckets]
+        temperature = total.settings.temperature
+        ahead = [forward_pass(stages, rows_of(group, b), temperature) for b in buckets]
         parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
         scored.append(score(group, joined(parts, group.mask_KT.shape), shaping))
         for rows in [] if is_dead(scored[-1]) else buckets:
             total.add(stages, rows_of(scored[-1], rows), ahead.pop(0))
-    return total, scored
+    return scored
 
 
 def _minibatch(
-    stages: Stages,
-    groups: Sequence[ScoredGroup],
-    start: int,
-    settings: UpdateSettings,
-    safe_point: SafePoint,
-) -> "_MinibatchSum":
+    stages: Stages, total: "_MinibatchSum", groups: Sequence[ScoredGroup], safe_point: SafePoint
+) -> None:
     """Forward and backward of the groups that are not dead."""
-    total = _MinibatchSum.over(groups, start, settings)
     for group in groups:
-        for rows in [] if is_dead(group) else _buckets(group, settings.rows_per_pass):
+        for rows in [] if is_dead(group) else _buckets(group, total.settings.rows_per_pass):
             safe_point()
             part = rows_of(group, rows)
-            total.add(stages, part, forward_pass(stages, part, settings.temperature))
-    return total
+            total.add(stages, part, forward_pass(stages, part, total.settings.temperature))
 
 
 def _buckets(group: RatedGroup | ScoredGroup, rows: int) -> list[list[int]]:
@@ -173,15 +180,21 @@ class _MinibatchSum:
     clipped: float = 0.0
     kl: float = 0.0
     seen: int = 0
+    live: int = 0
+    """Ranks with a gradient."""
 
     @classmethod
     def over(
-        cls, groups: Sequence[RatedGroup | ScoredGroup], start: int, settings: UpdateSettings
+        cls, positions: range, sizes: Sequence[tuple[int, int]], settings: UpdateSettings
     ) -> "_MinibatchSum":
-        positions = tuple(range(start, start + len(groups)))
-        completions = sum(g.mask_KT.shape[0] for g in groups)
-        tokens = int(sum(g.mask_KT.sum().item() for g in groups))
-        return cls(settings, positions, completions, tokens)
+        completions, tokens = (sum(s) for s in zip(*(sizes[p] for p in positions), strict=True))
+        return cls(settings, tuple(positions), completions, tokens)
+
+    def join(self, ranks: Ranks) -> None:
+        """Sum the figures over the ranks; the gradient is left to the step."""
+        mine = (self.loss, self.clipped, self.kl, self.seen, bool(self.gradients))
+        whole = zip(*ranks.gather(mine), strict=True)
+        self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
 
     def add(self, stages: Stages, part: ScoredGroup, ahead: "ForwardPass") -> None:
         """Run the backward of a pass and add what it gives."""
@@ -267,17 +280,24 @@ def adamw_step(
     return flat, norm
 
 
-def _step(stages: Stages, optimizer: optim.AdamW, total: _MinibatchSum, stats: UpdateStats) -> None:
+def _step(
+    stages: Stages,
+    optimizer: optim.AdamW,
+    total: _MinibatchSum,
+    stats: UpdateStats,
+    ranks: Ranks,
+) -> None:
     """One optimizer step, or none where loss or gradient is not finite."""
     total.note(stats)
-    if not total.gradients:
+    if not total.live:
         return
-    current = lora_parameters(stages.model)
     if not math.isfinite(total.loss):
         stats.skips.append(Skip("loss", total.positions, (total.loss,)))
         return
+    current = lora_parameters(stages.model)
+    gradients = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
     max_norm = total.settings.max_grad_norm
-    updated, norm = adamw_step(optimizer, total.gradients, current, max_norm)
+    updated, norm = adamw_step(optimizer, ranks.sum(gradients), current, max_norm)
     if not math.isfinite(norm):
         stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return

@@ -1,7 +1,9 @@
 """`mlx-grpo train`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +11,9 @@ from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
 from mlx_grpo.config import REPEATED, TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
+
+if TYPE_CHECKING:
+    from mlx_grpo.seeds import Planned
 
 
 @with_flags(TrainConfig, repeated=("seed", *REPEATED))
@@ -43,22 +48,35 @@ def train(
     --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C or
     SIGTERM ended it early.
     """
+    from mlx_grpo.launch import launched
+    from mlx_grpo.seeds import planned_by_leader, train_all
+
+    ui = Console(quiet)
+    with launched(ui) as ranks:
+        runs = _planned(flags, config, set or (), resume) if ranks.leads else []
+        runs = planned_by_leader(ranks, runs)
+        return train_all(runs, ui, dry_run, allow_config_change, ranks)
+
+
+def _planned(
+    flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
+) -> list["Planned"]:
     from mlx_grpo.run_directory import CONFIG, is_run
-    from mlx_grpo.seeds import Planned, train_all
+    from mlx_grpo.seeds import Planned
 
     seeds = flags.pop("seed", [])
-    configs = [build_config(config, set or (), {**flags, "seed": s}) for s in seeds]
+    configs = [build_config(file, assignments, {**flags, "seed": s}) for s in seeds]
     if not configs:
-        configs = [build_config(config, set or (), flags)]
+        configs = [build_config(file, assignments, flags)]
     if len(configs) > 1:
         configs = [replace(c, output=c.output and f"{c.output}/seed-{c.seed}") for c in configs]
     runs = []
     for c in configs:
         started = is_run(c.run_directory)
-        if resume and started and config is None:
+        if resume and started and file is None:
             # the run knows its own settings; flags that contradict them are refused later
             given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
-            c = build_config(c.run_directory / CONFIG, set or (), given)
+            c = build_config(c.run_directory / CONFIG, assignments, given)
         # of several seeds, those not started yet start now
         runs.append(Planned(c, resume and (started or len(configs) == 1)))
-    return train_all(runs, Console(quiet), dry_run, allow_config_change)
+    return runs

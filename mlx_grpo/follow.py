@@ -1,0 +1,40 @@
+"""A run as the ranks live it that do not write it: the same stages, nothing said, nothing kept."""
+
+from dataclasses import replace
+
+from mlx_grpo.agreement import check_inputs, share_state
+from mlx_grpo.console import Console
+from mlx_grpo.iteration import iterate
+from mlx_grpo.parts import (
+    RunParts,
+    check_skips,
+    evaluation_due,
+    first_state,
+    policy_at,
+    provenance_of,
+)
+from mlx_grpo.stopping import StopRequested, stop_signals
+
+
+def follow(parts: RunParts, ui: Console) -> bool:
+    """Work until the run of rank 0 ends; False if a signal ended it early."""
+    config, ranks = parts.config, parts.ranks
+    check_inputs(ranks, provenance_of(parts))
+    state = share_state(ranks, first_state(config), parts.roles.actor.model, parts.optimizer)
+    try:
+        with stop_signals() as signalled:
+            safe_point = ranks.watching(signalled)
+            while True:
+                if evaluation_due(state, config):
+                    policy = policy_at(parts, state.iteration)
+                    parts.evaluator(policy, safe_point=safe_point, ranks=ranks)
+                    state = replace(state, evaluated=state.iteration)
+                elif state.iteration == config.num_iterations:
+                    return True
+                else:
+                    safe_point()
+                    check_skips(state, config)
+                    state = iterate(parts, state, ui, safe_point).state
+    except StopRequested:
+        ranks.stopped()
+        return False

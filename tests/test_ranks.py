@@ -1,0 +1,118 @@
+"""Shares of a batch, watched neighbours, agreement; whole runs of several ranks on loopback."""
+
+import socket
+import time
+from multiprocessing import Pipe
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_grpo import watch
+from mlx_grpo.agreement import CHECK_EVERY, check_adapter, check_inputs
+from mlx_grpo.config import TrainConfig
+from mlx_grpo.errors import InputError
+from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.roles import new_actor
+from mlx_grpo.provenance import recorded
+from mlx_grpo.ranks import ALONE, Ranks
+from mlx_grpo.stopping import StopRequested
+from mlx_grpo.watch import meet
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def test_each_position_belongs_to_one_rank() -> None:
+    for size in (1, 2, 3, 5):
+        ranks = [Ranks(rank, size) for rank in range(size)]
+        positions = list(range(7))
+        assert sorted(p for r in ranks for p in positions[r.share]) == positions
+        for minibatch in (range(0, 2), range(2, 4), range(6, 7)):
+            own = [positions[r.share][r.own(minibatch)] for r in ranks]
+            assert sorted(p for share in own for p in share) == list(minibatch)
+
+
+def test_a_single_rank_needs_no_communication() -> None:
+    arrays = {"a": mx.ones(2)}
+    assert ALONE.gather("x") == ["x"]
+    assert ALONE.merged([1, 2]) == [1, 2]
+    assert ALONE.sum(arrays) is arrays
+    assert ALONE.lead(arrays) is arrays
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"rank 0 on .*: cannot listen on 127.0.0.1:{port}"):
+            meet([("127.0.0.1", port), ("127.0.0.1", 1)], 0)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    addresses = [("127.0.0.1", port) for port in free_ports(2)]
+    shown = f"{addresses[1][0]}:{addresses[1][1]}"
+    with pytest.raises(InputError, match=f"rank 1 on {shown}: did not come"):
+        meet(addresses, 0, seconds=0.3)
+
+
+def test_a_rank_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.5)
+    near, far = Pipe()
+    said: list[str] = []
+    watching = watch.Watch(0, [watch.Neighbour(1, "mac-b", near)], said.append)
+    with pytest.raises(RuntimeError, match="rank 1 on mac-b: no sign of life"):
+        watching.explain(ValueError("the collective failed"))
+    assert said == [
+        "rank 1 on mac-b: no sign of life for 0.5 s; once it is back, go on with --resume"
+    ]
+    far.close()
+
+
+def test_a_rank_that_gives_signs_of_life_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
+    near, far = Pipe()
+    both = [
+        watch.Watch(rank, [watch.Neighbour(1 - rank, "mac", line)], lambda _: None)
+        for rank, line in enumerate((near, far))
+    ]
+    time.sleep(1.5)
+    both[0].check()
+    both[1].leave("stopped")
+    with pytest.raises(StopRequested):
+        both[0].explain(ValueError("the collective failed"))
+
+
+class Told(Ranks):
+    """Rank 0 of several that have told it something."""
+
+    def __init__(self, told: list[Any]):
+        super().__init__(0, len(told))
+        object.__setattr__(self, "told", told)
+
+    def gather(self, mine: Any) -> list[Any]:
+        return self.told  # type: ignore[attr-defined,no-any-return]
+
+
+def test_ranks_with_other_versions_or_inputs_are_refused() -> None:
+    about = recorded(TrainConfig(), {"--prompts": "ab" * 32}, dense=True)
+    newer = {**about, "versions": {**about["versions"], "mlx": "9.9"}}
+    edited = {**about, "inputs": {"--prompts": "cd" * 32}}
+    for other, complaint in ((newer, r"mlx 0\.\S+ -> 9\.9"), (edited, "--prompts other content")):
+        with pytest.raises(InputError, match=f"rank 1 on mac-b: not what rank 0 has: {complaint}"):
+            check_inputs(Told([("mac-a", about), ("mac-b", other)]), about)
+    check_inputs(Told([("mac-a", about), ("mac-b", about)]), about)
+
+
+def test_ranks_whose_adapters_part_are_refused(backbone: Backbone) -> None:
+    actor = new_actor(backbone, 2, 1.0, 0).model
+    check_adapter(Told([("mac-a", "1"), ("mac-b", "1")]), actor, CHECK_EVERY)
+    check_adapter(Told([("mac-a", "1"), ("mac-b", "2")]), actor, CHECK_EVERY + 1)
+    with pytest.raises(InputError, match="rank 1 on mac-b: after 10 iterations its adapter"):
+        check_adapter(Told([("mac-a", "1"), ("mac-b", "2")]), actor, CHECK_EVERY)
