@@ -17,7 +17,7 @@ from mlx_grpo.watch import Address, RankLost, Watch, meet
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch, or by the MPI that it calls."""
-CONNECT_SECONDS = 60
+CONNECT_SECONDS = 25
 """For MLX to connect ranks of which all are there."""
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn
 from mlx_grpo.errors import InputError
 from mlx_grpo.stopping import StopRequested
 
-MEET_SECONDS = 30.0
+MEET_SECONDS = 60.0
 """For all ranks to start."""
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 15.0
@@ -191,14 +191,18 @@ def meet(addresses: Sequence[Address], rank: int, seconds: float = MEET_SECONDS)
             # who calls in vain speaks first: the others only know that something is missing
             if time.monotonic() > deadline + (HEARD_SECONDS if called else 0):
                 raise _absent(addresses, left if called else right, seconds)
-    for _ in range(2):  # the first round ends when all are here, the second tells them
-        if rank == 0:
-            called.line.send_bytes(b"")
-        if not answered.line.poll(max(0.0, deadline + 2 * HEARD_SECONDS - time.monotonic())):
-            raise _absent(addresses, left, seconds)
-        answered.line.recv_bytes()
-        if rank:
-            called.line.send_bytes(b"")
+    patience = deadline + 2 * HEARD_SECONDS
+    try:
+        for _ in range(2):  # the first round ends when all are here, the second tells them
+            if rank == 0:
+                called.line.send_bytes(b"")
+            if not answered.line.poll(max(0.0, patience - time.monotonic())):
+                raise _absent(addresses, left, seconds)
+            answered.line.recv_bytes()
+            if rank:
+                called.line.send_bytes(b"")
+    except (EOFError, OSError) as e:  # who has left says why, or mlx.launch says that it has
+        raise InputError(f"rank {rank} on {socket.gethostname()}: another rank has left") from e
     return [answered, called]
 
 
