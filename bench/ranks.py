@@ -4,9 +4,10 @@
   whether the samples of the first iteration, and of all, are the same;
 - `kill`: one rank is killed at random times after loading: seconds until the others have ended,
   whether one line names the rank, and whether the resumed run is the uninterrupted one bit for bit;
+- `stop`: one rank is told to stop, and the run goes on with another number of ranks;
 - `speed`: iterations per second of 2 ranks against 1.
 
-usage: OPENBLAS_NUM_THREADS=1 python -m bench.ranks [same kill speed] [--kills 20] [--json FILE]
+usage: OPENBLAS_NUM_THREADS=1 python -m bench.ranks [same stop kill speed] [--json FILE]
 
 A real model, on an idle machine: `mlx.launch -n 2 mlx-grpo train ...` against `mlx-grpo train ...`
 with OPENBLAS_NUM_THREADS=1, `time/iteration` in metrics.jsonl.
@@ -25,6 +26,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +100,48 @@ def apart(one: Path, other: Path) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
 
 
-def same(world: World, ui: Console) -> dict[str, Any]:
-    """Ranks against one another: a batch of 5 over minibatches of 2, so that shares are uneven."""
+def same(world: World, iterations: int, ui: Console) -> dict[str, Any]:
+    """2 and 3 ranks against 1: with uneven shares, and with fewer prompts than ranks."""
     found: dict[str, Any] = {}
     for name, settings in {
         "5 prompts, minibatches of 2": {"batch_size": 5, "minibatch_size": 2},
-        "4 prompts, minibatches of 4": {"batch_size": 4, "minibatch_size": 4},
         "2 prompts, 2 epochs": {"batch_size": 2, "minibatch_size": 1, "epochs": 2},
     }.items():
-        config = world.config(num_iterations=20, checkpoint_every=20, eval_every=20, **settings)
+        every = {"checkpoint_every": iterations, "eval_every": iterations}
+        config = world.config(num_iterations=iterations, **every, **settings)
         runs = [train(config, world.root / f"same-{len(found)}-{n}", n) for n in (1, 2, 3)]
         samples = [log.read(run / log.COMPLETIONS) for run in runs]
-        first = [[r for r in s if r["step"] == 1] for s in samples]
+        first = [[row for row in answers if row["step"] == 1] for answers in samples]
         found[name] = {
             "relative_difference": {n: apart(runs[0], runs[n - 1]) for n in (2, 3)},
             "first_samples_equal": first[0] == first[1] == first[2],
-            "all_texts_equal": len({tuple(r["completion"] for r in s) for s in samples}) == 1,
+            "all_texts_equal": _texts(runs[0]) == _texts(runs[1]) == _texts(runs[2]),
         }
         ui.say(f"{name}: {json.dumps(found[name])}")
     return found
+
+
+def stop(world: World, ui: Console) -> dict[str, Any]:
+    """Tell the last of 2 ranks to stop, go on with 3, and compare with 1."""
+    config, run = world.config(), world.root / "stopped"
+    whole = train(config, world.root / "never-stopped", 1)
+    children = start(config, run, 2)
+    while not (run / log.COMPLETIONS).exists():
+        time.sleep(0.001)
+    children[1].send(signal.SIGTERM)
+    statuses = [child.wait() for child in children]
+    train(config, run, 3)
+    found = {
+        "statuses": statuses,
+        "relative_difference": apart(whole, run),
+        "samples_equal": _texts(whole) == _texts(run),
+    }
+    ui.say(f"stop: {json.dumps(found)}")
+    return found
+
+
+def _texts(run: Path) -> list[str]:
+    return [row["completion"] for row in log.read(run / log.COMPLETIONS)]
 
 
 def kill(world: World, count: int, ui: Console) -> dict[str, Any]:
@@ -199,16 +224,22 @@ def speed(world: World, ui: Console) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("parts", nargs="*", default=["same", "kill", "speed"])
+    parser.add_argument("parts", nargs="*", default=["same", "stop", "kill", "speed"])
+    parser.add_argument("--iterations", type=int, default=20, help="of `same`")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ui, found = Console(), {}
     with tempfile.TemporaryDirectory() as place:
         world = make_world(Path(place))
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "same": lambda: same(world, args.iterations, ui),
+            "stop": lambda: stop(world, ui),
+            "kill": lambda: kill(world, args.kills, ui),
+            "speed": lambda: speed(world, ui),
+        }
         for part in args.parts:
-            measure = {"same": same, "speed": speed, "kill": lambda w, u: kill(w, args.kills, u)}
-            found[part] = measure[part](world, ui)
+            found[part] = measures[part]()
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,18 +1,20 @@
 """The plan of a run: from its settings and the headers of its models, shown, or refused."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo.backend import choose_policy, policy_for, recommended_memory
 from mlx_grpo.config import TrainConfig, parse_bytes
 from mlx_grpo.console import Console, duration
-from mlx_grpo.devices import device
+from mlx_grpo.devices import Device, device
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.footprint import adapter_bytes, footprint
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
-from mlx_grpo.timing import estimate, stage_costs
+from mlx_grpo.scaling import Scaled, exchange, link_speed, pays_up_to
+from mlx_grpo.timing import StageTime, estimate, stage_costs
 
 
 def plan_run(config: TrainConfig, here: bool = True, ranks: int = 1) -> Plan:
@@ -55,20 +57,28 @@ def _judge(config: TrainConfig) -> Judge:
     return Judge(adapter_bytes(path))
 
 
-def show_time(config: TrainConfig, plan: Plan, name: str, ui: Console) -> None:
-    """The table of what an iteration and a run take, an estimate.
-
-    Args:
-        name: of a device, or `this`, which is measured.
-    """
-    machine = device(name, policy_for(plan.choice.dense).dtype)
+def times(config: TrainConfig, plan: Plan, machine: Device, ranks: int = 1) -> dict[str, StageTime]:
+    """Seconds of each stage of an iteration, without those that there are not."""
     model = footprint(Path(config.actor_model))
-    costs = stage_costs(model, _judge(config), _workload(config), plan.choice)
-    times = {k: t for k, t in estimate(costs, machine).items() if t.at_least}
+    costs = stage_costs(model, _judge(config), _workload(config, ranks), plan.choice)
+    return {stage: t for stage, t in estimate(costs, machine).items() if t.at_least}
+
+
+def machine_of(name: str, plan: Plan) -> Device:
+    """A named device, or `this`, which is measured."""
+    return device(name, policy_for(plan.choice.dense).dtype)
+
+
+def show_time(
+    config: TrainConfig, plan: Plan, machine: Device, ui: Console, ranks: int = 1
+) -> None:
+    """The table of what an iteration and a run take, an estimate; of several ranks without their
+    exchange."""
+    found = times(config, plan, machine, ranks)
     rows: list[tuple[str, ...]] = [
-        (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in times.items()
+        (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in found.items()
     ]
-    least, expected = (sum(getattr(t, n) for t in times.values()) for n in ("at_least", "expected"))
+    least, expected = (sum(getattr(t, n) for t in found.values()) for n in ("at_least", "expected"))
     rows.append(("an iteration", f"{least:.1f} s", f"{expected:.1f} s", ""))
     whole = (duration(config.num_iterations * seconds) for seconds in (least, expected))
     rows.append((f"{config.num_iterations} iterations", *whole, ""))
@@ -78,6 +88,44 @@ def show_time(config: TrainConfig, plan: Plan, name: str, ui: Console) -> None:
         f"at {machine.bandwidth / 1e9:.0f} GB/s and {machine.arithmetic / 1e12:.2g} TFLOP/s, "
         f"{source}; expected: at the shares of these that a Linux CPU reached; without evaluations"
     )
+
+
+def scale(config: TrainConfig, machine: Device, link: str, ranks: int, here: bool) -> list[Scaled]:
+    """An iteration with 1, 2, ... `ranks` such machines; never more than there are prompts.
+
+    Raises:
+        InputError: `link` is no speed.
+    """
+    model, speed = footprint(Path(config.actor_model)), link_speed(link)
+    scaled = []
+    for size in range(1, min(ranks, config.batch_size) + 1):
+        found = times(config, plan_run(config, here, size), machine, size)
+        working = sum(t.expected for t in found.values())
+        traffic, exchanging = exchange(model, _workload(config), size, speed)
+        prompts = _workload(config, size).prompts
+        scaled.append(Scaled(size, prompts, traffic, working, exchanging))
+    return scaled
+
+
+def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
+    """The table of what each number of ranks takes, and up to where more of them pay."""
+    one = scaled[0].seconds
+    rows = [
+        (
+            f"{s.ranks}",
+            f"{s.prompts}",
+            f"{s.traffic / 1e6:.1f} MB",
+            f"{s.exchanging:.2f} s",
+            f"{s.seconds:.1f} s",
+            f"{one / s.seconds:.2f}x",
+        )
+        for s in scaled
+    ]
+    columns = ("ranks", "prompts each", "a rank sends", "exchange", "an iteration", "faster")
+    ui.table(f"Ranks over {link}, on paper", columns, rows)
+    up_to = pays_up_to(list(scaled))
+    more = "more were not looked at" if up_to == scaled[-1].ranks else "more save less than a tenth"
+    ui.say(f"pays up to {up_to} {'rank' if up_to == 1 else 'ranks'}; {more}")
 
 
 def check_fits(config: TrainConfig, plan: Plan, ui: Console, here: bool = True) -> None:

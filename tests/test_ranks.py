@@ -1,8 +1,13 @@
 """Shares of a batch, watched neighbours, agreement; whole runs of several ranks on loopback."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 import time
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -116,3 +121,40 @@ def test_ranks_whose_adapters_part_are_refused(backbone: Backbone) -> None:
     check_adapter(Told([("mac-a", "1"), ("mac-b", "2")]), actor, CHECK_EVERY + 1)
     with pytest.raises(InputError, match="rank 1 on mac-b: after 10 iterations its adapter"):
         check_adapter(Told([("mac-a", "1"), ("mac-b", "2")]), actor, CHECK_EVERY)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Whole runs of 1, 2 and 3 ranks; in a process of its own, because it forks."""
+    file = tmp_path_factory.mktemp("ranks") / "found.json"
+    command = ["-m", "bench.ranks", "same", "stop", "kill", "--iterations", "3", "--kills", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, "--json", str(file)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert file.exists(), done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_several_ranks_train_what_one_does(measured: dict[str, Any]) -> None:
+    assert len(measured["same"]) == 2
+    for found in measured["same"].values():
+        assert found["all_texts_equal"] and found["first_samples_equal"]
+        assert 0 < max(found["relative_difference"].values()) < 1e-5
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_ranks(measured: dict[str, Any]) -> None:
+    found = measured["stop"]
+    assert found["statuses"] == [130, 130]
+    assert found["samples_equal"] and found["relative_difference"] < 1e-5
+
+
+def test_where_a_rank_dies_the_others_end_and_the_run_goes_on(measured: dict[str, Any]) -> None:
+    found = measured["kill"]
+    assert found["resumed_equal"] == found["kills"] == 2, found["each"]
+    assert found["one_line_names_the_rank"] == found["others_ended_within_30_s"] == 2

@@ -23,19 +23,38 @@ def plan(
             f"{', '.join(MACS)}. For a Mac give its --memory-limit too."
         ),
     ] = THIS,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Machines of this kind that share the prompts (mlx.launch).")
+    ] = 1,
+    link: Annotated[
+        str, typer.Option(help="Speed of the slowest link between them, such as 600Mb/s.")
+    ] = "10Gb/s",
     quiet: Quiet = False,
 ) -> None:
     """Estimate memory and time of a training run before it starts.
 
     Takes the flags of train and reads no weights: each stage's peak, what fits the limit, seconds.
     """
-    from mlx_grpo.planned import check_fits, plan_run, show, show_time
+    from mlx_grpo.planned import (
+        check_fits,
+        machine_of,
+        plan_run,
+        scale,
+        show,
+        show_scaling,
+        show_time,
+    )
+    from mlx_grpo.scaling import link_speed
 
     settings, ui = build_config(config, set or (), flags), Console(quiet)
     check_name(device)
     here = device == THIS
-    found = plan_run(settings, here)
+    link_speed(link)
+    found = plan_run(settings, here, ranks)
     if found.fits:
+        machine = machine_of(device, found)
         show(found, ui)
-        show_time(settings, found, device, ui)
+        show_time(settings, found, machine, ui, ranks)
+        if ranks > 1:
+            show_scaling(scale(settings, machine, link, ranks, here), link, ui)
     check_fits(settings, found, ui, here)
