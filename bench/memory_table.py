@@ -22,6 +22,10 @@ FOUR = f"{SMALL} --depth 4 --prompts 2"
 LLAMA = "--shape llama-3.2-1b --prompts 1 --k 6 --prompt 64 --completion 24"
 QWEN = "--shape qwen2.5-0.5b --depth 2 --prompts 1 --prompt 64 --completion 24"
 GEMMA = "--shape gemma-2b --weights dense --prompts 1 --prompt 256 --completion 256 --iterations 1"
+PACKED = (
+    "--shape gemma-2b --weights packed --rm adapter --prompts 1 --k 2 --prompt 16 --completion 4"
+    " --iterations 1"
+)
 ADAPTER = "--rm adapter --sizes 3 256 32"
 SWAPPED = "--rm full --residency swap --sizes 0 256 32"
 
@@ -49,6 +53,8 @@ ROWS = (
     f"{LLAMA} --rm adapter --depth 2 --limit 1.66GB",
     f"{QWEN} --rm none --k 4",
     f"{QWEN} --rm adapter --k 8",
+    f"{PACKED} --depth 1",
+    f"{PACKED} --depth 2",
     f"{GEMMA} {ADAPTER} --depth 1",
     f"{GEMMA} {ADAPTER} --depth 2",
     f"{GEMMA} {SWAPPED} --depth 1",
@@ -81,7 +87,7 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
         f"head {sizes['head_bytes'] >> 20} MiB",
     )
     return (
-        f"{line['shape']}, {line['depth'] or 'all'}",
+        f"{line['shape']}, {line['depth'] or 'all'}{'' if line['choice']['dense'] else ', 4-bit'}",
         f"{line['prompts']} x {line['k']}, {line['prompt']} + {line['completion']}",
         line["rm"] + (", read anew" if swap else ""),
         line["limit"] or "-",
@@ -104,7 +110,7 @@ def main() -> None:
             lines.append(run(flags))
             ui.say("  ".join(cells(lines[-1])))
     ui.table(
-        "Peak of an iteration, dense fp32 on a CPU: planned against measured",
+        "Peak of an iteration on this machine: planned against measured",
         (
             "shape, blocks",
             "answers, tokens",
