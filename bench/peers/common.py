@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "peers"
 MODEL = CACHE / "model"
+PACKED = CACHE / "model-4bit"
+"""The same values as they come from `mlx-grpo convert`, for mlx-grpo."""
 
 # The work of design: SmolLM2-135M in fp32, LoRA 16 on all linear layers, K answers of 64 tokens.
 K, NEW_TOKENS, RANK, SCALE = 6, 64, 16, 2.0

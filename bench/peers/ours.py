@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import LEARNING_RATE, MODEL, RANK, SCALE, SEED, K
+from common import LEARNING_RATE, PACKED, RANK, SCALE, SEED, K
 
 from mlx_grpo.backend import peak_memory
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.iteration import iterate
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.parts import RunParts, first_state, load_parts, sampling
 from mlx_grpo.rollout import rollout
@@ -30,7 +31,7 @@ def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (place / "held_out.jsonl").write_text('{"prompt": "Hello", "response": "Hello!"}\n')
     config = TrainConfig(
-        actor_model=str(MODEL),
+        actor_model=str(PACKED),
         rm_model="none",
         reward=(f"{Path(common.__file__).resolve()}:length_reward",),
         prompts=str(place / "prompts.jsonl"),
@@ -50,6 +51,7 @@ def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         parts = parts_for(args, Path(place))
+    _train_a_little(parts)
     state, console = first_state(parts.config), Console(quiet=True)
     rollouts, seconds, peaks = [], [], [peak_memory()]
     for iteration in range(1 + args.iterations):
@@ -66,6 +68,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if not args.rollout_only:
         found |= {k: v for k, v in metrics.items() if k.startswith("time/") and v}
     return found
+
+
+def _train_a_little(parts: RunParts) -> None:
+    """Rollouts with a LoRA that is still zero would leave it out."""
+    actor = parts.roles.actor.model
+    arrays = {n: v + 1e-6 for n, v in lora_parameters(actor).items()}
+    set_parameters(actor, arrays)
 
 
 def _rollout_seconds(parts: RunParts, iteration: int) -> float:
