@@ -28,6 +28,7 @@ from mlx_grpo.trainer import train
 
 SETTINGS = Path(__file__).with_name("experiment.toml")
 FIGURES = "comparison.json"
+GOLD = "mlx_grpo.rubric:gold"
 CONSTRAINTS = "examples/constraints"
 
 
@@ -92,15 +93,14 @@ def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str
         if not train(config, ui, resume=is_run(run)):
             raise KeyboardInterrupt
     if not (run / FIGURES).exists():
-        comparison = compare_run(run, None, "", ui)
-        scores = contests(comparison, rubric=True)
+        scores = contests(comparison := compare_run(run, None, "", ui, judges=(GOLD,)))
         write_json(
             run / FIGURES,
             {
                 "adapter": chosen_adapter(run, "").name,
                 "prompts": len(comparison.before.groups),
                 "reward": asdict(Scores.of(*scores["reward"])),
-                "gold": asdict(Scores.of(*scores["rubric"])),
+                "gold": asdict(Scores.of(*scores["gold"])),
                 "before": _policy(comparison.before),
                 "after": _policy(comparison.after),
             },

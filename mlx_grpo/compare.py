@@ -12,7 +12,6 @@ from mlx_grpo.judge import Verdicts
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.parts import load_evaluator
-from mlx_grpo.rubric import judge
 from mlx_grpo.run_directory import chosen_adapter, settings
 from mlx_grpo.types import Completion
 
@@ -70,16 +69,7 @@ def compare_run(
     return Comparison(before, after, str(directory), config.eval_prompts, config.gold_names)
 
 
-def rubric_scores(evaluation: Evaluation) -> list[float]:
-    """The rubric's mark of each answer."""
-    return [
-        judge(g.prompt.messages[-1]["content"], c.text, c.finish_reason).score
-        for g in evaluation.groups
-        for c in g.completions
-    ]
-
-
-def contests(comparison: Comparison, rubric: bool = False) -> dict[str, Scores]:
+def contests(comparison: Comparison) -> dict[str, Scores]:
     """Everything that gave each answer a number: (scores before, scores after)."""
     before, after = comparison.before, comparison.after
     found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
@@ -87,8 +77,6 @@ def contests(comparison: Comparison, rubric: bool = False) -> dict[str, Scores]:
         sides = (scores, after.by_source[name])
         if any(list(s) != list(e.rewards) for s, e in zip(sides, (before, after), strict=True)):
             found[name] = sides  # else it is the reward itself, as the only one that counts
-    if rubric:
-        found["rubric"] = (rubric_scores(before), rubric_scores(after))
     return found
 
 
