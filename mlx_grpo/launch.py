@@ -17,7 +17,7 @@ from mlx_grpo.watch import Address, RankLost, Watch, meet
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch, or by the MPI that it calls."""
-CONNECT_SECONDS = 25
+CONNECT_SECONDS = 60
 """For MLX to connect ranks of which all are there."""
 
 
@@ -60,13 +60,13 @@ def _together(ui: Console) -> Ranks:
     if len(addresses) < 2:
         if "MLX_HOSTFILE" in os.environ:  # a ring of one
             return ALONE
-        group = _connect()
+        group = _connect("any")
         if group.size() > 1 and group.rank() == 0:
             ui.warn("only --backend ring is watched: here a rank that hangs holds up the others")
         return Ranks(group.rank(), group.size())
     rank = int(os.environ["MLX_RANK"])
     neighbours = meet(addresses, rank)
-    group = _connect()
+    group = _connect("ring")
     return Ranks(group.rank(), group.size(), Watch(rank, neighbours, ui.error))
 
 
@@ -81,11 +81,11 @@ def _ring() -> list[Address]:
     return found
 
 
-def _connect() -> mx.distributed.Group:
+def _connect(backend: str) -> mx.distributed.Group:
     # MLX holds the interpreter while it connects, so only the operating system can end it
     signal.alarm(CONNECT_SECONDS)
     try:
-        return mx.distributed.init(strict=True)
+        return mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as e:
         raise InputError(f"rank {os.environ.get('MLX_RANK', '?')}: {one_line(e)}") from e
     finally:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.stopping import StopRequested
@@ -26,6 +26,8 @@ SILENT_SECONDS = 15.0
 """A rank without a sign of life is given up: it hangs, or its machine or its cable is gone."""
 GRACE_SECONDS = 10.0
 """For a main thread to stop by itself once a rank has left."""
+SAVE_SECONDS = 60.0
+"""The same where it was only told to stop: nobody is lost, and rank 0 has something to save."""
 HEARD_SECONDS = 2.0
 """For news to go around."""
 
@@ -99,8 +101,8 @@ class Watch:
         self._leaving.set()
         self._thread.join()
         self._send(Left(self.rank, socket.gethostname(), "done" if self._left else kind, why))
-        for line in self._heard:  # until they have read it: closing on unread beats would reset
-            _drain(line)
+        for neighbour, _ in self._heard.values():
+            _part(neighbour)
 
     def _run(self) -> None:
         beaten = 0.0
@@ -127,6 +129,7 @@ class Watch:
             left = Left(**said)
             if left.rank == neighbour.rank:
                 del self._heard[line]
+                line.close()  # which tells it that it was heard
             if left.kind != "done":
                 self._learn(left)
 
@@ -139,15 +142,18 @@ class Watch:
         if self._left:
             return
         self._left = left
-        self._news.set()
         self._send(left)
         speaker = 0 if left.rank else 1  # rank 0 speaks for itself where it can
         if self.rank == speaker and (left.kind == "lost" or (left.kind == "failed" and left.rank)):
             self._tell(_line(left))
-        threading.Thread(target=self._end, daemon=True).start()
+        self._news.set()
+        threading.Thread(target=self._end, args=(left,), daemon=True).start()
 
-    def _end(self) -> None:
-        if not self._leaving.wait(GRACE_SECONDS):
+    def _end(self, left: Left) -> None:
+        stopped = left.kind == "stopped"
+        if not self._leaving.wait(SAVE_SECONDS if stopped else GRACE_SECONDS):
+            if stopped and self.rank == (0 if left.rank else 1):
+                self._tell(_line(left))
             os._exit(2)
 
     def _send(self, said: Left | None) -> None:
@@ -160,16 +166,22 @@ class Watch:
 
 
 def _line(left: Left) -> str:
-    remedy = "; once it is back, go on with --resume" if left.kind == "lost" else ""
-    return f"rank {left.rank} on {left.host}: {left.why}{remedy}"
+    why = left.why or "was told to stop, and the others did not come to save"
+    remedy = "" if left.kind == "failed" else "; go on with --resume"
+    return f"rank {left.rank} on {left.host}: {why}{remedy}"
 
 
-def _drain(line: Connection) -> None:
+def _part(neighbour: Neighbour) -> None:
+    """Read until it has heard the goodbye or says its own: a connection that is closed on unread
+    messages is reset, and loses what was sent."""
     try:
-        while line.poll(HEARD_SECONDS):
-            line.recv_bytes()
+        while neighbour.line.poll(HEARD_SECONDS):
+            said = json.loads(neighbour.line.recv_bytes())
+            if said and said["rank"] == neighbour.rank:
+                break
     except (EOFError, OSError):
         return
+    neighbour.line.close()
 
 
 def meet(addresses: Sequence[Address], rank: int, seconds: float = MEET_SECONDS) -> list[Neighbour]:
@@ -183,25 +195,25 @@ def meet(addresses: Sequence[Address], rank: int, seconds: float = MEET_SECONDS)
     """
     right, left = (rank + 1) % len(addresses), (rank - 1) % len(addresses)
     deadline = time.monotonic() + seconds
-    called = answered = None
+    patience = deadline + 2 * HEARD_SECONDS  # who calls in vain is the first to say so
+    calling = answered = None
     with _listening(addresses[rank], rank) as door:
-        while not (called and answered):
-            called = called or _call(addresses[right], right, rank)
+        while not (calling and answered):
+            calling = calling or _call(addresses[right], rank)
             answered = answered or _answer(door, left, rank)
-            # who calls in vain speaks first: the others only know that something is missing
-            if time.monotonic() > deadline + (HEARD_SECONDS if called else 0):
-                raise _absent(addresses, left if called else right, seconds)
-    patience = deadline + 2 * HEARD_SECONDS
+            if time.monotonic() > (patience if calling else deadline):
+                raise _absent(addresses, left if calling else right, seconds)
     try:
+        called = Neighbour(right, _heard(calling, right, patience), calling)
         for _ in range(2):  # the first round ends when all are here, the second tells them
             if rank == 0:
-                called.line.send_bytes(b"")
-            if not answered.line.poll(max(0.0, patience - time.monotonic())):
-                raise _absent(addresses, left, seconds)
-            answered.line.recv_bytes()
+                _greet(calling, rank)
+            _heard(answered.line, left, patience)
             if rank:
-                called.line.send_bytes(b"")
-    except (EOFError, OSError) as e:  # who has left says why, or mlx.launch says that it has
+                _greet(calling, rank)
+    except TimeoutError:
+        raise _absent(addresses, left, seconds) from None
+    except (EOFError, OSError, ValueError) as e:  # who has left says why, or mlx.launch does
         raise InputError(f"rank {rank} on {socket.gethostname()}: another rank has left") from e
     return [answered, called]
 
@@ -229,30 +241,48 @@ def _shown(address: Address) -> str:
     return f"{address[0]}:{address[1]}"
 
 
-def _call(address: Address, rank: int, me: int) -> Neighbour | None:
+def _call(address: Address, rank: int) -> Connection | None:
     try:
-        return _greet(socket.create_connection(address, timeout=1.0), rank, me)
+        connected = socket.create_connection(address, timeout=1.0)
     except OSError:  # not yet there
         return None
+    return _greet(_line_of(connected), rank)
 
 
 def _answer(door: socket.socket, rank: int, me: int) -> Neighbour | None:
+    """The neighbour who calls, and None where nobody does, or somebody else."""
     try:
-        return _greet(door.accept()[0], rank, me)
+        line = _line_of(door.accept()[0])
     except TimeoutError:
         return None
-
-
-def _greet(connected: socket.socket, rank: int, me: int) -> Neighbour | None:
-    """Exchange ranks and names of hosts; None where it is not this rank."""
-    connected.setblocking(True)
-    line = Connection(connected.detach())
-    line.send_bytes(json.dumps([me, socket.gethostname()]).encode())
     try:
-        other: Any = json.loads(line.recv_bytes(1024)) if line.poll(1.0) else None
+        host = _heard(line, rank, time.monotonic() + HEARD_SECONDS)
+        return Neighbour(rank, host, _greet(line, me))
     except (EOFError, OSError, ValueError):
-        other = None
-    if not isinstance(other, list) or other[:1] != [rank]:
         line.close()
         return None
-    return Neighbour(rank, str(other[1]), line)
+
+
+def _line_of(connected: socket.socket) -> Connection:
+    connected.setblocking(True)
+    return Connection(connected.detach())
+
+
+def _greet(line: Connection, rank: int) -> Connection:
+    line.send_bytes(json.dumps([rank, socket.gethostname()]).encode())
+    return line
+
+
+def _heard(line: Connection, rank: int, deadline: float) -> str:
+    """The host of the rank that greets.
+
+    Raises:
+        TimeoutError, EOFError, OSError: nobody does.
+        ValueError: it is somebody else.
+    """
+    if not line.poll(max(0.0, deadline - time.monotonic())):
+        raise TimeoutError
+    said = json.loads(line.recv_bytes(1024))
+    if not isinstance(said, list) or said[:1] != [rank]:
+        raise ValueError(f"expected rank {rank}, heard {said}")
+    return str(said[1])
