@@ -282,7 +282,7 @@ def show(plan: Plan, found: list[dict[str, Figures]]) -> None:
         got = last.get(name)
         compared = (
             f"{got.bytes / 1e9:8.3f} measured {size / got.bytes - 1:+7.1%} {got.seconds:8.1f} s"
-            if got
+            if got and got.bytes  # no reward model: nothing ran
             else ""
         )
         print(f"{name:8} {size / 1e9:8.3f} GB planned {compared}")
