@@ -210,9 +210,12 @@ def one(
         groups = rollout(sampled, tokenizer, stop, prompts, sampling, 0, "bench", iteration)
     with clock.stage("reward"):
         if isinstance(judge, StreamedRewardModel):
-            raw_PK = judge.score_groups(groups)
-        else:
-            raw_PK = [judge.score(g) if judge else list(range(args.k)) for g in groups]
+            judge.score_groups(groups)
+        elif judge:
+            for group in groups:
+                judge.score(group)
+    # random weights may score all answers the same, and the update is to have work
+    raw_PK = [list(range(args.k)) for _ in groups]
     shaping = Shaping(0.0)
     with clock.stage("logprob"):
         normalizer = ScoreNormalizer().observe([r for row in raw_PK for r in row])

@@ -26,7 +26,6 @@ PACKED = (
     "--shape gemma-2b --weights packed --rm adapter --prompts 1 --k 2 --prompt 16 --completion 4"
     " --iterations 1"
 )
-ADAPTER = "--rm adapter --sizes 3 256 32"
 SWAPPED = "--rm full --residency swap --sizes 0 256 32"
 
 COLUMNS = (
@@ -55,8 +54,6 @@ ROWS = (
     f"{QWEN} --rm adapter --k 8",
     f"{PACKED} --depth 1",
     f"{PACKED} --depth 2",
-    f"{GEMMA} {ADAPTER} --depth 1",
-    f"{GEMMA} {ADAPTER} --depth 2",
     f"{GEMMA} {SWAPPED} --depth 1",
     f"{GEMMA} {SWAPPED} --depth 2",
 )
