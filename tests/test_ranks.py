@@ -160,7 +160,7 @@ def test_several_ranks_train_what_one_does(measured: dict[str, Any]) -> None:
     assert len(measured["same"]) == 2
     for found in measured["same"].values():
         assert found["all_texts_equal"] and found["first_samples_equal"]
-        assert 0 < max(found["relative_difference"].values()) < 1e-5
+        assert max(found["relative_difference"].values()) < 1e-5  # of what one rank trained
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_ranks(measured: dict[str, Any]) -> None:
