@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -194,7 +195,8 @@ def _killed(
     if statuses[dead] == 0:
         return None
     said = [child.output.read_text() for child in children]
-    errors = [e for text in said for e in text.splitlines() if e.startswith("error: ")]
+    # MLX writes "[ring] " and the rest of its own lines apart, so that may stand before ours
+    errors = re.findall(r"^(?:\[ring\] )?(error: .*)", "\n".join(said), re.MULTILINE)
     named = [e.startswith(f"error: rank {dead} on ") for e in errors] == [True]
     return {
         "rank": dead,
