@@ -52,7 +52,7 @@ class Backbone:
         """
         try:
             if _stamps(self.path) == self.stamps:
-                return _load_lazily(self.path, read_json(self.path / "config.json"))[0]
+                return load_lazily(self.path)[0]
         except FileNotFoundError:
             pass
         raise InputError(
@@ -68,14 +68,10 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
         InputError: no such directory, damaged or unreadable weights, or a tokenizer without a chat
             template.
     """
-    if not (path / "config.json").is_file():
-        raise InputError(
-            f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
-        )
     verify_manifest(path)
     stamps = _stamps(path)
     # the configuration that comes back has the stop tokens of generation_config.json
-    model, config = _load_lazily(path, read_json(path / "config.json"))
+    model, config = load_lazily(path)
     policy = policy or choose_policy(parameter_count(path))
     with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
         reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"))
@@ -86,11 +82,19 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
     return Backbone(path, model, tokenizer, config, policy, stamps)
 
 
-def _load_lazily(path: Path, config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    try:
-        found: tuple[nn.Module, dict[str, Any]] = load_model(
-            path, lazy=True, model_config=rope_fields(config)
+def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as it is stored and its configuration; MLX reads an array when it is evaluated.
+
+    Raises:
+        InputError: no model there, or one that cannot be loaded.
+    """
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
         )
+    renamed = rope_fields(read_json(path / "config.json"))
+    try:
+        found: tuple[nn.Module, dict[str, Any]] = load_model(path, lazy=True, model_config=renamed)
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
     return found

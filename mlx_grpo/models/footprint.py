@@ -8,11 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
 
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import read_json
-from mlx_grpo.models.backbone import parameter_count, rope_fields, safetensors_header
+from mlx_grpo.models.backbone import load_lazily, parameter_count, safetensors_header
 from mlx_grpo.models.chunks import MLP
 
 
@@ -55,16 +52,7 @@ def footprint(path: Path) -> Footprint:
     Raises:
         InputError: no model there, or one that cannot be loaded.
     """
-    if not (path / "config.json").is_file():
-        raise InputError(
-            f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
-        )
-    config = read_json(path / "config.json")
-    try:
-        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
-        raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
-    return footprint_of(model, parameter_count(path))
+    return footprint_of(load_lazily(path)[0], parameter_count(path))
 
 
 def footprint_of(model: nn.Module, parameters: int) -> Footprint:

@@ -13,11 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.utils import load_model
 
 from mlx_grpo.backend import ComputePolicy, apply_policy
-from mlx_grpo.files import read_json, verify_manifest
-from mlx_grpo.models.backbone import rope_fields
+from mlx_grpo.files import verify_manifest
+from mlx_grpo.models.backbone import load_lazily
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
     input_tokenizer,
@@ -107,17 +106,13 @@ class StreamedRewardModel:
             yield reward_head(stages, last_KD, self.weight_1D, self.bias).tolist()
 
     def _open(self) -> Stages:
-        """The model with nothing read yet: MLX reads an array when it is evaluated."""
-        model, _ = load_model(self.path, lazy=True, model_config=_rope(self.path))
+        """The model with nothing read yet."""
+        model, _ = load_lazily(self.path)
         if self.policy.dense:
             _in_dtype(model, self.policy.dtype)
         model.freeze()
         model.eval()
         return Stages(model, self.sizes)
-
-
-def _rope(path: Path) -> dict[str, Any]:
-    return rope_fields(read_json(path / "config.json"))
 
 
 def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
@@ -141,7 +136,7 @@ def open_streamed(
     config = reward_config(path)
     verify_manifest(path)
     tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
-    hidden = Stages(load_model(path, lazy=True, model_config=_rope(path))[0]).hidden_size
+    hidden = Stages(load_lazily(path)[0]).hidden_size
     weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
     arguments = (path, policy, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
     return StreamedRewardModel(*arguments)
