@@ -23,7 +23,7 @@ from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.models.streamed import StreamedRewardModel, open_streamed
 from mlx_grpo.plan import STREAMED_HIDDEN, Plan
-from mlx_grpo.planned import check_fits, plan_run
+from mlx_grpo.planned import check_fits, planner
 from mlx_grpo.provenance import input_digests, recorded
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
@@ -63,7 +63,7 @@ def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
     Raises:
         InputError: one is missing or wrong.
     """
-    plan = plan or plan_run(config)
+    plan = plan or planner(config).plan()
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     policy, sizes = policy_for(plan.choice.dense), plan.choice.sizes
     backbone = load_backbone(Path(config.actor_model), policy)
@@ -87,8 +87,9 @@ def load_parts(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    plan = plan_run(config, ranks=ranks.size)
-    check_fits(config, plan, ui)
+    planned = planner(config, ranks=ranks.size)
+    plan = planned.plan()
+    check_fits(planned, plan, ui)
     evaluator = load_evaluator(config, ui, weights, plan)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
@@ -107,7 +108,7 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config)
-    plan = plan or plan_run(config)
+    plan = plan or planner(config).plan()
     weights = weights or load_weights(config, plan)
     backbone = weights.backbone
     held_out = _prompts(config.eval_prompts, backbone, config.max_prompt_length, ui)

@@ -1,7 +1,7 @@
 """The plan of a run: from its settings and the headers of its models, shown, or refused."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_grpo.backend import choose_policy, policy_for, recommended_memory
@@ -9,43 +9,74 @@ from mlx_grpo.config import TrainConfig, parse_bytes
 from mlx_grpo.console import Console, duration
 from mlx_grpo.devices import Device, device
 from mlx_grpo.errors import InputError
-from mlx_grpo.models.footprint import adapter_bytes, footprint
+from mlx_grpo.models.footprint import Footprint, adapter_bytes, footprint
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
-from mlx_grpo.scaling import Scaled, exchange, link_speed, pays_up_to
+from mlx_grpo.scaling import Scaled, exchange, pays_up_to
 from mlx_grpo.timing import StageTime, estimate, stage_costs
 
 
-def plan_run(config: TrainConfig, here: bool = True, ranks: int = 1) -> Plan:
-    """What fits into the run's memory limit, or the leanest if nothing does; reads no weight.
+@dataclass(frozen=True)
+class Planner:
+    """A run's settings and what its memory and time follow from beside them."""
 
-    Args:
-        here: on this machine; otherwise on a Mac, whose GPU takes the weights as they are stored.
-        ranks: processes that share the prompts of an iteration; the plan is each one's.
+    config: TrainConfig
+    model: Footprint
+    judge: Judge
+    here: bool
+    """On this machine; otherwise on a Mac, whose GPU takes the weights as they are stored."""
+    ranks: int
+    """Processes that share the prompts of an iteration; a plan is each one's."""
+
+    @property
+    def work(self) -> Workload:
+        """Of the rank that has most."""
+        config = self.config
+        return Workload(
+            prompts=-(-config.batch_size // self.ranks),
+            k=config.K,
+            prompt_tokens=config.max_prompt_length,
+            completion_tokens=config.max_completion_length,
+            lora_rank=config.lora_rank,
+            steps=-(-config.batch_size // config.minibatch_size) * config.epochs,
+            epochs=config.epochs,
+        )
+
+    def plan(self) -> Plan:
+        """What fits into the run's memory limit, or the leanest if nothing does."""
+        config = self.config
+        dense = self.here and choose_policy(self.model.parameters).dense
+        given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
+        limit = parse_bytes(config.memory_limit) or recommended_memory()
+        return choose(self.model, self.judge, self.work, limit, given, config.rm_residency)
+
+    def times(self, plan: Plan, machine: Device) -> dict[str, StageTime]:
+        """Seconds of each stage of an iteration, without those that there are not."""
+        costs = stage_costs(self.model, self.judge, self.work, plan.choice)
+        return {stage: t for stage, t in estimate(costs, machine).items() if t.at_least}
+
+    def scaled(self, machine: Device, bytes_per_second: float) -> list[Scaled]:
+        """An iteration with 1, 2, ... such machines up to `ranks`; never more than there are
+        prompts."""
+        whole = replace(self, ranks=1).work
+        scaled = []
+        for size in range(1, min(self.ranks, whole.prompts) + 1):
+            share = replace(self, ranks=size)
+            found = share.times(share.plan(), machine)
+            working = sum(t.expected for t in found.values())
+            traffic, exchanging = exchange(self.model, whole, size, bytes_per_second)
+            scaled.append(Scaled(size, share.work.prompts, traffic, working, exchanging))
+        return scaled
+
+
+def planner(config: TrainConfig, here: bool = True, ranks: int = 1) -> Planner:
+    """Read the models' configurations and headers, no weight.
 
     Raises:
         InputError: a model is missing or cannot be loaded.
     """
-    model = footprint(Path(config.actor_model))
-    dense = here and choose_policy(model.parameters).dense
-    given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
-    limit = parse_bytes(config.memory_limit) or recommended_memory()
-    return choose(
-        model, _judge(config), _workload(config, ranks), limit, given, config.rm_residency
-    )
-
-
-def _workload(config: TrainConfig, ranks: int = 1) -> Workload:
-    return Workload(
-        prompts=-(-config.batch_size // ranks),
-        k=config.K,
-        prompt_tokens=config.max_prompt_length,
-        completion_tokens=config.max_completion_length,
-        lora_rank=config.lora_rank,
-        steps=-(-config.batch_size // config.minibatch_size) * config.epochs,
-        epochs=config.epochs,
-    )
+    return Planner(config, footprint(Path(config.actor_model)), _judge(config), here, ranks)
 
 
 def _judge(config: TrainConfig) -> Judge:
@@ -57,54 +88,27 @@ def _judge(config: TrainConfig) -> Judge:
     return Judge(adapter_bytes(path))
 
 
-def times(config: TrainConfig, plan: Plan, machine: Device, ranks: int = 1) -> dict[str, StageTime]:
-    """Seconds of each stage of an iteration, without those that there are not."""
-    model = footprint(Path(config.actor_model))
-    costs = stage_costs(model, _judge(config), _workload(config, ranks), plan.choice)
-    return {stage: t for stage, t in estimate(costs, machine).items() if t.at_least}
-
-
 def machine_of(name: str, plan: Plan) -> Device:
     """A named device, or `this`, which is measured."""
     return device(name, policy_for(plan.choice.dense).dtype)
 
 
-def show_time(
-    config: TrainConfig, plan: Plan, machine: Device, ui: Console, ranks: int = 1
-) -> None:
+def show_time(found: dict[str, StageTime], iterations: int, machine: Device, ui: Console) -> None:
     """The table of what an iteration and a run take, an estimate; of several ranks without their
     exchange."""
-    found = times(config, plan, machine, ranks)
     rows: list[tuple[str, ...]] = [
         (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in found.items()
     ]
     least, expected = (sum(getattr(t, n) for t in found.values()) for n in ("at_least", "expected"))
     rows.append(("an iteration", f"{least:.1f} s", f"{expected:.1f} s", ""))
-    whole = (duration(config.num_iterations * seconds) for seconds in (least, expected))
-    rows.append((f"{config.num_iterations} iterations", *whole, ""))
+    whole = (duration(iterations * seconds) for seconds in (least, expected))
+    rows.append((f"{iterations} iterations", *whole, ""))
     ui.table(f"Time on {machine.name}, an estimate", ("", "at least", "expected", "bound by"), rows)
     source = "measured just now" if machine.measured else "by its data sheet"
     ui.say(
         f"at {machine.bandwidth / 1e9:.0f} GB/s and {machine.arithmetic / 1e12:.2g} TFLOP/s, "
         f"{source}; expected: at the shares of these that a Linux CPU reached; without evaluations"
     )
-
-
-def scale(config: TrainConfig, machine: Device, link: str, ranks: int, here: bool) -> list[Scaled]:
-    """An iteration with 1, 2, ... `ranks` such machines; never more than there are prompts.
-
-    Raises:
-        InputError: `link` is no speed.
-    """
-    model, speed = footprint(Path(config.actor_model)), link_speed(link)
-    scaled = []
-    for size in range(1, min(ranks, config.batch_size) + 1):
-        found = times(config, plan_run(config, here, size), machine, size)
-        working = sum(t.expected for t in found.values())
-        traffic, exchanging = exchange(model, _workload(config), size, speed)
-        prompts = _workload(config, size).prompts
-        scaled.append(Scaled(size, prompts, traffic, working, exchanging))
-    return scaled
 
 
 def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
@@ -128,24 +132,21 @@ def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
     ui.say(f"pays up to {up_to} {'rank' if up_to == 1 else 'ranks'}; {more}")
 
 
-def check_fits(config: TrainConfig, plan: Plan, ui: Console, here: bool = True) -> None:
+def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
     """Say what is planned; where it does not fit, show the table.
-
-    Args:
-        here: on this machine, as in `plan_run`.
 
     Raises:
         InputError: it does not fit; with the cheapest way out.
     """
     if plan.fits:
         ui.say(summary(plan))
-        if here and policy_for(plan.choice.dense).slow:
+        if planned.here and policy_for(plan.choice.dense).slow:
             ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
         return
     show(plan, ui)
     raise InputError(
-        f"{config.actor_model}: needs {gigabytes(plan.peak)} of memory and may take "
-        f"{gigabytes(plan.limit)}; {_way_out(config, plan)}"
+        f"{planned.config.actor_model}: needs {gigabytes(plan.peak)} of memory and may take "
+        f"{gigabytes(plan.limit)}; {_way_out(planned)}"
     )
 
 
@@ -191,16 +192,20 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _way_out(config: TrainConfig, plan: Plan) -> str:
+def _way_out(planned: Planner) -> str:
     """The least that would have to change."""
-    length = config.max_completion_length // 2
+
+    def fits(**change: int) -> bool:
+        return replace(planned, config=replace(planned.config, **change)).plan().fits  # type: ignore[arg-type]
+
+    length = planned.config.max_completion_length // 2
     while length >= 16:
-        if plan_run(replace(config, max_completion_length=length)).fits:
+        if fits(max_completion_length=length):
             return f"it fits with --max-completion-length {length}"
         length //= 2
-    rank = config.lora_rank // 2
+    rank = planned.config.lora_rank // 2
     while rank >= 1:
-        if plan_run(replace(config, lora_rank=rank)).fits:
+        if fits(lora_rank=rank):
             return f"it fits with --lora-rank {rank}"
         rank //= 2
     return "take a smaller model, or raise --memory-limit if this machine has more"

@@ -10,7 +10,7 @@ from mlx_grpo.config_sources import typed_flags
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.parts import load_weights
-from mlx_grpo.planned import check_fits, plan_run
+from mlx_grpo.planned import check_fits, planner
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.report import comparison, try_report
 from mlx_grpo.run_directory import check_vacant
@@ -53,9 +53,11 @@ def train_all(
             check_vacant(run.config.run_directory, run.resume)
     weights = None
     if len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1:
-        plan, *others = (plan_run(r.config, ranks=ranks.size) for r in runs)
-        if all(other == plan for other in others):  # else the weights may be held in another form
-            check_fits(runs[0].config, plan, ui)
+        first, *others = (planner(r.config, ranks=ranks.size) for r in runs)
+        plan = first.plan()
+        # else the weights may be held in another form
+        if all(other.plan() == plan for other in others):
+            check_fits(first, plan, ui)
             weights = load_weights(runs[0].config, plan)
     done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights, ranks) for r in runs)
     if done and len(runs) > 1 and not dry_run and ranks.leads:

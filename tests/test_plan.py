@@ -15,7 +15,7 @@ from mlx_grpo.models.footprint import Footprint, footprint
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
-from mlx_grpo.planned import plan_run
+from mlx_grpo.planned import planner
 from mlx_grpo.trainer import train
 
 GEMMA_2B = Footprint(
@@ -106,7 +106,7 @@ def test_the_way_out_of_a_tight_limit_is_a_shorter_answer(
     train_arguments: dict[str, Any],
 ) -> None:
     config = TrainConfig(**{**train_arguments, "max_completion_length": 512})
-    short = plan_run(replace(config, max_completion_length=64, memory_limit="1KB")).peak
+    short = planner(replace(config, max_completion_length=64, memory_limit="1KB")).plan().peak
     tight = replace(config, memory_limit=f"{short // 1000 + 1}KB")
     with pytest.raises(InputError, match="it fits with --max-completion-length 64"):
         train(tight, Console(quiet=True))
@@ -116,9 +116,9 @@ def test_a_run_within_a_tight_limit_trains_as_one_without(
     train_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     config = TrainConfig(**{**train_arguments, "num_iterations": 1})
-    roomy = plan_run(config)
+    roomy = planner(config).plan()
     tight = replace(config, memory_limit=f"{roomy.peak * 95 // 100}B", output=str(tmp_path / "b"))
-    assert plan_run(tight).choice != roomy.choice
+    assert planner(tight).plan().choice != roomy.choice
     before = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
     try:
         assert all(train(c, Console(quiet=True)) for c in (config, tight))

@@ -35,26 +35,19 @@ def plan(
 
     Takes the flags of train and reads no weights: each stage's peak, what fits the limit, seconds.
     """
-    from mlx_grpo.planned import (
-        check_fits,
-        machine_of,
-        plan_run,
-        scale,
-        show,
-        show_scaling,
-        show_time,
-    )
+    from mlx_grpo.planned import check_fits, machine_of, planner, show, show_scaling, show_time
     from mlx_grpo.scaling import link_speed
 
     settings, ui = build_config(config, set or (), flags), Console(quiet)
     check_name(device)
     here = device == THIS
-    link_speed(link)
-    found = plan_run(settings, here, ranks)
+    speed = link_speed(link)
+    planned = planner(settings, here, ranks)
+    found = planned.plan()
     if found.fits:
         machine = machine_of(device, found)
         show(found, ui)
-        show_time(settings, found, machine, ui, ranks)
+        show_time(planned.times(found, machine), settings.num_iterations, machine, ui)
         if ranks > 1:
-            show_scaling(scale(settings, machine, link, ranks, here), link, ui)
-    check_fits(settings, found, ui, here)
+            show_scaling(planned.scaled(machine, speed), link, ui)
+    check_fits(planned, found, ui)
