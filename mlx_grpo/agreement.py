@@ -3,17 +3,16 @@
 import hashlib
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.provenance import differences, hints
 from mlx_grpo.ranks import Ranks
 from mlx_grpo.state import RunState
+from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
 
 CHECK_EVERY = 10
 """Iterations between two comparisons of the adapters."""
@@ -54,7 +53,7 @@ def check_adapter(ranks: Ranks, actor: nn.Module, iteration: int) -> None:
 
 def _digest(actor: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(lora_parameters(actor).items()):
+    for name, value in lora_parameters(actor).items():
         digest.update(name.encode() + np.asarray(value).tobytes())
     return digest.hexdigest()
 
@@ -66,6 +65,5 @@ def share_state(
     if ranks.size == 1:
         return state
     set_parameters(actor, ranks.lead(lora_parameters(actor)))
-    moments = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
-    optimizer.state = tree_unflatten(list(ranks.lead(moments).items()))
+    set_optimizer_arrays(optimizer, ranks.lead(optimizer_arrays(optimizer)))
     return state.with_json(ranks.gather(state.to_json())[0])

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo import checkpoint, log, provenance
 from mlx_grpo.config import TrainConfig
@@ -27,6 +25,7 @@ from mlx_grpo.guard import Skip
 from mlx_grpo.models.lora import Parameters, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
 from mlx_grpo.types import Completion, Group, Prompt
+from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -53,14 +52,12 @@ class Snapshot:
     @classmethod
     def of(cls, run: Path, actor: nn.Module, optimizer: optim.Optimizer) -> "Snapshot":
         """As it is now."""
-        state = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
-        ordered = dict(sorted(state.items()))  # equal states make equal files
-        return cls(lora_parameters(actor), ordered, log.sizes(run))
+        return cls(lora_parameters(actor), optimizer_arrays(optimizer), log.sizes(run))
 
     def put_back(self, actor: nn.Module, optimizer: optim.Optimizer) -> None:
         """Give actor and optimizer these arrays."""
         set_parameters(actor, self.adapter)
-        optimizer.state = tree_unflatten(list(self.optimizer.items()))
+        set_optimizer_arrays(optimizer, self.optimizer)
 
 
 def check_vacant(run: Path, resume: bool) -> None:

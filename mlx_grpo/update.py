@@ -67,6 +67,17 @@ def new_optimizer(learning_rate: float, weight_decay: float) -> optim.AdamW:
     return optim.AdamW(learning_rate=learning_rate, weight_decay=weight_decay, bias_correction=True)
 
 
+def optimizer_arrays(optimizer: optim.Optimizer) -> Parameters:
+    """The optimizer's state by full name, sorted: equal states make equal files."""
+    state = {n: v for n, v in tree_flatten(optimizer.state) if isinstance(v, mx.array)}
+    return dict(sorted(state.items()))
+
+
+def set_optimizer_arrays(optimizer: optim.Optimizer, arrays: Parameters) -> None:
+    """Put such a state in place."""
+    optimizer.state = tree_unflatten(list(arrays.items()))
+
+
 def reused_groups(settings: UpdateSettings) -> int:
     """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
 
