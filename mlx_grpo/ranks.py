@@ -143,9 +143,8 @@ class Ranks:
             self.watch.leave("stopped")
 
     def _result(self, collective: Callable[[mx.array], mx.array], mine: mx.array) -> mx.array:
-        mx.eval(
-            mine
-        )  # collectives run on the CPU: a GPU must not wait for them within its own work
+        # collectives run on the CPU: a GPU must not wait for them within its own work
+        mx.eval(mine)
         if self.watch:
             self.watch.check()
         try:
@@ -163,10 +162,12 @@ ALONE = Ranks()
 
 def _pieces(arrays: Arrays) -> Iterator[list[str]]:
     names: list[str] = []
+    size = 0
     for name in sorted(arrays):
         names.append(name)
-        if sum(arrays[n].nbytes for n in names) >= PIECE_BYTES:
+        size += arrays[name].nbytes
+        if size >= PIECE_BYTES:
             yield names
-            names = []
+            names, size = [], 0
     if names:
         yield names
