@@ -108,16 +108,7 @@ def main() -> None:
             ui.say("  ".join(cells(lines[-1])))
     ui.table(
         "Peak of an iteration on this machine: planned against measured",
-        (
-            "shape, blocks",
-            "answers, tokens",
-            "reward model",
-            "limit",
-            "cut to",
-            "planned",
-            "measured",
-            "off by",
-        ),
+        COLUMNS,
         [cells(line) for line in lines],
     )
     if args.json:

@@ -23,7 +23,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -37,19 +36,11 @@ from safetensors.numpy import load_file
 from mlx_grpo import launch, log, seeds  # noqa: F401  (imported before the forks)
 from mlx_grpo.console import Console
 from tests.crash.harness import Child, World, make_world, training
+from tests.ports import free_ports
 
 SECONDS = ("time/iteration", "time/evaluate")
 LONGEST = 30.0
 """Seconds within which the others must have ended."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def start(config: Path, run: Path, size: int, *more: str) -> list[Child]:

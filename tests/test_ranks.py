@@ -24,15 +24,7 @@ from mlx_grpo.provenance import recorded
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.stopping import StopRequested
 from mlx_grpo.watch import meet
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+from tests.ports import free_ports
 
 
 def test_each_position_belongs_to_one_rank() -> None:
