@@ -134,7 +134,6 @@ def _logp_gap(group: Group, old_KT: mx.array) -> float:
     return max(
         abs(sampled - again)
         for completion, row in zip(group.completions, recomputed, strict=True)
-        for sampled, again in zip(
-            completion.logps, row, strict=False
-        )  # a row is padded on the right
+        # a row is padded on the right
+        for sampled, again in zip(completion.logps, row, strict=False)
     )

@@ -87,9 +87,8 @@ def _option(cls: type, name: str, default: Any, repeated: bool) -> inspect.Param
         text += f" One of: {', '.join(typing.get_args(kind))}."
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     text += f" (default: {shown})" if shown else ""
-    plain = (
-        list[str] if repeated else str
-    )  # read as text, so that one place checks types for flags and files
+    # read as text, so that one place checks types for flags and files
+    plain = list[str] if repeated else str
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
         kind, "CHOICE" if "One of" in text else "LIST"
     )
