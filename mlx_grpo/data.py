@@ -1,7 +1,8 @@
 """JSONL files to prompts and preference pairs; every complaint names file, line and field."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,32 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}:{number}", row
 
 
-def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
-    """Read prompts; those beyond `max_tokens`, chat template included, are left out and counted.
+@dataclass(frozen=True)
+class PromptRow:
+    """A row of a prompts file that no tokenizer has seen yet."""
 
-    Returns:
-        (prompts, number left out).
+    place: str
+    """file:line, for complaints."""
+    id: str
+    messages: tuple[dict[str, str], ...]
+    response: str | None
+    fields: dict[str, Any]
+    """What else the row holds."""
+
+
+def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
+    """Read and tokenize prompts, see `tokenize_prompts`."""
+    return tokenize_prompts(path, read_prompts(path), tokenizer, max_tokens)
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """Read prompts without a tokenizer.
 
     Raises:
-        InputError: a bad row, or nothing left.
+        InputError: a bad row, or none.
     """
-    prompts: list[Prompt] = []
+    rows: list[PromptRow] = []
     seen: dict[str, str] = {}
-    too_long = 0
     for place, row in read_jsonl(path):
         messages = row_messages(place, row)
         identifier = str(row.get("id", place.rsplit(":", 1)[1]))
@@ -68,24 +83,39 @@ def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prom
                 "unique"
             )
         seen[identifier] = place
-        ids = prompt_tokens(place, tokenizer, messages)
-        if len(ids) > max_tokens:
-            too_long += 1
-            continue
         response = row.get("response")
         if response is not None and not (isinstance(response, str) and response.strip()):
             raise InputError(f"{place}: field 'response' must be a text that is not empty")
         fields = {k: v for k, v in row.items() if k not in ("id", "prompt", "messages", "response")}
-        prompts.append(Prompt(identifier, messages, ids, response, fields))
+        rows.append(PromptRow(place, identifier, messages, response, fields))
+    if not rows:
+        raise InputError(f"{path}: no prompts in it; give one JSON object a line")
+    return rows
+
+
+def tokenize_prompts(
+    path: Path, rows: Sequence[PromptRow], tokenizer: Any, max_tokens: int
+) -> tuple[list[Prompt], int]:
+    """Prompts of a file; those beyond `max_tokens`, chat template included, are left out and
+    counted.
+
+    Returns:
+        (prompts, number left out).
+
+    Raises:
+        InputError: the chat template refuses one, or nothing is left.
+    """
+    prompts = []
+    for row in rows:
+        ids = prompt_tokens(row.place, tokenizer, row.messages)
+        if len(ids) <= max_tokens:
+            prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
     if not prompts:
-        reason = (
-            f"all {too_long} prompts are longer than {max_tokens} tokens"
-            if too_long
-            else "no prompts in it"
+        raise InputError(
+            f"{path}: all {len(rows)} prompts are longer than {max_tokens} tokens; see "
+            "--max-prompt-length"
         )
-        remedy = "see --max-prompt-length" if too_long else "give one JSON object a line"
-        raise InputError(f"{path}: {reason}; {remedy}")
-    return prompts, too_long
+    return prompts, len(rows) - len(prompts)
 
 
 def row_messages(place: str, row: dict[str, Any]) -> tuple[dict[str, str], ...]:

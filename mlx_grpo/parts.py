@@ -12,7 +12,7 @@ from mlx_grpo import log
 from mlx_grpo.backend import limit_memory, policy_for
 from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console
-from mlx_grpo.data import load_prompts
+from mlx_grpo.data import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
@@ -90,9 +90,10 @@ def load_parts(
     planned = planner(config, ranks=ranks.size)
     plan = planned.plan()
     check_fits(planned, plan, ui)
+    rows = read_prompts(Path(config.prompts))  # before the weights: a bad row is found at once
     evaluator = load_evaluator(config, ui, weights, plan)
     backbone = evaluator.backbone
-    prompts = _prompts(config.prompts, backbone, config.max_prompt_length, ui)
+    prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
@@ -107,11 +108,11 @@ def load_evaluator(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom = _custom_rewards(config)
+    custom, rows = _custom_rewards(config), read_prompts(Path(config.eval_prompts))
     plan = plan or planner(config).plan()
     weights = weights or load_weights(config, plan)
     backbone = weights.backbone
-    held_out = _prompts(config.eval_prompts, backbone, config.max_prompt_length, ui)
+    held_out = _prompts(config.eval_prompts, rows, backbone, config.max_prompt_length, ui)
     one_each = sampling(config, 1, plan)
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
@@ -141,8 +142,10 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
     return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
 
 
-def _prompts(file: str, backbone: Backbone, limit: int, ui: Console) -> list[Prompt]:
-    prompts, too_long = load_prompts(Path(file), backbone.tokenizer, limit)
+def _prompts(
+    file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
+) -> list[Prompt]:
+    prompts, too_long = tokenize_prompts(Path(file), rows, backbone.tokenizer, limit)
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
     return prompts

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from conftest import write_jsonl
 
 from mlx_grpo.config import TrainConfig, parse_bytes
 from mlx_grpo.console import Console
@@ -84,17 +85,31 @@ def test_a_footprint_counts_what_a_loaded_model_has(sft: Path) -> None:
     assert found.cache_values == 2 * 2 * 2 * 8
 
 
-def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_loaded(
-    train_arguments: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails the test."""
     from mlx_grpo import parts
 
     def never(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(parts, "load_backbone", never)
+
+
+@pytest.mark.parametrize("flag", ["prompts", "eval_prompts"])
+def test_a_bad_row_is_found_before_weights_are_loaded(
+    flag: str, train_arguments: dict[str, Any], no_weights: None, tmp_path: Path
+) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "hello"}, {"prompt": 5}])
+    config = TrainConfig(**{**train_arguments, flag: str(bad)})
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'prompt' must be a text"):
+        train(config, Console(quiet=True))
+    assert not config.run_directory.exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_loaded(
+    train_arguments: dict[str, Any], no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = TrainConfig(**{**train_arguments, "memory_limit": "100KB"})
     with pytest.raises(InputError, match="take a smaller model"):
         train(config, Console())
