@@ -45,6 +45,17 @@ def test_ratios_compare_seconds_per_prompt_and_tokens_per_second_on_the_same_row
     assert rows[2] == ["a trainer", "", "20.0", "4.00 (RSS)", "2.50x"]
 
 
+def test_of_several_turns_the_faster_counts() -> None:
+    from run import faster
+
+    slow, quick = (
+        {"job": "a", "seconds_per_prompt_iteration": s, "peak_gb": s} for s in (9.0, 8.0)
+    )
+    assert faster(slow, quick) == faster(quick, slow) == {**quick, "turns": 2}
+    rollouts = [{"job": "b", "rollout_tokens_per_second": s, "turns": 2} for s in (50.0, 60.0)]
+    assert faster(*rollouts) == {**rollouts[1], "turns": 4}
+
+
 def test_the_first_iteration_is_dropped_and_the_fastest_counts() -> None:
     from argparse import Namespace
 
