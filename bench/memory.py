@@ -27,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
-from shapes import SHAPES
+from shapes import SHAPES, NoTokenizer, shape_config
 
 from mlx_grpo.backend import (
     apply_policy,
@@ -65,16 +65,9 @@ class Figures:
     seconds: float
 
 
-class NoTokenizer:
-    """A rollout only decodes."""
-
-    def decode(self, ids: list[int]) -> str:
-        return ""
-
-
 def quantized(shape: str, depth: int) -> nn.Module:
     """Random 4-bit weights of the shape, in bf16 where they are not packed; not evaluated."""
-    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    config = shape_config(shape, depth)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     model.set_dtype(mx.bfloat16)
@@ -84,7 +77,7 @@ def quantized(shape: str, depth: int) -> nn.Module:
 
 def sizes_of(shape: str, depth: int) -> Footprint:
     """Footprint of the shape, nothing evaluated."""
-    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    config = shape_config(shape, depth)
     model_class, args_class = _get_classes(config)
     plain = tree_flatten(model_class(args_class.from_dict(config)).parameters())
     return footprint_of(quantized(shape, depth), sum(v.size for _, v in plain))
@@ -104,7 +97,7 @@ def write_model(directory: Path, shape: str, depth: int) -> None:
     model = quantized(shape, depth)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    config = SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    config = shape_config(shape, depth)
     quantization = {"group_size": 64, "bits": 4}
     (directory / "config.json").write_text(json.dumps({**config, "quantization": quantization}))
 

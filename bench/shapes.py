@@ -126,6 +126,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def shape_config(shape: str, depth: int = 0) -> dict[str, Any]:
+    """Configuration of a shape with so many blocks; 0 means as many as it has."""
+    return SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+
+
+class NoTokenizer:
+    """For rollouts whose texts nobody reads."""
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
 def random_model(shape: str) -> nn.Module:
     """A frozen model of the shape with random weights, in the form this machine trains with: 4-bit
     on a GPU, dense fp32 on a CPU."""

@@ -7,8 +7,7 @@ Rollout, reward, log-prob (one forward with the head) and update (forward, head,
 AdamW) in completion tokens per second and share of the time; groups of six rows, as in training.
 `--shape` needs no download: random weights of a model's shape (`bench/shapes.py`).
 
-The roofline: what a stage must move (weights, once a step or group; keys and values of a rollout)
-and do (multiply-adds of the matrices; attention is left out), divided by the bandwidth and the
+The roofline: what a stage must move and do (`mlx_grpo/timing.py`), divided by the bandwidth and the
 FLOP/s this machine reached in the same run. `reached` is that bound over the time it took. A short
 warm-up is dropped.
 """
@@ -18,31 +17,34 @@ import argparse
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from roofline import Work, work_of
-from shapes import SHAPES, random_model
+from mlx.utils import tree_flatten
+from shapes import SHAPES, NoTokenizer, random_model
 
 from mlx_grpo.backend import device_name, limit_memory, recommended_memory
 from mlx_grpo.devices import machine_limits
 from mlx_grpo.grpo import Clip, token_weights
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone, load_backbone
+from mlx_grpo.models.footprint import footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.stages import WHOLE, Stages
 from mlx_grpo.padding import completion_arrays
+from mlx_grpo.plan import Choice, Judge, Workload
 from mlx_grpo.rng import key
 from mlx_grpo.rollout import Sampling, rollout
+from mlx_grpo.timing import Cost, stage_costs
 from mlx_grpo.types import Group, Prompt, ScoredGroup
 from mlx_grpo.update import adamw_step, backward_pass, forward_pass, new_optimizer
 
-K, RANK = 6, 16
+K, RANK, JUDGE_RANK = 6, 16, 8
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,6 @@ class Bench:
     completion: int
     backbone: Backbone | None = None
     """Of a converted model; a rollout merges the LoRA into its weights where a run would."""
-
-
-class NoTokenizer:
-    """A rollout only decodes."""
-
-    def decode(self, ids: list[int]) -> str:
-        return ""
 
 
 def groups_of(rows: int) -> int:
@@ -83,7 +78,7 @@ def make_bench(
     mx.eval(actor.parameters())
     reference = Stages(model)
     head_1D = mx.random.normal((1, reference.hidden_size), key=key(2, "head"))
-    judge = RewardModel(Stages(add_lora(model, 8, 2.0, seed=3)), head_1D, None, None)
+    judge = RewardModel(Stages(add_lora(model, JUDGE_RANK, 2.0, seed=3)), head_1D, None, None)
     return Bench(Stages(actor), reference, judge, prompt, completion, backbone)
 
 
@@ -130,23 +125,33 @@ def _update(bench: Bench, groups: list[ScoredGroup]) -> None:
     adamw_step(new_optimizer(1e-4, 0.0), total, lora_parameters(bench.actor.model), 0.5)
 
 
-def measure(bench: Bench, work: Work, rows: int, limits: tuple[float, float]) -> dict[str, Any]:
+def costs_of(bench: Bench, rows: int) -> dict[str, Cost]:
+    """What each stage must move and do."""
+    model, groups = bench.reference.model, groups_of(rows)
+    dense = not any(isinstance(m, nn.QuantizedLinear) for _, m in model.named_modules())
+    sizes = footprint_of(model, sum(v.size for _, v in tree_flatten(model.parameters())))
+    work = Workload(groups, rows // groups, bench.prompt, bench.completion, RANK)
+    costs = stage_costs(sizes, Judge(sizes.lora_bytes(JUDGE_RANK)), work, Choice(dense, 0, WHOLE))
+    return {n.replace("logprob", "log-prob"): cost for n, cost in costs.items()}
+
+
+def measure(bench: Bench, rows: int, limits: tuple[float, float]) -> dict[str, Any]:
     """All figures for one number of rows."""
     mx.clear_cache()
     mx.reset_peak_memory()
     seconds = run_stages(bench, rows, bench.completion)
     tokens, whole = rows * bench.completion, sum(seconds.values())
-    stages = {}
+    stages, costs = {}, costs_of(bench, rows)
     for name, took in seconds.items():
-        moved, flops = work.of(name, rows, groups_of(rows), bench.prompt, bench.completion)
-        bound = max(moved / limits[0], flops / limits[1])
+        moving, computing = costs[name].bytes / limits[0], costs[name].flops / limits[1]
+        bound = max(moving, computing)
         stages[name] = {
             "seconds": took,
             "tokens_per_second": tokens / took,
             "share": took / whole,
-            "bytes": moved,
-            "flops": flops,
-            "bound_by": "bandwidth" if moved / limits[0] > flops / limits[1] else "arithmetic",
+            "bytes": costs[name].bytes,
+            "flops": costs[name].flops,
+            "bound_by": "bandwidth" if moving > computing else "arithmetic",
             "reached": bound / took,
         }
     return {"rows": rows, "seconds": whole, "peak_bytes": mx.get_peak_memory(), "stages": stages}
@@ -199,7 +204,6 @@ def main() -> None:
     else:
         backbone, model = None, random_model(args.shape)
     bench = make_bench(model, args.prompt, args.completion, backbone)
-    work = work_of(model, lora_parameters(bench.actor.model))
     limits = machine_limits(mx.float32 if device_name() == "cpu" else mx.bfloat16)
     run_stages(bench, 1, min(4, args.completion))  # MLX compiles kernels at run time
     print(
@@ -210,7 +214,7 @@ def main() -> None:
     print(LINE.format(*HEAD, "reached"))
     rows = []
     for count in args.rows:
-        rows.append(measure(bench, work, count, limits))
+        rows.append(measure(bench, count, limits))
         show(rows[-1])
     if args.json:
         about = {
@@ -220,7 +224,6 @@ def main() -> None:
             "completion": args.completion,
             "bytes_per_second": limits[0],
             "flops_per_second": limits[1],
-            "work": asdict(work),
         }
         args.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
 

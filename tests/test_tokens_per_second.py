@@ -5,7 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -43,22 +42,3 @@ def test_rows_that_make_no_whole_groups_are_refused(
     with pytest.raises(SystemExit):
         runpy.run_path(str(bench / "tokens_per_second.py"), run_name="__main__")
     assert "multiple of 6" in capsys.readouterr().err
-
-
-def test_the_roofline_counts_weights_as_stored(bench: Path) -> None:
-    from roofline import work_of
-    from shapes import SHAPES, random_model
-
-    from mlx_grpo.models.lora import add_lora, lora_parameters
-
-    model, s = random_model("tiny"), SHAPES["tiny"]
-    work = work_of(model, lora_parameters(add_lora(model, 2, 1.0, seed=0)))
-    wide, narrow, d = s["intermediate_size"], 32, s["hidden_size"]  # two of four heads are keys'
-    assert work.block_weights == 2 * (2 * d * d + 2 * d * narrow + 3 * d * wide)
-    assert work.head_weights == s["vocab_size"] * d
-    assert work.block_bytes == work.block_weights * mx.float32.size
-    assert work.cache_bytes == 2 * 2 * narrow * mx.float32.size
-    moved, flops = work.of("rollout", rows=6, groups=1, prompt=0, completion=1)
-    assert moved == pytest.approx(work.block_bytes + work.head_bytes, rel=0.1)
-    matrices = work.block_weights + work.head_weights + work.lora_weights
-    assert flops == 2 * 6 * matrices
