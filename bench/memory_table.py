@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_grpo.console import Console
 from mlx_grpo.files import write_json
+from mlx_grpo.plan import HEAD_BYTES
 
 SMALL = "--shape smollm2-135m"
 FOUR = f"{SMALL} --depth 4 --prompts 2"
@@ -30,7 +31,7 @@ SWAPPED = "--rm full --residency swap --sizes 0 256 32"
 
 COLUMNS = (
     "shape, blocks",
-    "answers, tokens",
+    "prompts x answers, tokens",
     "reward model",
     "limit",
     "cut to",
@@ -81,14 +82,14 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
     cuts = (
         f"{sizes['rows']} a pass" if sizes["rows"] else "",
         f"MLP {sizes['mlp_tokens']}" if sizes["mlp_tokens"] else "",
-        f"head {sizes['head_bytes'] >> 20} MiB",
+        f"head {head >> 20} MiB" if (head := sizes["head_bytes"]) < HEAD_BYTES[0] else "",
     )
     return (
         f"{line['shape']}, {line['depth'] or 'all'}{'' if line['choice']['dense'] else ', 4-bit'}",
         f"{line['prompts']} x {line['k']}, {line['prompt']} + {line['completion']}",
         line["rm"] + (", read anew" if swap else ""),
         line["limit"] or "-",
-        ", ".join(filter(None, cuts)),
+        ", ".join(filter(None, cuts)) or "-",
         f"{planned / 1e9:.3f} GB",
         f"{measured / 1e9:.3f} GB",
         f"{planned / measured - 1:+.1%}",
