@@ -12,7 +12,7 @@ from mlx_grpo.config import TrainConfig, parse_bytes
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.footprint import Footprint, footprint
+from mlx_grpo.models.footprint import Footprint, footprint, footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
@@ -105,6 +105,14 @@ def test_a_bad_row_is_found_before_weights_are_loaded(
     with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'prompt' must be a text"):
         train(config, Console(quiet=True))
     assert not config.run_directory.exists()
+
+
+def test_a_model_without_keys_and_values_is_refused() -> None:
+    from mlx_lm.models import mamba
+
+    arguments = mamba.ModelArgs("mamba", 64, 32, 64, 8, 4, 2, True, False, 2)
+    with pytest.raises(InputError, match="model type 'mamba' is not supported"):
+        footprint_of(mamba.Model(arguments), 1)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_loaded(

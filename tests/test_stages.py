@@ -1,14 +1,16 @@
 """Staged forward and backward against the model's own forward and plain value_and_grad."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import VOCABULARY, tiny_model
+from mlx.utils import tree_flatten
 
 from bench.families import FAMILIES
 from mlx_grpo.errors import InputError
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.logprob import token_logps
-from mlx_grpo.models.backbone import share, unique_bytes
+from mlx_grpo.models.backbone import share
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
 from mlx_grpo.rng import key
@@ -116,6 +118,12 @@ def test_log_probs_do_not_depend_on_padding_or_neighbours() -> None:
         alone = token_logps(stages, prompt, tokens, mx.ones(tokens.shape), 0.7)
         assert mx.abs(together[row, :length] - alone[0]).max().item() < 1e-5
         assert (together[row, length:] == 0).all().item()
+
+
+def unique_bytes(*models: nn.Module) -> int:
+    """Of the parameters of several trees, shared arrays counted once."""
+    arrays = {id(v): v for m in models for _, v in tree_flatten(m.parameters())}
+    return sum(a.nbytes for a in arrays.values())
 
 
 def test_roles_share_the_arrays_of_one_backbone() -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_model
 
 from mlx_grpo.backend import ComputePolicy
+from mlx_grpo.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.stages import Sizes
@@ -34,6 +35,14 @@ def groups() -> list[Group]:
     answers = [tuple(range(3, 3 + n)) for n in (4, 1, 7)]
     completions = tuple(Completion(ids, "", "stop", ()) for ids in answers)
     return [Group(Prompt(str(i), (), tuple(range(9 + i))), completions) for i in range(3)]
+
+
+def test_weights_that_change_between_two_scorings_are_refused(judge: Path) -> None:
+    streamed = open_streamed(judge, DENSE, Sizes(), 0)
+    streamed.score_groups(groups())
+    write_model(judge, seed=6)
+    with pytest.raises(InputError, match="rm: the weights were changed while they were in use"):
+        streamed.score_groups(groups())
 
 
 @pytest.mark.parametrize("hidden_bytes", [0, 1 << 20])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
@@ -27,6 +26,10 @@ BITS = {
 """Bits per value of the dtypes of safetensors."""
 
 
+Stamps = tuple[tuple[int, int, int], ...]
+"""Of the weight files of a model directory: they change with the files."""
+
+
 @dataclass(frozen=True)
 class Backbone:
     """Frozen weights with their tokenizer; the model itself serves as the reference policy."""
@@ -36,7 +39,7 @@ class Backbone:
     tokenizer: Any
     config: dict[str, Any]
     policy: ComputePolicy
-    stamps: tuple[tuple[int, int, int], ...] = ()
+    stamps: Stamps = ()
     """Of the weight files, as they were read."""
 
     @property
@@ -50,15 +53,7 @@ class Backbone:
         Raises:
             InputError: they are not what they were when this backbone was loaded.
         """
-        try:
-            if _stamps(self.path) == self.stamps:
-                return load_lazily(self.path)[0]
-        except FileNotFoundError:
-            pass
-        raise InputError(
-            f"{self.path}: the weights were changed while they were in use; start again with the "
-            "new ones, or with the old ones in their place"
-        )
+        return load_unchanged(self.path, self.stamps)
 
 
 def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
@@ -69,17 +64,29 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
             template.
     """
     verify_manifest(path)
-    stamps = _stamps(path)
+    stamps = weight_stamps(path)
     # the configuration that comes back has the stop tokens of generation_config.json
     model, config = load_lazily(path)
     policy = policy or choose_policy(parameter_count(path))
     with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
         reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"))
-        apply_policy(model, policy)
+        _in_form(model, policy)
         tokenizer = reading.result()
+    return Backbone(path, model, tokenizer, config, policy, stamps)
+
+
+def load_alone(path: Path, policy: ComputePolicy | None = None) -> nn.Module:
+    """As `load_backbone`, without the tokenizer."""
+    verify_manifest(path)
+    model, _ = load_lazily(path)
+    _in_form(model, policy or choose_policy(parameter_count(path)))
+    return model
+
+
+def _in_form(model: nn.Module, policy: ComputePolicy) -> None:
+    apply_policy(model, policy)
     model.freeze()
     model.eval()
-    return Backbone(path, model, tokenizer, config, policy, stamps)
 
 
 def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -100,8 +107,26 @@ def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return found
 
 
-def _stamps(path: Path) -> tuple[tuple[int, int, int], ...]:
+def weight_stamps(path: Path) -> Stamps:
+    """The stamps of a model directory as it is now."""
     return tuple(map(file_stamp, weight_files(path)))
+
+
+def load_unchanged(path: Path, stamps: Stamps) -> nn.Module:
+    """A model as it is stored, lazily, whose files were read before.
+
+    Raises:
+        InputError: they are not what they were when the stamps were taken.
+    """
+    try:
+        if weight_stamps(path) == stamps:
+            return load_lazily(path)[0]
+    except FileNotFoundError:
+        pass
+    raise InputError(
+        f"{path}: the weights were changed while they were in use; start again with the new ones, "
+        "or with the old ones in their place"
+    )
 
 
 def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
@@ -225,11 +250,3 @@ def share(model: nn.Module) -> nn.Module:
     copied."""
     arrays = {id(value): value for _, value in tree_flatten(model.parameters())}
     return copy.deepcopy(model, arrays)
-
-
-def unique_bytes(*models: nn.Module) -> int:
-    """Bytes of the parameters of several trees, shared arrays counted once."""
-    arrays: dict[int, mx.array] = {
-        id(v): v for m in models for _, v in tree_flatten(m.parameters())
-    }
-    return sum(a.nbytes for a in arrays.values())

@@ -7,8 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlx_grpo.errors import InputError
 from mlx_grpo.models.backbone import load_lazily, parameter_count, safetensors_header
 from mlx_grpo.models.chunks import MLP
 
@@ -56,24 +57,33 @@ def footprint(path: Path) -> Footprint:
 
 
 def footprint_of(model: nn.Module, parameters: int) -> Footprint:
-    """Of a model whose weights need not be evaluated: shapes cost no arithmetic."""
+    """Of a model whose weights need not be evaluated: shapes cost no arithmetic.
+
+    Raises:
+        InputError: its blocks keep something else than keys and values of each token.
+    """
+    caches = make_prompt_cache(model)
+    if not all(isinstance(cache, KVCache | RotatingKVCache) for cache in caches):
+        kind = type(model).__module__.rsplit(".", 1)[-1]
+        raise InputError(
+            f"model type '{kind}' is not supported: its blocks do not keep keys and values alone"
+        )
     block = model.layers[0]
     linears = {n: _shape(m) for n, m in block.named_modules() if _is_linear(m)}
     arrays = dict(tree_flatten(model.parameters()))
-    caches = make_prompt_cache(model)
     logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
     kv_shapes = [v.shape for c in caches for v in (c.keys, c.values)]
     mlp = [w for n, w in linears.items() if n.split(".")[0] == MLP]
     attention = [w for n, w in linears.items() if n.split(".")[0] != MLP]
     outward = sum(outputs for _, outputs in attention)
-    hidden = _embedding(model)[1]
+    hidden, embedding_bytes = _embedding(model)
     head_dim = kv_shapes[0][-1]
     last = attention[-1] if attention else (hidden, hidden)
     heads = getattr(getattr(model, "args", None), "num_attention_heads", last[0] // head_dim)
     return Footprint(
         parameters=parameters,
         packed_bytes=sum(v.nbytes for v in arrays.values()),
-        scale_values=_largest(arrays, ("scales", "biases")),
+        scale_values=_largest(arrays, "scales") + _largest(arrays, "biases"),
         blocks=len(model.layers),
         hidden=hidden,
         mlp=max((max(w) for w in mlp), default=0),
@@ -83,7 +93,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         block_weights=sum(i * o for layer in model.layers for i, o in _linear_shapes(layer)),
         lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
         cache_values=sum(s[1] * s[3] for s in kv_shapes),
-        embedding_bytes=_embedding(model)[2],
+        embedding_bytes=embedding_bytes,
         packed_block_bytes=sum(_packed_bytes(layer) for layer in model.layers),
     )
 
@@ -113,16 +123,13 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (columns * 32 // module.bits if "scales" in module else columns), outputs
 
 
-def _embedding(model: nn.Module) -> tuple[int, int, int]:
-    """(vocabulary, width, stored bytes) of the token embedding."""
+def _embedding(model: nn.Module) -> tuple[int, int]:
+    """(width, stored bytes) of the token embedding."""
     kinds = nn.Embedding | nn.QuantizedEmbedding
     found = next(m for _, m in model.named_modules() if isinstance(m, kinds))
-    width, rows = _shape(found)
-    return rows, width, sum(v.nbytes for _, v in tree_flatten(found.parameters()))
+    return _shape(found)[0], sum(v.nbytes for _, v in tree_flatten(found.parameters()))
 
 
-def _largest(arrays: dict[str, mx.array], leaves: tuple[str, ...]) -> int:
-    def of(leaf: str) -> int:
-        return max((v.size for n, v in arrays.items() if n.endswith(f".{leaf}")), default=0)
-
-    return sum(map(of, leaves))
+def _largest(arrays: dict[str, mx.array], leaf: str) -> int:
+    """Values of the largest array of that name."""
+    return max((v.size for n, v in arrays.items() if n.endswith(f".{leaf}")), default=0)

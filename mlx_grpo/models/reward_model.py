@@ -18,7 +18,7 @@ from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import (
     Backbone,
     fingerprint,
-    load_backbone,
+    load_alone,
     load_chat_tokenizer,
 )
 from mlx_grpo.models.lora import load_adapter, load_arrays
@@ -170,7 +170,7 @@ def load_reward_model(
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
         stages = Stages(load_adapter(backbone.model, path), sizes)
     else:
-        stages = Stages(load_backbone(path, policy).model, sizes)
+        stages = Stages(load_alone(path, policy), sizes)
     tokenizer = input_tokenizer(path, config)
     weight_1D, bias = load_head(path / REWARD_HEAD, stages.hidden_size)
     return RewardModel(stages, weight_1D, bias, tokenizer, config.get("padding_token_id"))

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 
 from mlx_grpo.backend import ComputePolicy, apply_policy
 from mlx_grpo.files import verify_manifest
-from mlx_grpo.models.backbone import load_lazily
+from mlx_grpo.models.backbone import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
     input_tokenizer,
@@ -48,6 +48,7 @@ class StreamedRewardModel:
     """Scores completions as `RewardModel` does, from files."""
 
     path: Path
+    stamps: Stamps
     policy: ComputePolicy
     sizes: Sizes
     hidden_bytes: int
@@ -107,7 +108,7 @@ class StreamedRewardModel:
 
     def _open(self) -> Stages:
         """The model with nothing read yet."""
-        model, _ = load_lazily(self.path)
+        model = load_unchanged(self.path, self.stamps)
         if self.policy.dense:
             _in_dtype(model, self.policy.dtype)
         model.freeze()
@@ -133,10 +134,10 @@ def open_streamed(
     Raises:
         InputError: missing or damaged files.
     """
-    config = reward_config(path)
+    config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
     tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
     hidden = Stages(load_lazily(path)[0]).hidden_size
     weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
-    arguments = (path, policy, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
+    arguments = (path, stamps, policy, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
     return StreamedRewardModel(*arguments)
