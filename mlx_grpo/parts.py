@@ -1,7 +1,7 @@
 """Everything a run works with, built once from its configuration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from mlx_grpo.state import RunState
 from mlx_grpo.types import Group, Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer
 
-RESERVED = frozenset({"reward", "reward_model", "rubric", "judge"})
+RESERVED = frozenset({"reward", "reward_model", "judge"})
 """Names under which figures have scores that are no custom function's."""
 
 
@@ -42,6 +42,9 @@ class Weights:
 
     backbone: Backbone
     reward_model: RewardModel | StreamedRewardModel | None
+
+
+LoadWeights = Callable[[TrainConfig, Plan], Weights]
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,12 @@ class RunParts:
     ranks: Ranks = ALONE
 
 
-def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
+def load_weights(config: TrainConfig, plan: Plan) -> Weights:
     """Load the SFT model and the reward model, within the limits of the plan.
 
     Raises:
         InputError: one is missing or wrong.
     """
-    plan = plan or planner(config).plan()
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     policy, sizes = policy_for(plan.choice.dense), plan.choice.sizes
     backbone = load_backbone(Path(config.actor_model), policy)
@@ -75,13 +77,29 @@ def load_weights(config: TrainConfig, plan: Plan | None = None) -> Weights:
     return Weights(backbone, load_reward_model(path, backbone, sizes, policy))
 
 
+class SharedWeights:
+    """`load_weights` for several runs in turn: what the last one has loaded serves the next, where
+    models and plan are the same."""
+
+    def __init__(self) -> None:
+        self._of: tuple[str, str, Plan] | None = None
+        self._weights: Weights | None = None
+
+    def __call__(self, config: TrainConfig, plan: Plan) -> Weights:
+        wanted = (config.actor_model, config.rm_model, plan)
+        if self._weights is None or self._of != wanted:
+            self._weights = None  # not both at once
+            self._of, self._weights = wanted, load_weights(config, plan)
+        return self._weights
+
+
 def load_parts(
-    config: TrainConfig, ui: Console, weights: Weights | None = None, ranks: Ranks = ALONE
+    config: TrainConfig, ui: Console, load: LoadWeights = load_weights, ranks: Ranks = ALONE
 ) -> RunParts:
     """Build everything a run needs.
 
     Args:
-        weights: those of `config`, where another run has loaded them.
+        load: gets the weights; not before everything else has been found good.
         ranks: those that share the work.
 
     Raises:
@@ -91,7 +109,7 @@ def load_parts(
     plan = planned.plan()
     check_fits(planned, plan, ui)
     rows = read_prompts(Path(config.prompts))  # before the weights: a bad row is found at once
-    evaluator = load_evaluator(config, ui, weights, plan)
+    evaluator = load_evaluator(config, ui, load, plan)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
@@ -101,7 +119,7 @@ def load_parts(
 
 
 def load_evaluator(
-    config: TrainConfig, ui: Console, weights: Weights | None = None, plan: Plan | None = None
+    config: TrainConfig, ui: Console, load: LoadWeights = load_weights, plan: Plan | None = None
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
@@ -110,7 +128,7 @@ def load_evaluator(
     """
     custom, rows = _custom_rewards(config), read_prompts(Path(config.eval_prompts))
     plan = plan or planner(config).plan()
-    weights = weights or load_weights(config, plan)
+    weights = load(config, plan)
     backbone = weights.backbone
     held_out = _prompts(config.eval_prompts, rows, backbone, config.max_prompt_length, ui)
     one_each = sampling(config, 1, plan)

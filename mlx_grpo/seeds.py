@@ -9,8 +9,7 @@ from mlx_grpo.config import TrainConfig, check
 from mlx_grpo.config_sources import typed_flags
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
-from mlx_grpo.parts import load_weights
-from mlx_grpo.planned import check_fits, planner
+from mlx_grpo.parts import SharedWeights
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.report import comparison, try_report
 from mlx_grpo.run_directory import check_vacant
@@ -51,15 +50,8 @@ def train_all(
         check(run.config)
         if not dry_run and ranks.leads:
             check_vacant(run.config.run_directory, run.resume)
-    weights = None
-    if len(runs) > 1 and len({(r.config.actor_model, r.config.rm_model) for r in runs}) == 1:
-        first, *others = (planner(r.config, ranks=ranks.size) for r in runs)
-        plan = first.plan()
-        # else the weights may be held in another form
-        if all(other.plan() == plan for other in others):
-            check_fits(first, plan, ui)
-            weights = load_weights(runs[0].config, plan)
-    done = all(train(r.config, ui, r.resume, dry_run, allow_change, weights, ranks) for r in runs)
+    load = SharedWeights()
+    done = all(train(r.config, ui, r.resume, dry_run, allow_change, load, ranks) for r in runs)
     if done and len(runs) > 1 and not dry_run and ranks.leads:
         _compare([r.config.run_directory for r in runs], ui)
     return done

@@ -18,12 +18,13 @@ from mlx_grpo.iteration import iterate
 from mlx_grpo.lock import locked
 from mlx_grpo.metrics import Clock
 from mlx_grpo.parts import (
+    LoadWeights,
     RunParts,
-    Weights,
     check_skips,
     evaluation_due,
     first_state,
     load_parts,
+    load_weights,
     policy_at,
     provenance_of,
     target_at,
@@ -44,7 +45,7 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     allow_change: bool = False,
-    weights: Weights | None = None,
+    load: LoadWeights = load_weights,
     ranks: Ranks = ALONE,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
@@ -53,7 +54,7 @@ def train(
 
     Args:
         allow_change: resume although settings or inputs that shape the numbers have changed.
-        weights: those of `config`, where another run has loaded them.
+        load: gets the weights; several runs may share them.
         ranks: those that share the work.
 
     Raises:
@@ -63,27 +64,27 @@ def train(
     if ranks.leads:
         check_installed(config.log)
     if dry_run:
-        with _loaded(config, ui, weights, ranks) as parts:
+        with _loaded(config, ui, load, ranks) as parts:
             _dry_run(parts, ui)
         return True
     if not ranks.leads:
-        with _loaded(config, ui, weights, ranks) as parts:
+        with _loaded(config, ui, load, ranks) as parts:
             return follow(parts, ui)
     run = config.run_directory
     with locked(run):
         run_directory.check_vacant(run, resume)
-        with _loaded(config, ui, weights, ranks) as parts:
+        with _loaded(config, ui, load, ranks) as parts:
             return _run(parts, run, ui, resume, allow_change)
 
 
 @contextmanager
 def _loaded(
-    config: TrainConfig, ui: Console, weights: Weights | None, ranks: Ranks
+    config: TrainConfig, ui: Console, load: LoadWeights, ranks: Ranks
 ) -> Iterator[RunParts]:
     names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
-        parts = load_parts(config, ui, weights, ranks)
+        parts = load_parts(config, ui, load, ranks)
     try:
         yield parts
     finally:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_jsonl
 
 from mlx_grpo import parts, trainer
 from mlx_grpo.config import TrainConfig
@@ -51,6 +52,15 @@ def test_a_directory_in_the_way_of_the_last_seed_is_found_before_the_first(
     with pytest.raises(InputError, match=r"seed-2: not empty"):
         train_all([Planned(c) for c in configs], QUIET)
     assert not configs[0].run_directory.exists()
+
+
+def test_a_bad_row_is_found_before_weights_are_loaded_for_several_seeds(
+    configs: list[TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 5}])
+    monkeypatch.setattr(parts, "load_backbone", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: field 'prompt'"):
+        train_all([Planned(replace(c, prompts=str(bad))) for c in configs], QUIET)
 
 
 def test_a_stop_during_one_seed_leaves_the_rest(
