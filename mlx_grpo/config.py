@@ -12,6 +12,17 @@ from mlx_grpo.errors import InputError
 
 REPEATED = ("reward", "eval_reward", "log")
 """Fields whose option may be given several times."""
+FREE = (
+    *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
+    *("show_every", "log"),
+)
+"""May change when a run is resumed: no number depends on them."""
+ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
+"""May change as well: only the order of sums depends on them, so the last bits may differ; unless
+they make the weights be held in another form, which is compared on its own."""
+BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
+"""Paths: what is there counts, not where it is. Everything else shapes the numbers,
+`num_iterations` too, because the KL targets' phases are shares of it."""
 SinkName = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -223,8 +234,7 @@ AT_LEAST_ZERO = {
 def need(config: Any, name: str, condition: bool, rule: str) -> None:
     """Raise InputError that `name` must be `rule` unless `condition` holds."""
     if not condition:
-        flag = name if name == "K" else name.replace("_", "-")
-        raise InputError(f"--{flag}: must be {rule}, not {getattr(config, name)!r}")
+        raise InputError(f"{flag_of(name)}: must be {rule}, not {getattr(config, name)!r}")
 
 
 def parse_bytes(text: str) -> int:

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_grpo.config import TrainConfig, check
+from mlx_grpo.config import TrainConfig, check, flag_of
 from mlx_grpo.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -151,9 +151,7 @@ def typed_flags(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
         InputError: a text that does not fit.
     """
     kinds = field_types(cls)
-    return {
-        n: _coerce(f"--{n.replace('_', '-')}", n, kinds[n], value) for n, value in flags.items()
-    }
+    return {n: _coerce(flag_of(n), n, kinds[n], value) for n, value in flags.items()}
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -10,21 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config import TrainConfig, flag_of
+from mlx_grpo.config import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
 from mlx_grpo.files import directory_digest, sha256
 from mlx_grpo.rewards import CustomReward
-
-FREE = (
-    *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("show_every", "log"),
-)
-"""May change: no number depends on them."""
-ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
-"""May change: only the order of sums depends on them, so the last bits may differ; unless they make
-the weights be held in another form, which is compared on its own."""
-BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
-"""Paths: what is there counts, not where it is. Everything else shapes the numbers,
-`num_iterations` too, because the KL targets' phases are shares of it."""
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_grpo import provenance
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.config import BY_CONTENT, FREE, ROUNDING, TrainConfig
 from mlx_grpo.provenance import changed_fields, differences, hints, input_digests, recorded
 
 INPUTS = {"--prompts": "a" * 64}
@@ -21,10 +21,10 @@ def about(**changes: Any) -> dict[str, Any]:
 def test_every_field_is_free_or_rounding_or_an_input_or_shapes_the_numbers(name: str) -> None:
     value = asdict(TrainConfig())[name]
     changed = about(**{name: (1.0, 2.0) if isinstance(value, tuple) else f"{value}x"})
-    harmless = provenance.FREE + provenance.ROUNDING + provenance.BY_CONTENT
+    harmless = FREE + ROUNDING + BY_CONTENT
     assert changed_fields(about(), changed) == ([] if name in harmless else [name])
     assert len(differences(about(), changed)) == (name not in harmless)
-    assert len(hints(about(), changed)) == (name in provenance.ROUNDING)
+    assert len(hints(about(), changed)) == (name in ROUNDING)
 
 
 def test_a_difference_names_the_flag_and_both_values() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
-from mlx_grpo.config import REPEATED, TrainConfig
+from mlx_grpo.config import FREE, REPEATED, ROUNDING, TrainConfig
 from mlx_grpo.config_sources import build_config
 from mlx_grpo.console import Console
 
@@ -26,8 +26,7 @@ def train(
         typer.Option(
             "--resume",
             help="Continue the run in --output with its own settings, bit for bit. Free to change: "
-            "output, keep, checkpoint_every, max_skipped_steps, reward_timeout; decode_rows, "
-            "rows_per_pass, memory_limit and rm_residency move the last bits; inputs may move to "
+            f"{', '.join(FREE)}; {', '.join(ROUNDING)} move the last bits; inputs may move to "
             "another path.",
         ),
     ] = False,
