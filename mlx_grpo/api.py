@@ -23,6 +23,8 @@ class Run:
     directory: Path
     finished: bool
     """False where Ctrl-C ended it early: call `train` again with `resume=True`."""
+    leads: bool = True
+    """Whether this process has written the directory: of several ranks only the first does."""
 
     @property
     def best(self) -> Path | None:
@@ -53,4 +55,4 @@ def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> R
     ui = Console(quiet)
     with launched(ui) as ranks:
         finished = train_run(config, ui, resume, ranks=ranks)
-    return Run(config.run_directory, finished)
+    return Run(config.run_directory, finished, ranks.leads)
