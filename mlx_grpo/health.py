@@ -51,7 +51,7 @@ def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
     evaluations = [r for r in rows if "eval_reward" in r]
     iterations = [r for r in rows if "reward" in r]
     return [
-        *_hacking(evaluations, [*(f"eval_rewards/{name}/mean" for name in gold), "eval_gold"]),
+        *_hacking(evaluations, gold),
         *_length(iterations),
         *_shares(iterations),
         *_kl(iterations),
@@ -72,10 +72,9 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
     if reward is None or reward[1] <= reward[0]:
         return
     rose = f"held-out reward {reward[0]:+.2f} -> {reward[1]:+.2f}"
-    for key in gold:
-        judged = _ends(evaluations, key)
+    for name in gold:
+        judged = _ends(evaluations, f"eval_rewards/{name}/mean")
         if judged and judged[1] < judged[0] - WORSE_GOLD * abs(judged[0]):
-            name = key.removeprefix("eval_rewards/").removesuffix("/mean")
             yield Finding(
                 "The reward rises while the gold judge falls",
                 f"{rose}, {name} {judged[0]:.3f} -> {judged[1]:.3f}",

@@ -26,7 +26,6 @@ def _single(r: Record) -> list[Chart]:
         Chart("Reward", "raw score", _both(r, "reward", "eval_reward")),
         *(_source(r, name) for name in trained if len(trained) > 1),
         *(_source(r, name, "Gold judge: ") for name in r.config.gold_names),
-        Chart("Gold judge", "score", _both(r, "", "eval_gold")),
         Chart(
             "KL to the SFT model",
             "nats per token",
@@ -48,12 +47,11 @@ def _single(r: Record) -> list[Chart]:
 
 
 def _several(records: Sequence[Record]) -> list[Chart]:
-    gold = [*(f"eval_rewards/{name}/mean" for name in gold_names(records)), "eval_gold"]
     kl = _mean(records, "kl", "KL to the SFT model", "nats per token")
     target = Line("target", records[0].series("kl/target"), "target")
     return [
         _mean(records, "eval_reward", "Held-out reward", "raw score"),
-        *(_mean(records, key, f"Gold judge: {_name(key)}", "held-out") for key in gold),
+        *(_gold(records, name) for name in gold_names(records)),
         Chart(kl.title, kl.unit, [*kl.lines, target], kl.bands),
         _mean(records, "eval_kl", "Held-out KL", "nats per token"),
         _mean(records, "eval_perplexity", "Perplexity of reference answers", "held-out"),
@@ -99,8 +97,8 @@ def _source(r: Record, name: str, prefix: str = "Reward: ") -> Chart:
     return Chart(f"{prefix}{name}", "score", _both(r, *_twins(f"rewards/{name}/mean")))
 
 
-def _name(key: str) -> str:
-    return key.removeprefix("eval_rewards/").removesuffix("/mean")
+def _gold(records: Sequence[Record], name: str) -> Chart:
+    return _mean(records, f"eval_rewards/{name}/mean", f"Gold judge: {name}", "held-out")
 
 
 def _target_band(r: Record) -> Band:

@@ -146,7 +146,6 @@ def rows(records: Sequence[Record]) -> list[Figure]:
     table = [
         Figure("reward", "eval_reward", "+.3f"),
         *(Figure(f"gold judge: {name}", key, ".3f") for key, name in judges.items()),
-        Figure("gold judge", "eval_gold", ".3f"),
         Figure("KL to the SFT model, nats per token", "eval_kl", ".4f"),
         Figure("perplexity of reference answers", "eval_perplexity", ".2f"),
         Figure("length, tokens", "eval_completions/mean_length", ".1f"),
