@@ -9,7 +9,6 @@ not done again: a run that is finished is only measured, a measured one only rea
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -105,7 +104,7 @@ def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str
                 "after": _policy(comparison.after),
             },
         )
-    rows = [json.loads(line) for line in (run / log.METRICS).read_text().splitlines()]
+    rows = log.read(run / log.METRICS)
     return {
         "variant": variant.name,
         "seed": seed,

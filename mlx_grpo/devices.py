@@ -72,10 +72,10 @@ def machine_limits(dtype: mx.Dtype) -> tuple[float, float]:
     return wide.nbytes / read, 2 * 2048**3 / seconds_of(lambda: square @ square)
 
 
-def seconds_of(f: Callable[[], mx.array], times: int = 5) -> float:
-    """The fastest of some evaluations."""
+def seconds_of(f: Callable[[], mx.array]) -> float:
+    """The fastest of five evaluations."""
     best = float("inf")
-    for _ in range(times):
+    for _ in range(5):
         start = time.perf_counter()
         mx.eval(f())
         best = min(best, time.perf_counter() - start)

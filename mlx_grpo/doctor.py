@@ -3,7 +3,6 @@ what to type."""
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -23,6 +22,7 @@ from mlx_grpo.backend import (
     physical_memory,
 )
 from mlx_grpo.demo import MODEL_WHEEL, smollm2_gguf
+from mlx_grpo.devices import seconds_of
 from mlx_grpo.errors import InputError
 from mlx_grpo.files import read_json, verify_manifest
 from mlx_grpo.models.backbone import parameter_count, weight_files
@@ -110,14 +110,10 @@ def _arithmetic() -> Iterator[Finding]:
             yield Finding("problem", "compiler", text, "apt-get install g++")
 
 
-def matmul_gflops(size: int, runs: int = 5) -> float:
+def matmul_gflops(size: int) -> float:
     """Best speed of an fp32 matmul of [size, size] on the default device."""
-    a, best = mx.ones((size, size)), float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        mx.eval(a @ a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    a = mx.ones((size, size))
+    return 2 * size**3 / seconds_of(lambda: a @ a) / 1e9
 
 
 def _memory() -> Iterator[Finding]:

@@ -128,7 +128,10 @@ def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
     columns = ("ranks", "prompts each", "a rank sends", "exchange", "an iteration", "faster")
     ui.table(f"Ranks over {link}, on paper", columns, rows)
     up_to = pays_up_to(list(scaled))
-    more = "more were not looked at" if up_to == scaled[-1].ranks else "more save less than a tenth"
+    last = scaled[-1]
+    more = "more save less than a tenth"
+    if up_to == last.ranks:
+        more = "more have no prompt" if last.prompts == 1 else "more were not looked at"
     ui.say(f"pays up to {up_to} {'rank' if up_to == 1 else 'ranks'}; {more}")
 
 
