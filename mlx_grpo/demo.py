@@ -17,7 +17,7 @@ from mlx_grpo.config import TrainConfig
 from mlx_grpo.console import Console, duration
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.errors import InputError
-from mlx_grpo.files import read_json
+from mlx_grpo.files import asset, read_json
 from mlx_grpo.models.backbone import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run_directory import is_run, settings
@@ -37,15 +37,6 @@ DEMO = TrainConfig(
     checkpoint_every=5,
     eval_reward=("mlx_grpo.rubric:gold",),
 )
-
-
-def asset(name: str) -> Path:
-    """A file that ships with the project: in the package, or in the checkout around it."""
-    package = Path(__file__).parent
-    for base in (package / "assets", package.parent):
-        if (base / name).exists():
-            return base / name
-    raise InputError(f"{name}: not found beside the package; install mlx-grpo again")
 
 
 def smollm2_gguf() -> Path:

@@ -178,6 +178,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def asset(name: str) -> Path:
+    """A file that ships with the project: in the package, or in the checkout around it.
+
+    Raises:
+        InputError: neither is there.
+    """
+    package = Path(__file__).parent
+    for base in (package / "assets", package.parent):
+        if (base / name).exists():
+            return base / name
+    raise InputError(f"{name}: not found beside the package; install mlx-grpo again")
+
+
 def write_manifest(directory: Path, about: dict[str, Any] | None = None) -> None:
     """Write `manifest.json`: the sha256 of every file below `directory`, hidden ones left out.
 

@@ -226,8 +226,8 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
         r"^error: ./nowhere: no such directory \(a Hub id looks like 'owner/name'\)",
     ),
     "no texts to measure on": (
-        ("convert", "--sft", "{sft}"),
-        r"data/eval_prompts\.jsonl: no such file; give --texts FILE, or --no-verify",
+        ("convert", "--sft", "{sft}", "--texts", "gone.jsonl"),
+        r"gone\.jsonl: no such file; give --texts FILE, or --no-verify",
     ),
     "a source without chat template": ((*CONVERT, "--sft", "{bare}"), NO_TEMPLATE),
     "a language model as reward model": ((*CONVERT, "--rm", "{sft}"), r"sft: not a reward model"),

@@ -136,6 +136,14 @@ def test_a_source_that_is_quantized_already_is_kept_and_said_to_be(
     assert all(mx.array_equal(kept[n], source[n]).item() for n in source)
 
 
+def test_without_texts_it_measures_on_those_that_ship_wherever_it_runs(
+    sft: Path, tmp_path: Path, command: Command
+) -> None:
+    code, _, err = command("--sft", str(sft))
+    assert code == 0, err
+    assert re.search(r"KL 0\.\d+ nats/token", (tmp_path / "w/sft-4bit/README.md").read_text())
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -8,6 +8,7 @@ import typer
 from mlx_grpo.cli.options import Quiet
 from mlx_grpo.console import Console
 from mlx_grpo.errors import InputError
+from mlx_grpo.files import asset
 
 
 def convert(
@@ -40,11 +41,19 @@ def convert(
         ),
     ] = "auto",
     texts: Annotated[
-        Path, typer.Option(help="Prompts with a `response`, on which the SFT model is measured.")
-    ] = Path("data/eval_prompts.jsonl"),
+        Path | None,
+        typer.Option(
+            help="Prompts with a `response`, on which the SFT model is measured (default: the "
+            "held-out prompts that ship with mlx-grpo)."
+        ),
+    ] = None,
     pairs: Annotated[
-        Path, typer.Option(help="Preference pairs, on which the reward model is measured.")
-    ] = Path("data/preference_pairs.jsonl"),
+        Path | None,
+        typer.Option(
+            help="Preference pairs, on which the reward model is measured (default: those that "
+            "ship with mlx-grpo)."
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Measure what quantization cost.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace existing directories.")] = False,
     quiet: Quiet = False,
@@ -68,6 +77,8 @@ def convert(
         raise InputError(f"--rm-as: must be auto, full or adapter, not '{rm_as}'")
     if not sft and not rm:
         raise InputError("nothing to convert; give --sft, --rm or both")
+    texts = texts or asset("data/eval_prompts.jsonl")
+    pairs = pairs or asset("data/preference_pairs.jsonl")
     wanted = ((sft, "--texts", texts, check_texts), (rm, "--pairs", pairs, check_pairs))
     for source, flag, file, check_file in wanted:
         if verify and source:
