@@ -21,10 +21,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 from shapes import SHAPES
 
-from mlx_grpo.backend import peak_memory
+from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.convert import Quantization, convert_sft, locate
 from mlx_grpo.convert.weights import write_weights
-from mlx_grpo.rng import key
+from mlx_grpo.core.rng import key
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 

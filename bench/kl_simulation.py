@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.kl_controller import Actuator, KLController, kl_target
 from mlx_grpo.parts import first_state
 

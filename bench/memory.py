@@ -29,14 +29,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, load_model
 from shapes import SHAPES, NoTokenizer, shape_config
 
-from mlx_grpo.backend import (
-    apply_policy,
-    device_name,
-    limit_memory,
-    policy_for,
-    recommended_memory,
-)
-from mlx_grpo.config import parse_bytes
+from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
+from mlx_grpo.backend.precision import apply_policy, policy_for
+from mlx_grpo.config.checks import parse_bytes
+from mlx_grpo.core.rng import key
+from mlx_grpo.core.types import Prompt
 from mlx_grpo.grpo import Clip
 from mlx_grpo.metrics import Clock
 from mlx_grpo.models.footprint import Footprint, footprint_of
@@ -47,10 +44,8 @@ from mlx_grpo.models.stages import Sizes, Stages
 from mlx_grpo.models.streamed import StreamedRewardModel
 from mlx_grpo.plan import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose, predict
 from mlx_grpo.rewards import ScoreNormalizer
-from mlx_grpo.rng import key
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.scoring import Shaping, rate, score_under
-from mlx_grpo.types import Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer, reused_groups, update
 
 EARLY = 20

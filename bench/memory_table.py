@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.console import Console
-from mlx_grpo.files import write_json
+from mlx_grpo.console.output import Console
+from mlx_grpo.files.atomic import write_json
 from mlx_grpo.plan import HEAD_BYTES
 
 SMALL = "--shape smollm2-135m"

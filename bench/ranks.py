@@ -34,7 +34,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mlx_grpo import launch, log, seeds  # noqa: F401  (imported before the forks)
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
 from tests.crash.harness import Child, World, make_world, training
 from tests.ports import free_ports
 

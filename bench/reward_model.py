@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
-from mlx_grpo.config import RewardTrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import load_pairs, read_jsonl
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import MANIFEST, read_json, sha256, write_json, write_manifest
+from mlx_grpo.files.atomic import read_json, write_json
+from mlx_grpo.files.manifest import MANIFEST, sha256, write_manifest
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, load_reward_model
 from mlx_grpo.preferences import group_pairs, split_groups

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlx_grpo.backend import apply_policy, choose_policy
+from mlx_grpo.backend.precision import apply_policy, choose_policy
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 _QWEN2 = {

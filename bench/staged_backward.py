@@ -26,12 +26,13 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import _get_classes
 from shapes import SHAPES
 
-from mlx_grpo.backend import device_name, use_fast_swiglu
+from mlx_grpo.backend.device import device_name
+from mlx_grpo.backend.kernels import use_fast_swiglu
+from mlx_grpo.core.rng import key
+from mlx_grpo.core.types import ScoredGroup
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.rng import key
-from mlx_grpo.types import ScoredGroup
 from mlx_grpo.update import backward_pass, forward_pass
 
 

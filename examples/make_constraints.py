@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.data import read_jsonl
-from mlx_grpo.files import write_text
+from mlx_grpo.files.atomic import write_text
 from mlx_grpo.rubric import FUNCTION_WORDS, words
 
 HERE = Path(__file__).parent

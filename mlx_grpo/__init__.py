@@ -6,7 +6,9 @@ checkpoint. One module per stage; `trainer.py` is the only place where the order
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_grpo import backend as backend  # first of all imports: it loads the BLAS that MLX will use
+from mlx_grpo.backend import (
+    device as device,  # first of all imports: it loads the BLAS that MLX will use
+)
 
 if TYPE_CHECKING:
     from mlx_grpo.api import GRPOConfig, Run, train

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.provenance import differences, hints
 from mlx_grpo.ranks import Ranks

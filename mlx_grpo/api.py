@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo import log
-from mlx_grpo.config import TrainConfig as GRPOConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import TrainConfig as GRPOConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.launch import launched
 from mlx_grpo.trainer import train as train_run
 

@@ -11,16 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import (
-    MANIFEST,
-    atomic_directory,
-    read_json,
-    verify_manifest,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
+from mlx_grpo.files.manifest import MANIFEST, verify_manifest, write_manifest
 from mlx_grpo.models.lora import Parameters, load_arrays, save_arrays
 
 ARRAYS = ("adapter", "optimizer")

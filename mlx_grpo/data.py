@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.rng import permutation
-from mlx_grpo.types import FinishReason, PreferencePair, Prompt
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import permutation
+from mlx_grpo.core.types import FinishReason, PreferencePair, Prompt
 
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "valid", "test")

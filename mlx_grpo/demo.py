@@ -11,13 +11,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_grpo.backend import OPENBLAS, OPENBLAS_HINT, device_name
+from mlx_grpo.backend.device import OPENBLAS, OPENBLAS_HINT, device_name
 from mlx_grpo.compare import compare_run, show_comparison
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console, duration
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.live import duration
+from mlx_grpo.console.output import Console
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import asset, read_json
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.assets import asset
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.backbone import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run_directory import is_run, settings

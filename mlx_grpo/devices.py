@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 
 
 @dataclass(frozen=True)

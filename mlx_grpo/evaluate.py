@@ -8,6 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_grpo.core.padding import completion_arrays
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data import answer_tokens
 from mlx_grpo.exchange import Rewards, all_groups, all_rewards
 from mlx_grpo.grpo import kl_k3_sum
@@ -15,12 +18,9 @@ from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.padding import completion_arrays
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import RewardMix
 from mlx_grpo.rollout import Sampling, rollout
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group, Prompt
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from typing import Any
 
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.ranks import Ranks
-from mlx_grpo.types import Completion, Group, Prompt
 
 Rewards = tuple[list[list[float]], dict[str, list[float]]]
 """(raw rewards [P][K], each source's own scores, flat)."""

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from mlx_grpo.agreement import check_inputs, share_state
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.stopping import StopRequested, stop_signals
 from mlx_grpo.iteration import iterate
 from mlx_grpo.parts import (
     RunParts,
@@ -13,7 +14,6 @@ from mlx_grpo.parts import (
     policy_at,
     provenance_of,
 )
-from mlx_grpo.stopping import StopRequested, stop_signals
 
 
 def follow(parts: RunParts, ui: Console) -> bool:

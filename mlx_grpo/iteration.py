@@ -10,10 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_grpo.agreement import check_adapter
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.finite import NotFinite, Skip, check_finite
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group
 from mlx_grpo.data import batch_indices
 from mlx_grpo.exchange import all_groups, all_rewards
-from mlx_grpo.guard import NotFinite, Skip, check_finite
 from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import sampler
@@ -21,8 +23,6 @@ from mlx_grpo.parts import RunParts, sampling, target_at, update_settings
 from mlx_grpo.rollout import rollout
 from mlx_grpo.scoring import Shaping, measure, rate, score_under
 from mlx_grpo.state import RunState
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group
 from mlx_grpo.update import reused_groups, update
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPMessage
 from typing import IO, Any
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.types import Group
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Group
 
 AT_ONCE = 4
 RETRIES = 3

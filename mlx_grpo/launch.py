@@ -10,8 +10,8 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.watch import Address, RankLost, Watch, meet
 

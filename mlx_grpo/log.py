@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.files import fsync_path
+from mlx_grpo.files.atomic import fsync_path
 
 METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"

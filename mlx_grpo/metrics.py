@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.backend import peak_memory
-from mlx_grpo.guard import Skip
+from mlx_grpo.backend.device import peak_memory
+from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.types import Group
 from mlx_grpo.scoring import Measures
 from mlx_grpo.state import RunState
-from mlx_grpo.types import Group
 from mlx_grpo.update import UpdateStats
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import mlx.optimizers as optim
 
 from mlx_grpo import log
-from mlx_grpo.backend import limit_memory, policy_for
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.backend.device import limit_memory
+from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data import PromptRow, read_prompts, tokenize_prompts
-from mlx_grpo.errors import InputError
 from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
@@ -29,7 +31,6 @@ from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
-from mlx_grpo.types import Group, Prompt
 from mlx_grpo.update import UpdateSettings, new_optimizer
 
 RESERVED = frozenset({"reward", "reward_model", "judge"})

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_grpo.backend import choose_policy, policy_for, recommended_memory
-from mlx_grpo.config import TrainConfig, parse_bytes
-from mlx_grpo.console import Console, duration
+from mlx_grpo.backend.device import recommended_memory
+from mlx_grpo.backend.precision import choose_policy, policy_for
+from mlx_grpo.config.checks import parse_bytes
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.live import duration
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.devices import Device, device
-from mlx_grpo.errors import InputError
 from mlx_grpo.models.footprint import Footprint, adapter_bytes, footprint
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.models.stages import Sizes
@@ -149,7 +152,7 @@ def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
     show(plan, ui)
     raise InputError(
         f"{planned.config.actor_model}: needs {gigabytes(plan.peak)} of memory and may take "
-        f"{gigabytes(plan.limit)}; {_way_out(planned)}"
+        f"{gigabytes(plan.limit)}; {way_out(planned)}"
     )
 
 
@@ -195,7 +198,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _way_out(planned: Planner) -> str:
+def way_out(planned: Planner) -> str:
     """The least that would have to change."""
 
     def fits(**change: int) -> bool:

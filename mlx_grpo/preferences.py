@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.rng import permutation
-from mlx_grpo.types import PreferencePair
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import permutation
+from mlx_grpo.core.types import PreferencePair
 
 
 @dataclass(frozen=True)

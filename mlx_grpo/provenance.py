@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
-from mlx_grpo.files import directory_digest, sha256
+from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
+from mlx_grpo.files.manifest import directory_digest, sha256
 from mlx_grpo.rewards import CustomReward
 
 

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.guard import NotFinite, Skip
-from mlx_grpo.stopping import SafePoint
+from mlx_grpo.core.finite import NotFinite, Skip
+from mlx_grpo.core.stopping import SafePoint
 from mlx_grpo.watch import Watch
 
 PIECE_BYTES = 32 << 20

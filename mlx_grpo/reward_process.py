@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo import reward_worker
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.reward_worker import RewardError
-from mlx_grpo.stopping import SafePoint, never_stop
 
 POLL_SECONDS = 0.1
 # The working directory may hold files named like modules that the worker itself imports.

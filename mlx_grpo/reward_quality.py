@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
 from mlx_grpo.evaluate import WinRate
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.preferences import PairGroup

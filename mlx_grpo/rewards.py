@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.streamed import StreamedRewardModel
 from mlx_grpo.reward_process import RewardProcess
 from mlx_grpo.reward_worker import RewardError
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group
 
 EPSILON = 1e-6
 RewardFunction = Callable[[dict[str, Any], SafePoint], list[float]]

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_grpo.backend import exp_rows
-from mlx_grpo.rng import uniforms
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Completion, FinishReason, Group, Prompt
+from mlx_grpo.backend.kernels import exp_rows
+from mlx_grpo.core.rng import uniforms
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
 
 SAMPLER_BLOCK = 256
 PREFILL_TOKENS = 512

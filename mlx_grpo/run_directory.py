@@ -10,21 +10,16 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_grpo import checkpoint, log, provenance
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import build_config, to_toml
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import build_config, to_toml
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.evaluate import Best, Evaluation
-from mlx_grpo.files import (
-    atomic_directory,
-    clear_debris,
-    need_space,
-    write_manifest,
-    write_text,
-)
-from mlx_grpo.guard import Skip
+from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, write_text
+from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.models.lora import Parameters, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.state import RunState
-from mlx_grpo.types import Completion, Group, Prompt
 from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
 
 CONFIG = "config.toml"

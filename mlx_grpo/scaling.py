@@ -9,7 +9,7 @@ been measured between Macs.
 import re
 from dataclasses import dataclass
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.footprint import Footprint
 from mlx_grpo.plan import Workload
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_grpo.core.finite import check_finite
+from mlx_grpo.core.padding import completion_arrays
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
 from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
-from mlx_grpo.guard import check_finite
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.padding import completion_arrays
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.rewards import ScoreNormalizer
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group, RatedGroup, ScoredGroup
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mlx_grpo.config import TrainConfig, check
-from mlx_grpo.config_sources import typed_flags
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.checks import check
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import typed_flags
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.parts import SharedWeights
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.report import comparison, try_report

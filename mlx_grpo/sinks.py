@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config import SinkName, TrainConfig
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import write_text
+from mlx_grpo.config.settings import SinkName, TrainConfig
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import write_text
 
 MODULES: dict[SinkName, str] = {
     "tensorboard": "tensorboardX",

@@ -17,10 +17,14 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_grpo.config import RewardTrainConfig, check_ranges
+from mlx_grpo.config.checks import check_ranges
+from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.padding import pad_right
+from mlx_grpo.core.rng import permutation
 from mlx_grpo.data import load_pairs
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import atomic_directory, sha256, write_json, write_manifest, write_text
+from mlx_grpo.files.atomic import atomic_directory, write_json, write_text
+from mlx_grpo.files.manifest import sha256, write_manifest
 from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, fingerprint, load_backbone
 from mlx_grpo.models.lora import (
@@ -39,10 +43,8 @@ from mlx_grpo.models.reward_model import (
     reward_head,
 )
 from mlx_grpo.models.stages import Stages
-from mlx_grpo.padding import pad_right
 from mlx_grpo.preferences import PairGroup, Split, group_pairs, pair_count, split_groups
 from mlx_grpo.reward_quality import Quality, judged_pairs, pair_loss, quality, ranking
-from mlx_grpo.rng import permutation
 from mlx_grpo.update import adamw_step, new_optimizer
 
 HEAD = "reward_head.weight"

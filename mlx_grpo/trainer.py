@@ -9,13 +9,16 @@ from typing import Any
 
 from mlx_grpo import log, run_directory
 from mlx_grpo.agreement import check_inputs, share_state
-from mlx_grpo.config import TrainConfig, check
-from mlx_grpo.console import Console, duration
+from mlx_grpo.config.checks import check
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.live import duration
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals
 from mlx_grpo.evaluate import Best
+from mlx_grpo.files.lock import locked
 from mlx_grpo.follow import follow
 from mlx_grpo.health import new_findings
 from mlx_grpo.iteration import iterate
-from mlx_grpo.lock import locked
 from mlx_grpo.metrics import Clock
 from mlx_grpo.parts import (
     LoadWeights,
@@ -34,7 +37,6 @@ from mlx_grpo.report import REPORT, try_report
 from mlx_grpo.run_directory import Snapshot
 from mlx_grpo.sinks import Sink, check_installed, opened
 from mlx_grpo.state import RunState
-from mlx_grpo.stopping import SafePoint, StopRequested, stop_signals
 
 GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
 

@@ -9,6 +9,10 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import RatedGroup, ScoredGroup
 from mlx_grpo.grpo import (
     Aggregation,
     Clip,
@@ -17,16 +21,12 @@ from mlx_grpo.grpo import (
     kl_k3_sum,
     token_weights,
 )
-from mlx_grpo.guard import Skip
 from mlx_grpo.logprob import logps_with_gradient
 from mlx_grpo.models import backward
 from mlx_grpo.models.lora import Parameters, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages, shift_right
-from mlx_grpo.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.ranks import ALONE, Ranks
 from mlx_grpo.scoring import Shaping, is_dead, score
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import RatedGroup, ScoredGroup
 
 
 @dataclass(frozen=True)

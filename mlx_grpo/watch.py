@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Literal, NoReturn
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.stopping import StopRequested
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stopping import StopRequested
 
 MEET_SECONDS = 60.0
 """For all ranks to start."""

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from bench.families import family_config
+from mlx_grpo.core.rng import key
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.rng import key
 
 # Exactness is tested in fp32; what a GPU does with packed bf16 weights has tests of its own.
 mx.set_default_device(mx.cpu)
@@ -130,7 +130,7 @@ def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reward_model(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward adapter for the tiny llama, trained for a few steps."""
-    from mlx_grpo.config import RewardTrainConfig
+    from mlx_grpo.config.settings import RewardTrainConfig
     from mlx_grpo.train_rm import train_rm
 
     directory = tmp_path_factory.mktemp("rm")
@@ -177,8 +177,8 @@ def finished_run(
     sft: Path, prompt_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A finished run of two iterations on a 4-bit model, the reward a function."""
-    from mlx_grpo.config import TrainConfig
-    from mlx_grpo.console import Console
+    from mlx_grpo.config.settings import TrainConfig
+    from mlx_grpo.console.output import Console
     from mlx_grpo.convert import Quantization, convert_sft, locate
     from mlx_grpo.trainer import train
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import to_toml
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import to_toml
 from tests.conftest import write_jsonl
 
 HOSTILE = "</p><script>document.title = 1</script><img src=x onerror=alert(1)> & "

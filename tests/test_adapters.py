@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 from conftest import tiny_model
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import key
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.lora import (
     Parameters,
@@ -23,7 +24,6 @@ from mlx_grpo.models.lora import (
     scale_adapter,
     set_parameters,
 )
-from mlx_grpo.rng import key
 from mlx_grpo.run_directory import save_named_adapter
 
 RANK, SCALE = 4, 2.0

@@ -7,8 +7,9 @@ import pytest
 from conftest import tiny_model
 from mlx_lm.models import activations
 
-from mlx_grpo.backend import ComputePolicy, apply_policy, exp_rows, swiglu
-from mlx_grpo.rng import key
+from mlx_grpo.backend.kernels import exp_rows, swiglu
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy
+from mlx_grpo.core.rng import key
 
 
 def inputs(scale: float) -> list[mx.array]:

@@ -7,8 +7,8 @@ import pytest
 from conftest import write_jsonl
 
 from bench.reward_model import measure, train_and_record
-from mlx_grpo.config import RewardTrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.train_rm import train_rm
 
 ROWS = [{"prompt": f"say {i}", "chosen": f"yes {i % 3}", "rejected": "no"} for i in range(12)]

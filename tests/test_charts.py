@@ -4,16 +4,7 @@ import re
 
 import pytest
 
-from mlx_grpo.report.charts import (
-    MOST_POINTS,
-    Band,
-    Chart,
-    Line,
-    smoothed,
-    spread,
-    svg,
-    ticks,
-)
+from mlx_grpo.report.charts import MOST_POINTS, Band, Chart, Line, smoothed, spread, svg, ticks
 
 
 @pytest.mark.parametrize(

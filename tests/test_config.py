@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.config import (
-    AT_LEAST_ZERO,
-    POSITIVE,
-    RewardTrainConfig,
-    TrainConfig,
-    check,
-    check_ranges,
-)
-from mlx_grpo.config_sources import (
+from mlx_grpo.config.checks import AT_LEAST_ZERO, POSITIVE, check, check_ranges
+from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
+from mlx_grpo.config.sources import (
     build_config,
     field_help,
     field_types,
@@ -22,7 +16,7 @@ from mlx_grpo.config_sources import (
     to_toml,
     typed_flags,
 )
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.live import LiveView, duration, sparks, trend
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.live import LiveView, duration, sparks, trend
+from mlx_grpo.console.output import Console
 from mlx_grpo.trainer import train
 from tests.runs import iteration
 

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import pre_tokenizers
 
 from mlx_grpo.convert import Quantization, convert_sft, locate
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
 
 TOKENS = [257, *((7 * i * i + 3 * i) % 256 for i in range(24))]

@@ -13,7 +13,7 @@ from hf_models import torch_score, write_hf
 
 from mlx_grpo import convert
 from mlx_grpo.convert import Quantization, convert_rm, locate
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import load_arrays, save_arrays
 from mlx_grpo.models.reward_model import load_reward_model
@@ -67,7 +67,7 @@ def test_a_text_is_scored_through_the_reward_models_own_template(
 ) -> None:
     from conftest import write_tokenizer
 
-    from mlx_grpo.types import Completion, Group, Prompt
+    from mlx_grpo.core.types import Completion, Group, Prompt
 
     model = write_classifier(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf", "{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
@@ -98,7 +98,7 @@ def test_a_trained_adapter_is_copied_and_scores_the_same(
 def test_a_trained_adapter_made_a_model_of_its_own_reads_the_same_tokens(
     tmp_path: Path, sft: Path, backbone: Backbone, reward_model: Path
 ) -> None:
-    from mlx_grpo.types import Completion, Group, Prompt
+    from mlx_grpo.core.types import Completion, Group, Prompt
 
     source = locate(str(reward_model))
     row = convert_rm(source, tmp_path / "rm", sft, Quantization(16), None, "full")

@@ -19,11 +19,11 @@ from hf_models import TOKENS, torch_score
 
 from mlx_grpo.cli import main
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import load_arrays, save_arrays
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
-from mlx_grpo.types import Completion, Group, Prompt
 
 EXACT, PACKED = Quantization(16), Quantization(4, 32)
 TEXTS = ("because the sky is", "so.", "it was the owls, I think, or the rain", "")

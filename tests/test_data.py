@@ -10,6 +10,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, EOS, PAD, write_jsonl, write_tokenizer
 from mlx_lm.utils import load_tokenizer
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import (
     answer_tokens,
     batch_indices,
@@ -19,7 +20,6 @@ from mlx_grpo.data import (
     read_jsonl,
     row_messages,
 )
-from mlx_grpo.errors import InputError
 from mlx_grpo.models.backbone import Backbone
 
 DATA = Path(__file__).parent.parent / "data"

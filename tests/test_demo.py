@@ -9,10 +9,10 @@ from conftest import write_jsonl
 from test_convert_gguf import write_tiny
 
 from mlx_grpo import demo
-from mlx_grpo.config import RewardTrainConfig, TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.convert import Quantization, convert_sft, locate
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.run_directory import open_new
 from mlx_grpo.train_rm import train_rm
 

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.evaluate import (
     Best,
     Evaluation,
@@ -22,7 +23,6 @@ from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.rewards import CustomReward, RewardMix
 from mlx_grpo.rollout import Sampling
-from mlx_grpo.types import Completion, Group, Prompt
 
 
 @pytest.mark.parametrize(

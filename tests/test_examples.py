@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from examples.constraints import all_met, constraints
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.data import read_jsonl
 from mlx_grpo.trainer import train
 

@@ -7,8 +7,8 @@ import pytest
 
 from bench import experiment
 from bench.experiment import Scores, Variant, phases, seed_run
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
 
 
 def test_scores_give_win_rate_and_effect_size() -> None:

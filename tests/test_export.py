@@ -18,7 +18,7 @@ from mlx_grpo.convert.source import licence
 from mlx_grpo.export import Export, export_run
 from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.fused_cost import FusedCost
-from mlx_grpo.files import verify_manifest
+from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.lora import load_arrays
 from mlx_grpo.run_directory import settings
 
@@ -178,7 +178,7 @@ def test_the_command_writes_beside_the_run_and_replaces_only_when_told(
 
 
 def test_texts_without_answers_cannot_measure(run: Path, tmp_path: Path) -> None:
-    from mlx_grpo.errors import InputError
+    from mlx_grpo.core.errors import InputError
 
     texts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "why?"}])
     with pytest.raises(InputError, match="two are needed"):

@@ -14,13 +14,13 @@ import torch
 import transformers
 from hf_models import TOKENS, load_dequantized
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import to_toml
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import to_toml
 from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.core.rng import key
 from mlx_grpo.export import Export, export_run
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import add_lora, load_adapter, lora_parameters, set_parameters
-from mlx_grpo.rng import key
 from mlx_grpo.run_directory import save_named_adapter
 
 BOUND = 1e-3

@@ -10,20 +10,17 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import files
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import (
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files import atomic as files
+from mlx_grpo.files.atomic import (
     atomic_directory,
     clear_debris,
-    directory_digest,
     need_space,
     read_json,
-    sha256,
-    verify_manifest,
     write_json,
-    write_manifest,
     write_text,
 )
+from mlx_grpo.files.manifest import directory_digest, sha256, verify_manifest, write_manifest
 
 
 def names(directory: Path) -> list[str]:

@@ -10,10 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_grpo import log, trainer, update
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
-from mlx_grpo.guard import NotFinite, check_finite
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.finite import NotFinite, check_finite
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.parts import RunParts, first_state, load_parts
 from mlx_grpo.rewards import RewardMix

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlx_grpo"
 PURE = ("types", "errors", "grpo", "kl_controller", "rng")
-FOR_ALL = {"mlx_grpo.types", "mlx_grpo.errors"}
+FOR_ALL = {"mlx_grpo.core.types", "mlx_grpo.core.errors"}
 DEVICE_CHECKS = {
     *("default_device", "set_default_device", "device_info", "is_available", "metal", "cuda"),
     *("platform", "uname", "machine", "system"),
@@ -105,14 +105,16 @@ def test_a_stage_knows_neither_the_loop_nor_the_command_line(trees: Trees, name:
 
 
 def test_only_the_console_prints(trees: Trees) -> None:
-    assert printing(trees["mlx_grpo.console"])
-    places = {name: printing(tree) for name, tree in trees.items() if name != "mlx_grpo.console"}
+    assert printing(trees["mlx_grpo.console.output"])
+    places = {
+        name: printing(tree) for name, tree in trees.items() if name != "mlx_grpo.console.output"
+    }
     assert {name: lines for name, lines in places.items() if lines} == {}
 
 
 def test_only_the_backend_asks_for_device_and_platform(trees: Trees) -> None:
-    assert {"default_device", "platform"} <= set(device_checks(trees["mlx_grpo.backend"]))
-    places = {n: device_checks(tree) for n, tree in trees.items() if n != "mlx_grpo.backend"}
+    assert {"default_device", "platform"} <= set(device_checks(trees["mlx_grpo.backend.device"]))
+    places = {n: device_checks(tree) for n, tree in trees.items() if n != "mlx_grpo.backend.device"}
     assert {name: found for name, found in places.items() if found} == {}
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from mlx_grpo.cli import main
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.judge import Judge, Verdicts, compare_answers, outcome, question, verdict
 from mlx_grpo.trainer import train
-from mlx_grpo.types import Completion, Group, Prompt
 
 KEY = "sk-very-secret"
 Reply = tuple[int, bytes, dict[str, str]]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.errors import InputError
-from mlx_grpo.lock import locked
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.lock import locked
 
 
 def hold(directory: Path, ready: Any) -> None:

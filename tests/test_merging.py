@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_grpo.backend import policy_for
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.convert import Quantization, convert_sft, locate
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import key
+from mlx_grpo.core.stopping import StopRequested
 from mlx_grpo.iteration import iterate
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import add_lora, lora_modules, lora_parameters, set_parameters
 from mlx_grpo.models.merging import merged, sampler
 from mlx_grpo.parts import RunParts, first_state, load_parts
-from mlx_grpo.rng import key
-from mlx_grpo.stopping import StopRequested
 
 TOKENS = mx.array([[5, 6, 7, 8]])
 

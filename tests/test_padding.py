@@ -5,8 +5,8 @@ import itertools
 import mlx.core as mx
 import pytest
 
-from mlx_grpo.padding import joined, length_buckets, pad_right, row_lengths, rows_of
-from mlx_grpo.types import ScoredGroup
+from mlx_grpo.core.padding import joined, length_buckets, pad_right, row_lengths, rows_of
+from mlx_grpo.core.types import ScoredGroup
 
 
 def cost(buckets: list[list[int]], lengths: tuple[int, ...], prompt: int) -> int:

@@ -8,9 +8,10 @@ import mlx.core as mx
 import pytest
 from conftest import write_jsonl
 
-from mlx_grpo.config import TrainConfig, parse_bytes
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.checks import parse_bytes
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.footprint import Footprint, footprint, footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import PreferencePair
 from mlx_grpo.preferences import PairGroup, group_pairs, split_groups
-from mlx_grpo.types import PreferencePair
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> PreferencePair:

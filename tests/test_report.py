@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from mlx_grpo import report
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import build_config
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
-from mlx_grpo.lock import locked
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page, write_report
 from mlx_grpo.report.record import read
 from mlx_grpo.trainer import train

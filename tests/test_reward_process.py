@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from test_rewards import group
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stopping import StopRequested
 from mlx_grpo.reward_process import RewardProcess
 from mlx_grpo.reward_worker import RewardError
 from mlx_grpo.rewards import CustomReward, load_reward
-from mlx_grpo.stopping import StopRequested
 
 ARGUMENTS = {"completions": ["a", "bc"]}
 

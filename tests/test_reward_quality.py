@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.rng import uniforms
 from mlx_grpo.preferences import PairGroup
 from mlx_grpo.reward_quality import (
     Bin,
@@ -20,7 +21,6 @@ from mlx_grpo.reward_quality import (
     ranking,
     show_quality,
 )
-from mlx_grpo.rng import uniforms
 
 
 @pytest.mark.parametrize(

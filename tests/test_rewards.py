@@ -10,14 +10,14 @@ from typing import Any, cast
 
 import pytest
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.parts import load_parts
 from mlx_grpo.reward_worker import call
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
-from mlx_grpo.types import Completion, Group, Prompt
 
 
 def group(*texts: str, **fields: Any) -> Group:

@@ -5,7 +5,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.rng import key, permutation, uniforms
+from mlx_grpo.core.rng import key, permutation, uniforms
 
 PATHS: list[tuple[str | int, ...]] = [
     ("sample", iteration, prompt, sample, position)

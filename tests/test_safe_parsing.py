@@ -10,9 +10,10 @@ import mlx.core as mx
 import pytest
 from conftest import write_model, write_tokenizer
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import load_prompts
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import MANIFEST, sha256, verify_manifest, write_json, write_manifest
+from mlx_grpo.files.atomic import write_json
+from mlx_grpo.files.manifest import MANIFEST, sha256, verify_manifest, write_manifest
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import load_adapter
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mlx_grpo import sinks
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.trainer import train
 
 ROWS = [{"step": 1, "reward": 0.5, "policy/stopped_early": False, "a_word": "text", "kl": None}]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_grpo.stopping import SIGNALS, StopRequested, never_stop, stop_signals
+from mlx_grpo.core.stopping import SIGNALS, StopRequested, never_stop, stop_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -29,7 +29,7 @@ def test_a_stage_on_its_own_never_stops() -> None:
 
 def test_the_second_signal_ends_the_process_in_the_middle_of_anything() -> None:
     busy = (
-        "import os, re, signal\nfrom mlx_grpo.stopping import stop_signals\n"
+        "import os, re, signal\nfrom mlx_grpo.core.stopping import stop_signals\n"
         "with stop_signals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('asked once', flush=True)\n"

@@ -7,14 +7,14 @@ import mlx.core as mx
 import pytest
 from conftest import write_model
 
-from mlx_grpo.backend import ComputePolicy
-from mlx_grpo.errors import InputError
+from mlx_grpo.backend.precision import ComputePolicy
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import key
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.stages import Sizes
 from mlx_grpo.models.streamed import open_streamed
-from mlx_grpo.rng import key
-from mlx_grpo.types import Completion, Group, Prompt
 
 DENSE = ComputePolicy("cpu", dense=True, dtype=mx.float32)
 PACKED = ComputePolicy("cpu", dense=False, dtype=mx.float32)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from test_plan import GEMMA_2B, PACKED, WORK
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.devices import MACS, THIS, Device, check_name, device
-from mlx_grpo.errors import InputError
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.footprint import footprint_of
 from mlx_grpo.models.stages import Sizes

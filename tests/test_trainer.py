@@ -12,10 +12,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_grpo import log, provenance
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
-from mlx_grpo.lock import locked
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.lock import locked
 from mlx_grpo.trainer import train
 
 QUIET = Console(quiet=True)
@@ -192,7 +192,7 @@ def test_a_best_adapter_moved_aside_when_the_process_died_is_brought_back(
 def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import files
+    from mlx_grpo.files import atomic as files
 
     free: list[int] = [0]
     usage = type("Usage", (), {"free": property(lambda self: free[0])})

@@ -8,13 +8,13 @@ import mlx.optimizers as optim
 import pytest
 from test_stages import actor_of, group_of
 
-from mlx_grpo.backend import ComputePolicy, apply_policy
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy
+from mlx_grpo.core.types import RatedGroup, ScoredGroup
 from mlx_grpo.grpo import Clip
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.lora import Parameters, add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.stages import Stages
 from mlx_grpo.scoring import Shaping, score_under
-from mlx_grpo.types import RatedGroup, ScoredGroup
 from mlx_grpo.update import (
     UpdateSettings,
     UpdateStats,

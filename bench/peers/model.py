@@ -18,11 +18,11 @@ import mlx.core as mx
 from common import MODEL, PACKED, ROOT
 from mlx.utils import tree_flatten
 
-from mlx_grpo.backend import ComputePolicy
+from mlx_grpo.backend.precision import ComputePolicy
 from mlx_grpo.convert import Quantization, convert_sft, locate
 from mlx_grpo.data import load_prompts
 from mlx_grpo.demo import smollm2_gguf
-from mlx_grpo.files import MANIFEST
+from mlx_grpo.files.manifest import MANIFEST
 from mlx_grpo.models.backbone import load_backbone
 
 NEVER = "<reponame>"

@@ -14,9 +14,9 @@ from typing import Any
 import common
 from common import LEARNING_RATE, PACKED, RANK, SCALE, SEED, K
 
-from mlx_grpo.backend import peak_memory
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.console import Console
+from mlx_grpo.backend.device import peak_memory
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
 from mlx_grpo.iteration import iterate
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler

@@ -7,8 +7,8 @@ import typer
 from mlx_grpo import __version__
 from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
 from mlx_grpo.cli.options import with_models
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 
 app = typer.Typer(
     help="GRPO for language models on Apple silicon.",

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo.cli.options import Quiet
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import asset
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.assets import asset
 
 
 def convert(

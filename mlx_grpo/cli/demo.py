@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlx_grpo.cli.options import Quiet
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
 
 
 def demo(

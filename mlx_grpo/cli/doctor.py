@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_grpo.cli.options import Quiet
-from mlx_grpo.console import Console
+from mlx_grpo.console.output import Console
 
 if TYPE_CHECKING:  # mlx-lm takes two seconds to import: not for --help
     from mlx_grpo.doctor import Finding

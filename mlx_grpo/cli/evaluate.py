@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from mlx_grpo.cli.options import Quiet
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
     from mlx_grpo.compare import compare_run, figures, show_comparison
-    from mlx_grpo.files import write_json
+    from mlx_grpo.files.atomic import write_json
     from mlx_grpo.judge import Judge, compare_answers
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):

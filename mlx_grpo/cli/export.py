@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from mlx_grpo.cli.options import Quiet
-from mlx_grpo.console import Console
-from mlx_grpo.errors import InputError
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 
 
 def export(

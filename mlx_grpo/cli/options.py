@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from mlx_grpo.config import flag_of
-from mlx_grpo.config_sources import field_help, field_types
+from mlx_grpo.config.settings import flag_of
+from mlx_grpo.config.sources import field_help, field_types
 
 T = TypeVar("T")
 ConfigFile = Annotated[

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
-from mlx_grpo.config import REPEATED, TrainConfig
-from mlx_grpo.config_sources import build_config
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import REPEATED, TrainConfig
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.console.output import Console
 from mlx_grpo.devices import MACS, THIS, check_name
 
 

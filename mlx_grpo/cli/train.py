@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
-from mlx_grpo.config import FREE, REPEATED, ROUNDING, TrainConfig
-from mlx_grpo.config_sources import build_config
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import FREE, REPEATED, ROUNDING, TrainConfig
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.console.output import Console
 
 if TYPE_CHECKING:
     from mlx_grpo.seeds import Planned

@@ -3,9 +3,9 @@
 from typing import Any
 
 from mlx_grpo.cli.options import Quiet, with_flags
-from mlx_grpo.config import RewardTrainConfig
-from mlx_grpo.config_sources import typed_flags
-from mlx_grpo.console import Console
+from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.config.sources import typed_flags
+from mlx_grpo.console.output import Console
 
 
 @with_flags(RewardTrainConfig)

@@ -31,21 +31,10 @@ from mlx_grpo.convert.weights import (
     stream,
     write_weights,
 )
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import (
-    atomic_directory,
-    read_json,
-    verify_manifest,
-    write_json,
-    write_manifest,
-    write_text,
-)
-from mlx_grpo.models.backbone import (
-    fingerprint,
-    load_chat_tokenizer,
-    parameter_count,
-    weight_files,
-)
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
+from mlx_grpo.files.manifest import verify_manifest, write_manifest
+from mlx_grpo.models.backbone import fingerprint, load_chat_tokenizer, parameter_count, weight_files
 from mlx_grpo.models.lora import (
     load_adapter,
     load_arrays,

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend import dense_weight
+from mlx_grpo.backend.precision import dense_weight
 from mlx_grpo.convert.tensors import check_values, read_tensors, split_head, tensor_files
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.lora import lora_modules, set_parameters, with_lora_modules
 
 PEFT_PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.core.errors import InputError, one_line
 
 GGUF_GROUP_SIZE = 32
 EXACT_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 30: "BF16"}

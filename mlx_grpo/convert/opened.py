@@ -23,7 +23,7 @@ from mlx_grpo.convert.tensors import (
     tensor_files,
 )
 from mlx_grpo.convert.tokenizer import copy_tokenizer
-from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.models.backbone import rope_fields
 from mlx_grpo.models.reward_model import REWARD_HEAD
 from mlx_grpo.models.stages import Stages

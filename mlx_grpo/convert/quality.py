@@ -16,9 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl, row_messages
-from mlx_grpo.errors import InputError
 from mlx_grpo.logprob import chunk_tokens
 from mlx_grpo.models.reward_model import conversation_tokens, reward_head, without_padding
 from mlx_grpo.models.stages import Stages, shift_right

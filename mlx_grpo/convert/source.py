@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import read_json
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")

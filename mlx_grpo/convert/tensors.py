@@ -12,8 +12,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import read_json
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.backbone import safetensors_header
 
 READABLE = {"F64", "F32", "F16", "BF16", "U32", "U8"}

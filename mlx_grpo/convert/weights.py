@@ -13,8 +13,8 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo.convert.opened import Opened
 from mlx_grpo.convert.tensors import check_values
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import write_json
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.atomic import write_json
 from mlx_grpo.models.backbone import weight_files
 from mlx_grpo.models.lora import save_arrays
 

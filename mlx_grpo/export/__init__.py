@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.convert.quality import check_texts
 from mlx_grpo.convert.source import declared_base
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.export.card import USES, Subject, export_card
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
-from mlx_grpo.files import atomic_directory, verify_manifest, write_manifest, write_text
+from mlx_grpo.files.atomic import atomic_directory, write_text
+from mlx_grpo.files.manifest import verify_manifest, write_manifest
 from mlx_grpo.run_directory import REPORT, chosen_adapter, settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo import log
-from mlx_grpo.config import TrainConfig
+from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.run_directory import REPORT

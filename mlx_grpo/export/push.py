@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlx_grpo.errors import InputError, one_line
+from mlx_grpo.core.errors import InputError, one_line
 
 
 def check_push(repo: str) -> None:

@@ -13,9 +13,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, load_tokenizer
 
-from mlx_grpo.backend import ComputePolicy, apply_policy, choose_policy
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import file_stamp, read_json, verify_manifest
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import read_json
+from mlx_grpo.files.manifest import file_stamp, verify_manifest
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_lazily, parameter_count, safetensors_header
 from mlx_grpo.models.chunks import MLP
 

@@ -15,10 +15,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import fsync_path, read_json, verify_manifest, write_json
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.rng import key
+from mlx_grpo.files.atomic import fsync_path, read_json, write_json
+from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.backbone import share
-from mlx_grpo.rng import key
 
 Parameters = dict[str, mx.array]
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend import expand_into
+from mlx_grpo.backend.precision import expand_into
 from mlx_grpo.models.backbone import Backbone, share
 from mlx_grpo.models.lora import lora_modules
 

@@ -12,19 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.backend import ComputePolicy
-from mlx_grpo.errors import InputError
-from mlx_grpo.files import read_json
-from mlx_grpo.models.backbone import (
-    Backbone,
-    fingerprint,
-    load_alone,
-    load_chat_tokenizer,
-)
+from mlx_grpo.backend.precision import ComputePolicy
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.padding import length_buckets, pad_right
+from mlx_grpo.core.types import Group
+from mlx_grpo.files.atomic import read_json
+from mlx_grpo.models.backbone import Backbone, fingerprint, load_alone, load_chat_tokenizer
 from mlx_grpo.models.lora import load_adapter, load_arrays
 from mlx_grpo.models.stages import WHOLE, Sizes, Stages
-from mlx_grpo.padding import length_buckets, pad_right
-from mlx_grpo.types import Group
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"

@@ -14,8 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_grpo.backend import ComputePolicy, apply_policy
-from mlx_grpo.files import verify_manifest
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy
+from mlx_grpo.core.padding import length_buckets, pad_right
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group
+from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.backbone import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
@@ -26,9 +29,6 @@ from mlx_grpo.models.reward_model import (
     reward_inputs,
 )
 from mlx_grpo.models.stages import Embedded, Sizes, Stages
-from mlx_grpo.padding import length_buckets, pad_right
-from mlx_grpo.stopping import SafePoint, never_stop
-from mlx_grpo.types import Group
 
 
 @dataclass

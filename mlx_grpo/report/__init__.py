@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mlx_grpo.errors import InputError, one_line
-from mlx_grpo.files import write_text
-from mlx_grpo.lock import held
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import write_text
+from mlx_grpo.files.lock import held
 from mlx_grpo.report.page import over, render, rows, title_of
 from mlx_grpo.report.record import read
 from mlx_grpo.run_directory import REPORT as REPORT

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from mlx_grpo import log
 from mlx_grpo.checkpoint import step_directories
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.evaluate import WinRate, win_rate
-from mlx_grpo.files import read_json
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.health import Finding, Row, findings
 from mlx_grpo.models.reward_model import LEARNING_CURVE
 from mlx_grpo.parts import target_at

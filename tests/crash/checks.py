@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo import checkpoint, run_directory, trainer
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.iteration import Iteration
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import load_adapter

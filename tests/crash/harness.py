@@ -22,8 +22,8 @@ import transformers.models.auto.tokenization_auto
 import transformers.models.llama.configuration_llama  # noqa: F401
 
 from mlx_grpo import checkpoint, cli, metrics, run_directory, trainer  # noqa: F401
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import to_toml
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import to_toml
 from tests import conftest
 
 STAGES = ("loading", "rollout", "reward", "logprob", "update", "evaluate", "saving", "between")
@@ -65,8 +65,8 @@ def make_world(root: Path) -> World:
     """Make it in a child, so that this process never touches MLX."""
 
     def make() -> None:
-        from mlx_grpo.config import RewardTrainConfig
-        from mlx_grpo.files import write_manifest
+        from mlx_grpo.config.settings import RewardTrainConfig
+        from mlx_grpo.files.manifest import write_manifest
         from mlx_grpo.train_rm import train_rm
 
         sft = conftest.write_model(root / "sft")

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
-from mlx_grpo.config import TrainConfig
-from mlx_grpo.config_sources import build_config
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.data import load_pairs, load_prompts
-from mlx_grpo.errors import InputError
 from mlx_grpo.reward_worker import call
 from mlx_grpo.rewards import CustomReward
-from mlx_grpo.types import Completion, Group, Prompt
 from tests.conftest import write_tokenizer
 
 ANY_TEXT = st.text(st.characters(), max_size=20)  # halves of surrogate pairs, too: JSON spells them

@@ -10,7 +10,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.types import Group, RatedGroup, ScoredGroup
+from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
 
 AnyGroup = TypeVar("AnyGroup", RatedGroup, ScoredGroup)
 

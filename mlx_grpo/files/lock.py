@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from mlx_grpo.errors import InputError
+from mlx_grpo.core.errors import InputError
 
 LOCK = ".lock"
 

@@ -1,14 +1,11 @@
 """Configuration: frozen dataclasses; the docstring under a field is its help on the command line.
 
-How files and flags become one: `config_sources.py`.
+How files and flags become one: `sources.py`.
 """
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from mlx_grpo.errors import InputError
+from typing import Literal
 
 REPEATED = ("reward", "eval_reward", "log")
 """Fields whose option may be given several times."""
@@ -205,109 +202,3 @@ class RewardTrainConfig:
     """Share of the prompts held out for the figures, and for nothing else."""
     max_length: int = 512
     """Pairs longer than this many tokens, prompt included, are skipped and counted."""
-
-
-POSITIVE = {
-    "temperature",
-    "learning_rate",
-    "max_grad_norm",
-    "lora_scale",
-    "reward_clip",
-    "reward_timeout",
-    "kl_beta",
-    "kl_gain",
-}
-AT_LEAST_ZERO = {
-    "seed",
-    "decode_rows",
-    "rows_per_pass",
-    "eval_limit",
-    "weight_decay",
-    "kl_stop_factor",
-    "lora_blocks",
-    "clip_range_high",
-    "show_every",
-    "patience",
-}
-
-
-def need(config: Any, name: str, condition: bool, rule: str) -> None:
-    """Raise InputError that `name` must be `rule` unless `condition` holds."""
-    if not condition:
-        raise InputError(f"{flag_of(name)}: must be {rule}, not {getattr(config, name)!r}")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a text such as 2.5GB (10^9) or 6GiB (2^30); 0 where it is empty.
-
-    Raises:
-        InputError: it is no such text.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
-    if text and (not found or not float(found[1])):
-        raise InputError(f"--memory-limit: must be bytes such as 2.5GB or 6GiB, not {text!r}")
-    if not found:
-        return 0
-    power = " KMGT".index(found[2].upper() or " ")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def check_ranges(config: Any) -> None:
-    """Refuse numbers no configuration can work with: counts below 1, rates not positive.
-
-    Raises:
-        InputError: naming flag, value and bound.
-    """
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        if name in POSITIVE:
-            need(config, name, value > 0, "more than 0")
-        elif name in AT_LEAST_ZERO:
-            need(config, name, value >= 0, "0 or more")
-        elif type(value) is int:
-            need(config, name, value >= 1, "at least 1")
-        elif name == "valid_fraction":
-            need(config, name, 0 <= value < 1, "at least 0 and below 1")
-        elif name == "test_fraction":
-            need(config, name, 0 < value < 1, "between 0 and 1")
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse values that cannot work.
-
-    Raises:
-        InputError: naming flag, value and bound.
-    """
-    check_ranges(config)
-    c = config
-    parse_bytes(c.memory_limit)
-    need(c, "K", c.K >= 2, "at least 2: an advantage compares the answers of a group")
-    need(c, "clip_range", 0 < c.clip_range < 1, "between 0 and 1")
-    need(c, "reward_alpha", 0 <= c.reward_alpha < 1, "at least 0 and below 1")
-    need(
-        c, "kl_targets", bool(c.kl_targets) and min(c.kl_targets) > 0, "one or more numbers above 0"
-    )
-    need(
-        c,
-        "kl_phases",
-        len(c.kl_phases) in (0, len(c.kl_targets)),
-        "as many numbers as --kl-targets",
-    )
-    need(c, "kl_phases", all(p > 0 for p in c.kl_phases), "numbers above 0")
-    need(
-        c,
-        "kl_beta_min",
-        0 < c.kl_beta_min <= c.kl_beta <= c.kl_beta_max,
-        "at most kl-beta <= kl-beta-max",
-    )
-    need(c, "kl_lr_min", 0 < c.kl_lr_min <= c.kl_lr_max, "above 0 and at most kl-lr-max")
-    if c.kl_control == "lr":
-        within = c.kl_lr_min <= c.learning_rate <= c.kl_lr_max
-        need(c, "learning_rate", within, "between kl-lr-min and kl-lr-max")
-    need(
-        c,
-        "reward_weights",
-        len(c.reward_weights) in (0, len(c.reward)),
-        "as many numbers as --reward",
-    )
-    need(c, "rm_model", c.rm_model != "none" or bool(c.reward), "a directory, or give --reward")

@@ -11,9 +11,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from mlx_grpo.live import LiveView
-from mlx_grpo.live import duration as duration  # for the lines of others
-from mlx_grpo.types import Group
+from mlx_grpo.console.live import LiveView
+from mlx_grpo.console.live import duration as duration  # for the lines of others
+from mlx_grpo.core.types import Group
 
 REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
 SAMPLES = 3

@@ -19,8 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_grpo.config import TrainConfig, check, flag_of
-from mlx_grpo.errors import InputError
+from mlx_grpo.config.checks import check
+from mlx_grpo.config.settings import TrainConfig, flag_of
+from mlx_grpo.core.errors import InputError
 
 if sys.version_info >= (3, 11):
     import tomllib

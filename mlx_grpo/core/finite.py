@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mlx_grpo.types import Group
+from mlx_grpo.core.types import Group
 
 GuardedStage = Literal["reward", "logprob", "loss", "gradient"]
 

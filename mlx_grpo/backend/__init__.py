@@ -1,0 +1,1 @@
+"""Where the arithmetic happens: device, precision, kernels. Imported before MLX itself."""

@@ -1,0 +1,71 @@
+"""Replacements for two elementwise functions that are slow in MLX's CPU backend: the MLP's
+activation, and the exponential of a softmax over the vocabulary."""
+
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_grpo.backend.device import device_name
+
+LOG2_E = 1.4426950408889634
+
+
+@mx.custom_function
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * up / (1 + mx.power(2.0, gate * -LOG2_E))
+
+
+@_swiglu.vjp
+def _swiglu_vjp(
+    inputs: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate, up = inputs
+    sigmoid = 1 / (1 + mx.power(2.0, gate * -LOG2_E))
+    silu = gate * sigmoid
+    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, the same to fp32 rounding, in a third of the time on a CPU.
+
+    MLX's exp and sigmoid take 12 to 16 ns per element there, its power takes 4, and an MLP spent as
+    long in its activation as in one of its matrices. Anything but fp32 on a CPU is left to mlx-lm.
+    """
+    if gate.dtype == mx.float32 and device_name() == "cpu":
+        return _swiglu(gate, up)
+    from mlx_lm.models import activations  # mlx-lm takes two seconds to import: not for --help
+
+    return activations.swiglu(gate, up)
+
+
+def use_fast_swiglu(model: nn.Module) -> None:
+    """Let the blocks of this model's family call `swiglu` above instead of mlx-lm's.
+
+    Blocks look the function up in the module that defines them, so it is replaced there, for this
+    process.
+    """
+    from mlx_lm.models import activations
+
+    family = sys.modules[type(model).__module__]
+    if getattr(family, "swiglu", None) is activations.swiglu:
+        family.swiglu = swiglu  # type: ignore[attr-defined]
+
+
+def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
+    """(exp(z - max) [N, V], max [N, 1]) of fp32 logits, which the caller must not use afterwards.
+
+    On a CPU numpy's vectorised exp takes 0.8 ns per element where MLX's takes 28, and a softmax
+    over a vocabulary would cost more than the matmul that made it; so there it overwrites the
+    evaluated buffer in place.
+    """
+    if device_name() != "cpu":
+        top_N1 = z_NV.max(axis=-1, keepdims=True)
+        return mx.exp(z_NV - top_N1), top_N1
+    mx.eval(z_NV)
+    values = np.asarray(z_NV)
+    top = values.max(axis=-1, keepdims=True)
+    np.subtract(values, top, out=values)
+    np.exp(values, out=values)
+    return z_NV, mx.array(top)

@@ -1,0 +1,1 @@
+"""All that is shown. The only room that prints."""
