@@ -40,8 +40,8 @@ from mlx_grpo.models.footprint import Footprint, footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.merging import merged
 from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.models.stages import Sizes, Stages
-from mlx_grpo.models.streamed import StreamedRewardModel
+from mlx_grpo.models.decoder import Sizes, Stages
+from mlx_grpo.models.streamed_reward_model import StreamedRewardModel
 from mlx_grpo.plan import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose, predict
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.rollout import Sampling, rollout

@@ -12,7 +12,7 @@ import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX
 from memory import sizes_of
 from shapes import SHAPES
 
-from mlx_grpo.models.stages import Sizes
+from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
 
 WORK = Workload(16, 6, 256, 256, 16, steps=4)

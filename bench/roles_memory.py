@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
-from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.decoder import Stages
 
 
 def main() -> None:

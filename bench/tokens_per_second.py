@@ -38,7 +38,7 @@ from mlx_grpo.models.footprint import footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.models.stages import WHOLE, Stages
+from mlx_grpo.models.decoder import WHOLE, Stages
 from mlx_grpo.plan import Choice, Judge, Workload
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.timing import Cost, stage_costs

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.data import read_jsonl
+from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.files.atomic import write_text
 from mlx_grpo.rubric import FUNCTION_WORDS, words
 

@@ -6,9 +6,7 @@ checkpoint. One module per stage; `trainer.py` is the only place where the order
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_grpo.backend import (
-    device as device,  # first of all imports: it loads the BLAS that MLX will use
-)
+from mlx_grpo.backend import device as device
 
 if TYPE_CHECKING:
     from mlx_grpo.api import GRPOConfig, Run, train

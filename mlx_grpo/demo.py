@@ -20,7 +20,7 @@ from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json
-from mlx_grpo.models.backbone import fingerprint
+from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run_directory import is_run, settings
 from mlx_grpo.trainer import train

@@ -14,8 +14,8 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.finite import NotFinite, Skip, check_finite
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
-from mlx_grpo.data import batch_indices
-from mlx_grpo.exchange import all_groups, all_rewards
+from mlx_grpo.data.prompts import batch_indices
+from mlx_grpo.distributed.gather import all_groups, all_rewards
 from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import sampler

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths
-from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.models.decoder import Stages, shift_right
 
 
 def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -15,19 +15,19 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
-from mlx_grpo.data import PromptRow, read_prompts, tokenize_prompts
+from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
-from mlx_grpo.models.stages import Stages
-from mlx_grpo.models.streamed import StreamedRewardModel, open_streamed
+from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan import STREAMED_HIDDEN, Plan
 from mlx_grpo.planned import check_fits, planner
 from mlx_grpo.provenance import input_digests, recorded
-from mlx_grpo.ranks import ALONE, Ranks
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState

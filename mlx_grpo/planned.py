@@ -14,7 +14,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.devices import Device, device
 from mlx_grpo.models.footprint import Footprint, adapter_bytes, footprint
 from mlx_grpo.models.reward_model import reward_config
-from mlx_grpo.models.stages import Sizes
+from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
 from mlx_grpo.scaling import Scaled, exchange, pays_up_to
 from mlx_grpo.timing import StageTime, estimate, stage_costs

@@ -9,7 +9,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.models.streamed import StreamedRewardModel
+from mlx_grpo.models.streamed_reward_model import StreamedRewardModel
 from mlx_grpo.reward_process import RewardProcess
 from mlx_grpo.reward_worker import RewardError
 

@@ -11,8 +11,8 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
 from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
 from mlx_grpo.logprob import token_logps
-from mlx_grpo.models.stages import Stages
-from mlx_grpo.ranks import ALONE, Ranks
+from mlx_grpo.models.decoder import Stages
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.rewards import ScoreNormalizer
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import torch
 from hf_models import write_hf
 
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -17,7 +17,7 @@ from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_config
 
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 FAMILIES = {
     "llama": "Llama",

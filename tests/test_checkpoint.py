@@ -19,7 +19,7 @@ from mlx_grpo.core.rng import key
 from mlx_grpo.evaluate import Best
 from mlx_grpo.files import atomic as files
 from mlx_grpo.kl_controller import KLController
-from mlx_grpo.models.lora import Parameters
+from mlx_grpo.core.types import Parameters
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.state import RunState
 

@@ -8,7 +8,7 @@ from bench.families import FAMILIES
 from mlx_grpo.grpo import Clip, token_weights
 from mlx_grpo.models.backward import forward
 from mlx_grpo.models.lora import lora_parameters
-from mlx_grpo.models.stages import Sizes, Stages
+from mlx_grpo.models.decoder import Sizes, Stages
 
 WEIGHTS = (3, sum(LENGTHS), max(LENGTHS))
 

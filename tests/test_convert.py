@@ -15,7 +15,7 @@ from hf_models import TOKENS, found_logps, save_hf, torch_logps, widest, write_h
 
 from mlx_grpo.convert import Quantization, convert_sft, locate
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 EXACT, PACKED = Quantization(16), Quantization(4, 32)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from test_convert_gguf import write_tiny
 from mlx_grpo.cli import main
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate, weights
 from mlx_grpo.files.atomic import atomic_directory
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 PACKED = Quantization(4, 32)
 Command = Callable[..., tuple[int, str, str]]

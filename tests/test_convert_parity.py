@@ -18,7 +18,7 @@ from hf_models import TOKENS, found_logps, load_dequantized, torch_logps, torch_
 from sources import FAMILIES
 
 from mlx_grpo.convert import Converted, Quantization, convert_rm, convert_sft, locate
-from mlx_grpo.data import read_jsonl
+from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
 

@@ -15,7 +15,7 @@ from hf_models import TOKENS, found_logps, torch_logps, torch_score, widest
 from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.lora import load_arrays
+from mlx_grpo.files.safetensors import load_arrays
 from mlx_grpo.models.reward_model import load_reward_model
 
 EXACT = Quantization(16)

@@ -15,7 +15,7 @@ from mlx_grpo import convert
 from mlx_grpo.convert import Quantization, convert_rm, locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.reward_model import load_reward_model
 
 FAMILIES = ("Llama", "Qwen2", "Gemma")

@@ -22,7 +22,7 @@ from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 
 EXACT, PACKED = Quantization(16), Quantization(4, 32)

@@ -11,7 +11,7 @@ import pytest
 from examples.constraints import all_met, constraints
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.data import read_jsonl
+from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.trainer import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -19,7 +19,7 @@ from mlx_grpo.export import Export, export_run
 from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.lora import load_arrays
+from mlx_grpo.files.safetensors import load_arrays
 from mlx_grpo.run_directory import settings
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])

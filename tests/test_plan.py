@@ -15,7 +15,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.footprint import Footprint, footprint, footprint_of
 from mlx_grpo.models.lora import add_lora, lora_parameters
-from mlx_grpo.models.stages import Sizes
+from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
 from mlx_grpo.planned import planner
 from mlx_grpo.trainer import train

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import PreferencePair
-from mlx_grpo.preferences import PairGroup, group_pairs, split_groups
+from mlx_grpo.data.pairs import PairGroup, group_pairs, split_groups
 
 
 def pair(prompt: int, chosen: int, rejected: int) -> PreferencePair:

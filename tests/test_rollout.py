@@ -10,7 +10,7 @@ from mlx_grpo.core.rng import key, uniforms
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.stages import Stages
+from mlx_grpo.models.decoder import Stages
 from mlx_grpo.rollout import SAMPLER_BLOCK, Sampling, rollout, sample
 
 PROMPTS = [

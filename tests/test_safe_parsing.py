@@ -11,7 +11,7 @@ import pytest
 from conftest import write_model, write_tokenizer
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data import load_prompts
+from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.files.atomic import write_json
 from mlx_grpo.files.manifest import MANIFEST, sha256, verify_manifest, write_manifest
 from mlx_grpo.models.backbone import load_backbone

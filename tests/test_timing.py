@@ -10,7 +10,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.devices import MACS, THIS, Device, check_name, device
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.footprint import footprint_of
-from mlx_grpo.models.stages import Sizes
+from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan import Judge
 from mlx_grpo.timing import REACHED, Cost, estimate, stage_costs
 

@@ -9,18 +9,7 @@ import torch
 import torch_reference as reference
 from torch_reference import BOUND, double, relative_difference, report
 
-from mlx_grpo.grpo import (
-    AdvantageScale,
-    Aggregation,
-    Clip,
-    RatioLevel,
-    clipped_surrogate,
-    clipped_tokens,
-    group_advantages,
-    kl_k1,
-    kl_k3_sum,
-    token_weights,
-)
+from mlx_grpo.grpo import AdvantageScale, Aggregation, Clip, RatioLevel, clipped_surrogate, clipped_tokens, group_advantages, kl_k1, kl_k3_sum, token_weights
 from mlx_grpo.rewards import ScoreNormalizer
 from mlx_grpo.train_rm import bradley_terry_loss
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import ComputePolicy
 from mlx_grpo.convert import Quantization, convert_sft, locate
-from mlx_grpo.data import load_prompts
+from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.demo import smollm2_gguf
 from mlx_grpo.files.manifest import MANIFEST
 from mlx_grpo.models.backbone import load_backbone

@@ -59,15 +59,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert an SFT model and a reward model to MLX, 4-bit by default."""
-    from mlx_grpo.convert import (
-        Quantization,
-        check_pairs,
-        check_sources,
-        check_texts,
-        convert_rm,
-        convert_sft,
-        locate,
-    )
+    from mlx_grpo.convert import Quantization, check_pairs, check_sources, check_texts, convert_rm, convert_sft, locate
 
     if bits not in (4, 8, 16):
         raise InputError(f"--bits: must be 4, 8 or 16, not {bits}")

@@ -47,7 +47,7 @@ def train(
     --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C or
     SIGTERM ended it early.
     """
-    from mlx_grpo.launch import launched
+    from mlx_grpo.distributed.launch import launched
     from mlx_grpo.seeds import planned_by_leader, train_all
 
     ui = Console(quiet)

@@ -23,31 +23,15 @@ from mlx_grpo.convert.opened import Opened, open_source
 from mlx_grpo.convert.quality import Cost, check_pairs, check_texts, policy_cost, reward_cost
 from mlx_grpo.convert.source import Source, locate
 from mlx_grpo.convert.tokenizer import check_tokenizer
-from mlx_grpo.convert.weights import (
-    Quantization,
-    bits_per_weight,
-    first_difference,
-    quantized_config,
-    stream,
-    write_weights,
-)
+from mlx_grpo.convert.weights import Quantization, bits_per_weight, first_difference, quantized_config, stream, write_weights
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.files.manifest import verify_manifest, write_manifest
-from mlx_grpo.models.backbone import fingerprint, load_chat_tokenizer, parameter_count, weight_files
-from mlx_grpo.models.lora import (
-    load_adapter,
-    load_arrays,
-    lora_parameters,
-    save_adapter,
-    save_arrays,
-)
-from mlx_grpo.models.reward_model import (
-    LEARNING_CURVE,
-    REWARD_CONFIG,
-    REWARD_HEAD,
-    check_fingerprint,
-)
+from mlx_grpo.models.directory import fingerprint, parameter_count, weight_files
+from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.models.lora import load_adapter, lora_parameters, save_adapter
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, REWARD_HEAD, check_fingerprint
 
 __all__ = [
     "Converted",

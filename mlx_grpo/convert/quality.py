@@ -18,10 +18,13 @@ from mlx.utils import tree_map
 
 from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data import answer_tokens, load_prompts, read_jsonl, row_messages
+from mlx_grpo.data.chat import answer_tokens, row_messages
+from mlx_grpo.data.prompts import load_prompts
+from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.logprob import chunk_tokens
-from mlx_grpo.models.reward_model import conversation_tokens, reward_head, without_padding
-from mlx_grpo.models.stages import Stages, shift_right
+from mlx_grpo.data.chat import conversation_tokens
+from mlx_grpo.models.reward_model import reward_head, without_padding
+from mlx_grpo.models.decoder import Stages, shift_right
 
 TEXTS = 24
 MAX_PROMPT = 512

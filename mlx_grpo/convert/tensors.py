@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import read_json
-from mlx_grpo.models.backbone import safetensors_header
+from mlx_grpo.files.safetensors import safetensors_header
 
 READABLE = {"F64", "F32", "F16", "BF16", "U32", "U8"}
 """Floats and packed weights; 8-bit floats come without a rule for their scales."""

@@ -13,7 +13,7 @@ from mlx_grpo.convert.source import locate
 from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.convert.weights import Quantization, quantized_config, stream, write_weights
 from mlx_grpo.files.atomic import read_json, write_json
-from mlx_grpo.models.lora import load_arrays, save_arrays
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 
 def write_adapter(directory: Path, adapter: Path, base: str | None) -> None:

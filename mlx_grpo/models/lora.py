@@ -8,20 +8,20 @@ rank.
 import math
 from pathlib import Path
 from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.rng import key
 from mlx_grpo.files.atomic import fsync_path, read_json, write_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.backbone import share
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.files.safetensors import save_arrays
 
-Parameters = dict[str, mx.array]
 
 
 def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:
@@ -115,31 +115,6 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
             },
         },
     )
-
-
-def save_arrays(path: Path, arrays: Parameters) -> None:
-    """Write a safetensors file in one step: `mx.save_safetensors` overwrites in place and may fail
-    midway."""
-    temporary = path.with_name(f".{path.stem}.tmp.safetensors")
-    with temporary.open("wb") as file:
-        # a Python file raises OSError with its reason where MLX's own says "unable to write"
-        mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
-    fsync_path(temporary)
-    temporary.replace(path)
-
-
-def load_arrays(path: Path) -> Parameters:
-    """Read a safetensors file now, not lazily.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    try:
-        arrays = mx.load(str(path))
-        mx.eval(arrays)
-    except (FileNotFoundError, RuntimeError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({one_line(e)})") from e
-    return arrays
 
 
 def load_adapter(model: nn.Module, directory: Path) -> nn.Module:

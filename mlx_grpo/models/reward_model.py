@@ -9,21 +9,22 @@ backbone fingerprint) and `reward_head.safetensors` (weight [1, hidden], optiona
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 import mlx.core as mx
-
 from mlx_grpo.backend.precision import ComputePolicy
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.atomic import read_json
-from mlx_grpo.models.backbone import Backbone, fingerprint, load_alone, load_chat_tokenizer
-from mlx_grpo.models.lora import load_adapter, load_arrays
-from mlx_grpo.models.stages import WHOLE, Sizes, Stages
+from mlx_grpo.models.backbone import Backbone, load_alone
+from mlx_grpo.models.directory import fingerprint
+from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.models.lora import load_adapter
+from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
+from mlx_grpo.data.chat import conversation_tokens
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
-
 TokenRows = tuple[tuple[int, ...], list[tuple[int, ...]]]
 """A prefix and what follows it in each row."""
 LEARNING_CURVE = "learning_curve.jsonl"
@@ -87,26 +88,6 @@ def reward_head(
     normed_KD = stages.norm(last_KD[:, None])[:, 0].astype(mx.float32)
     scores_K = (normed_KD @ weight_1D.T)[:, 0]
     return scores_K if bias is None else scores_K + bias
-
-
-def conversation_tokens(
-    tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str
-) -> tuple[int, ...]:
-    """A whole conversation, the answer closed, through the reward model's chat template.
-
-    Raises:
-        InputError: the template refuses it, as Gemma's does with a system message.
-    """
-    whole = [*messages, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
-        roles = ", ".join(m["role"] for m in whole)
-        raise InputError(
-            f"the reward model's chat template refuses a conversation of {roles}: {e}; change the "
-            "prompts or the template"
-        ) from None
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def without_padding(ids: tuple[int, ...], padding: int | None) -> tuple[int, ...]:

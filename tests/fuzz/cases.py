@@ -20,7 +20,8 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
-from mlx_grpo.data import load_pairs, load_prompts
+from mlx_grpo.data.pairs import load_pairs
+from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.reward_worker import call
 from mlx_grpo.rewards import CustomReward
 from tests.conftest import write_tokenizer

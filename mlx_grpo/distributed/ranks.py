@@ -18,7 +18,7 @@ import numpy as np
 
 from mlx_grpo.core.finite import NotFinite, Skip
 from mlx_grpo.core.stopping import SafePoint
-from mlx_grpo.watch import Watch
+from mlx_grpo.distributed.heartbeat import Watch
 
 PIECE_BYTES = 32 << 20
 """Of gradients that are summed at a time."""

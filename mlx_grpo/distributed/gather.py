@@ -5,7 +5,7 @@ from dataclasses import astuple
 from typing import Any
 
 from mlx_grpo.core.types import Completion, Group, Prompt
-from mlx_grpo.ranks import Ranks
+from mlx_grpo.distributed.ranks import Ranks
 
 Rewards = tuple[list[list[float]], dict[str, list[float]]]
 """(raw rewards [P][K], each source's own scores, flat)."""

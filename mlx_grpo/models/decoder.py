@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import create_attention_mask
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.chunks import mlp_in_chunks
+from mlx_grpo.models.mlp_chunks import mlp_in_chunks
 
 
 @dataclass(frozen=True)

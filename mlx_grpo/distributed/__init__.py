@@ -1,0 +1,1 @@
+"""Several machines that share the prompts of an iteration."""

@@ -1,0 +1,83 @@
+"""Safetensors files: headers without data, arrays written in one step and read at once."""
+
+import copy
+import hashlib
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, load_tokenizer
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.files.atomic import read_json
+from mlx_grpo.files.manifest import file_stamp, verify_manifest
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_grpo.core.rng import key
+from mlx_grpo.files.atomic import fsync_path, read_json, write_json
+from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.models.backbone import share
+from mlx_grpo.core.types import Parameters
+
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+"""Bits per value of the dtypes of safetensors."""
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """Names, dtypes, shapes and offsets of a safetensors file, without its data.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    try:
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("header longer than the file")
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            for name, info in header.items():
+                begin, end = info["data_offsets"]
+                if 8 * (end - begin) != BITS[info["dtype"]] * math.prod(info["shape"]):
+                    raise ValueError(f"tensor '{name}' has another size than its shape says")
+                if 8 + length + end > file.stat().st_size:
+                    raise ValueError(f"cut short within tensor '{name}'")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{file}: not a whole safetensors file ({one_line(e)})") from None
+    return header
+
+
+def save_arrays(path: Path, arrays: Parameters) -> None:
+    """Write a safetensors file in one step: `mx.save_safetensors` overwrites in place and may fail
+    midway."""
+    temporary = path.with_name(f".{path.stem}.tmp.safetensors")
+    with temporary.open("wb") as file:
+        # a Python file raises OSError with its reason where MLX's own says "unable to write"
+        mx.save_safetensors(file, arrays, metadata={"format": "mlx"})
+    fsync_path(temporary)
+    temporary.replace(path)
+
+
+def load_arrays(path: Path) -> Parameters:
+    """Read a safetensors file now, not lazily.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (FileNotFoundError, RuntimeError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({one_line(e)})") from e
+    return arrays
