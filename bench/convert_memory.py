@@ -22,8 +22,9 @@ from mlx_lm.utils import _get_classes
 from shapes import SHAPES
 
 from mlx_grpo.backend.device import peak_memory
-from mlx_grpo.convert import Quantization, convert_sft, locate
-from mlx_grpo.convert.weights import write_weights
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization, write_weights
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.rng import key
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

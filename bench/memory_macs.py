@@ -13,7 +13,7 @@ from memory import sizes_of
 from shapes import SHAPES
 
 from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
 
 WORK = Workload(16, 6, 256, 256, 16, steps=4)
 MACS = (8, 16, 24, 32, 48, 64)

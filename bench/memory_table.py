@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_grpo.console.output import Console
 from mlx_grpo.files.atomic import write_json
-from mlx_grpo.plan import HEAD_BYTES
+from mlx_grpo.plan.memory import HEAD_BYTES
 
 SMALL = "--shape smollm2-135m"
 FOUR = f"{SMALL} --depth 4 --prompts 2"

@@ -22,16 +22,15 @@ import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.pairs import load_pairs
 from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.pairs import group_pairs, load_pairs, split_groups
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import MANIFEST, sha256, write_manifest
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, load_reward_model
-from mlx_grpo.data.pairs import group_pairs, split_groups
 from mlx_grpo.provenance import versions
-from mlx_grpo.reward_quality import Quality, judged_pairs, quality, show_quality
-from mlx_grpo.train_rm import train_rm
+from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, quality, show_quality
+from mlx_grpo.reward_modeling.train import train_rm
 
 CHECKOUT = Path(__file__).parent.parent
 HUMAN_PAIRS = CHECKOUT.parent / "shared" / "data" / "preference_pairs.jsonl"

@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.reward_model import load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
-from mlx_grpo.models.decoder import Stages
 
 
 def main() -> None:

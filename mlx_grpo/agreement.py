@@ -8,9 +8,9 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.distributed.ranks import Ranks
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.provenance import differences, hints
-from mlx_grpo.distributed.ranks import Ranks
 from mlx_grpo.state import RunState
 from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
 

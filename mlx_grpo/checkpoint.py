@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.files.manifest import MANIFEST, verify_manifest, write_manifest
-from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
 ARRAYS = ("adapter", "optimizer")

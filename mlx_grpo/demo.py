@@ -16,7 +16,9 @@ from mlx_grpo.compare import compare_run, show_comparison
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
-from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+from mlx_grpo.convert.convert import convert_rm, convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json

@@ -13,15 +13,21 @@ import mlx.core as mx
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mlx_grpo.backend.device import OPENBLAS, device_name, gpu_working_set, on_linux_cpu, physical_memory
+from mlx_grpo.backend.device import (
+    OPENBLAS,
+    device_name,
+    gpu_working_set,
+    on_linux_cpu,
+    physical_memory,
+)
 from mlx_grpo.backend.precision import choose_policy
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.demo import MODEL_WHEEL, smollm2_gguf
-from mlx_grpo.devices import seconds_of
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import parameter_count, weight_files
 from mlx_grpo.models.reward_model import REWARD_CONFIG, check_fingerprint
+from mlx_grpo.plan.devices import seconds_of
 
 SHOWN = ("mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "safetensors", "typer")
 SLOW_GFLOPS = 10.0

@@ -13,13 +13,13 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
 from mlx_grpo.distributed.gather import Rewards, all_groups, all_rewards
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo import kl_k3_sum
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.merging import sampler
 from mlx_grpo.models.decoder import Stages
-from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.rewards import RewardMix
+from mlx_grpo.models.merging import sampler
+from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.rollout import Sampling, rollout
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers

@@ -6,7 +6,14 @@ from mlx_grpo.agreement import check_inputs, share_state
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import StopRequested, stop_signals
 from mlx_grpo.iteration import iterate
-from mlx_grpo.parts import RunParts, check_skips, evaluation_due, first_state, policy_at, provenance_of
+from mlx_grpo.parts import (
+    RunParts,
+    check_skips,
+    evaluation_due,
+    first_state,
+    policy_at,
+    provenance_of,
+)
 
 
 def follow(parts: RunParts, ui: Console) -> bool:

@@ -16,19 +16,22 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo import Clip
 from mlx_grpo.kl_controller import KLController, kl_target
 from mlx_grpo.models.backbone import Backbone, load_backbone
+from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
-from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
-from mlx_grpo.plan import STREAMED_HIDDEN, Plan
-from mlx_grpo.planned import check_fits, planner
+from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
+from mlx_grpo.plan.planner import planner
+from mlx_grpo.plan.tables import check_fits
 from mlx_grpo.provenance import input_digests, recorded
-from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.rewards import CustomReward, RewardMix, ScoreNormalizer, load_reward
+from mlx_grpo.rewards.functions import CustomReward, load_reward
+from mlx_grpo.rewards.mix import RewardMix
+from mlx_grpo.rewards.normalizer import ScoreNormalizer
 from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.state import RunState
 from mlx_grpo.update import UpdateSettings, new_optimizer

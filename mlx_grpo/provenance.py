@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
 from mlx_grpo.files.manifest import directory_digest, sha256
-from mlx_grpo.rewards import CustomReward
+from mlx_grpo.rewards.functions import CustomReward
 
 
 def versions() -> dict[str, str]:

@@ -9,11 +9,11 @@ from mlx_grpo.core.finite import check_finite
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.decoder import Stages
-from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.rewards import ScoreNormalizer
+from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 
 @dataclass(frozen=True)

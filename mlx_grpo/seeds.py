@@ -10,8 +10,8 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import typed_flags
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.parts import SharedWeights
 from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.parts import SharedWeights
 from mlx_grpo.report import comparison, try_report
 from mlx_grpo.run_directory import check_vacant
 from mlx_grpo.trainer import train

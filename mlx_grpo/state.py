@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_grpo.evaluate import Best
 from mlx_grpo.kl_controller import KLController
-from mlx_grpo.rewards import ScoreNormalizer
+from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,25 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.evaluate import Best
 from mlx_grpo.files.lock import locked
 from mlx_grpo.follow import follow
 from mlx_grpo.health import new_findings
 from mlx_grpo.iteration import iterate
 from mlx_grpo.metrics import Clock
-from mlx_grpo.parts import LoadWeights, RunParts, check_skips, evaluation_due, first_state, load_parts, load_weights, policy_at, provenance_of, target_at
-from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.parts import (
+    LoadWeights,
+    RunParts,
+    check_skips,
+    evaluation_due,
+    first_state,
+    load_parts,
+    load_weights,
+    policy_at,
+    provenance_of,
+    target_at,
+)
 from mlx_grpo.report import REPORT, try_report
 from mlx_grpo.run_directory import Snapshot
 from mlx_grpo.sinks import Sink, check_installed, opened

@@ -12,14 +12,20 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import RatedGroup, ScoredGroup
-from mlx_grpo.grpo import Aggregation, Clip, clipped_surrogate, clipped_tokens, kl_k3_sum, token_weights
+from mlx_grpo.core.types import Parameters, RatedGroup, ScoredGroup
+from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.grpo import (
+    Aggregation,
+    Clip,
+    clipped_surrogate,
+    clipped_tokens,
+    kl_k3_sum,
+    token_weights,
+)
 from mlx_grpo.logprob import logps_with_gradient
 from mlx_grpo.models import backward
-from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.decoder import Stages, shift_right
-from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.scoring import Shaping, is_dead, score
 
 

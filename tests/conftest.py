@@ -131,7 +131,7 @@ def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reward_model(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward adapter for the tiny llama, trained for a few steps."""
     from mlx_grpo.config.settings import RewardTrainConfig
-    from mlx_grpo.train_rm import train_rm
+    from mlx_grpo.reward_modeling.train import train_rm
 
     directory = tmp_path_factory.mktemp("rm")
     rows = [
@@ -179,7 +179,9 @@ def finished_run(
     """A finished run of two iterations on a 4-bit model, the reward a function."""
     from mlx_grpo.config.settings import TrainConfig
     from mlx_grpo.console.output import Console
-    from mlx_grpo.convert import Quantization, convert_sft, locate
+    from mlx_grpo.convert.convert import convert_sft
+    from mlx_grpo.convert.quantize import Quantization
+    from mlx_grpo.convert.source import locate
     from mlx_grpo.trainer import train
 
     root = tmp_path_factory.mktemp("run")

@@ -9,8 +9,8 @@ import torch
 import transformers
 from conftest import BOS, EOS, PAD, VOCABULARY, write_tokenizer
 
-from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.models.backbone import load_backbone
 
 TOKENS = [BOS, *((7 * i * i + 3 * i) % 256 for i in range(24))]
 

@@ -12,10 +12,17 @@ from conftest import tiny_model
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
-from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.lora import add_lora, load_adapter, lora_parameters, save_adapter, scale_adapter, set_parameters
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.lora import (
+    add_lora,
+    load_adapter,
+    lora_parameters,
+    save_adapter,
+    scale_adapter,
+    set_parameters,
+)
 from mlx_grpo.run_directory import save_named_adapter
 
 RANK, SCALE = 4, 2.0

@@ -9,7 +9,7 @@ from conftest import write_jsonl
 from bench.reward_model import measure, train_and_record
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.train_rm import train_rm
+from mlx_grpo.reward_modeling.train import train_rm
 
 ROWS = [{"prompt": f"say {i}", "chosen": f"yes {i % 3}", "rejected": "no"} for i in range(12)]
 

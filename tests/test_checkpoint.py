@@ -16,11 +16,11 @@ from mlx_grpo import checkpoint
 from mlx_grpo.checkpoint import Checkpoint, load, load_newest, save, step_directories
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
+from mlx_grpo.core.types import Parameters
 from mlx_grpo.evaluate import Best
 from mlx_grpo.files import atomic as files
 from mlx_grpo.kl_controller import KLController
-from mlx_grpo.core.types import Parameters
-from mlx_grpo.rewards import ScoreNormalizer
+from mlx_grpo.rewards.normalizer import ScoreNormalizer
 from mlx_grpo.state import RunState
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")

@@ -8,7 +8,14 @@ import pytest
 
 from mlx_grpo.config.checks import AT_LEAST_ZERO, POSITIVE, check, check_ranges
 from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
-from mlx_grpo.config.sources import build_config, field_help, field_types, read_toml, to_toml, typed_flags
+from mlx_grpo.config.sources import (
+    build_config,
+    field_help,
+    field_types,
+    read_toml,
+    to_toml,
+    typed_flags,
+)
 from mlx_grpo.core.errors import InputError
 
 

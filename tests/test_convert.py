@@ -13,7 +13,9 @@ from conftest import write_model
 pytest.importorskip("torch")
 from hf_models import TOKENS, found_logps, save_hf, torch_logps, widest, write_hf
 
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 

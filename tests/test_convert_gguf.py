@@ -17,7 +17,9 @@ from gguf_writer import write_gguf
 from mlx.utils import tree_flatten, tree_unflatten
 from tokenizers import pre_tokenizers
 
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
 

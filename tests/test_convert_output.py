@@ -14,7 +14,10 @@ from conftest import write_jsonl, write_model
 from test_convert_gguf import write_tiny
 
 from mlx_grpo.cli import main
-from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate, weights
+from mlx_grpo.convert import quantize as weights
+from mlx_grpo.convert.convert import convert_rm, convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.files.atomic import atomic_directory
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 

@@ -17,7 +17,9 @@ import torch
 from hf_models import TOKENS, found_logps, load_dequantized, torch_logps, torch_score, widest
 from sources import FAMILIES
 
-from mlx_grpo.convert import Converted, Quantization, convert_rm, convert_sft, locate
+from mlx_grpo.convert.convert import Converted, convert_rm, convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model

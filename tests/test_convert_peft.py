@@ -12,10 +12,12 @@ import peft
 import sources
 from hf_models import TOKENS, found_logps, torch_logps, torch_score, widest
 
-from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+from mlx_grpo.convert.convert import convert_rm, convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
 
 EXACT = Quantization(16)

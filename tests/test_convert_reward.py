@@ -11,11 +11,13 @@ from conftest import write_model
 pytest.importorskip("torch")
 from hf_models import torch_score, write_hf
 
-from mlx_grpo import convert
-from mlx_grpo.convert import Quantization, convert_rm, locate
+from mlx_grpo.convert import convert
+from mlx_grpo.convert.convert import convert_rm
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
 
 FAMILIES = ("Llama", "Qwen2", "Gemma")
@@ -111,7 +113,7 @@ def test_a_trained_adapter_made_a_model_of_its_own_reads_the_same_tokens(
 
 
 def test_scores_that_do_not_vary_do_not_correlate_with_those_that_do() -> None:
-    from mlx_grpo.convert.quality import pearson
+    from mlx_grpo.core.stats import pearson
 
     assert pearson([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == 0.0
     assert pearson([1.0, 1.0], [2.0, 2.0]) == 1.0

@@ -18,11 +18,13 @@ import torch
 from hf_models import TOKENS, torch_score
 
 from mlx_grpo.cli import main
-from mlx_grpo.convert import Quantization, convert_rm, convert_sft, locate
+from mlx_grpo.convert.convert import convert_rm, convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
-from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 
 EXACT, PACKED = Quantization(16), Quantization(4, 32)

@@ -12,9 +12,9 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import answer_tokens, row_messages
-from mlx_grpo.data.prompts import batch_indices, load_prompts, order
-from mlx_grpo.data.pairs import load_pairs
 from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.pairs import load_pairs
+from mlx_grpo.data.prompts import batch_indices, load_prompts, order
 from mlx_grpo.models.backbone import Backbone
 
 DATA = Path(__file__).parent.parent / "data"

@@ -11,10 +11,12 @@ from test_convert_gguf import write_tiny
 from mlx_grpo import demo
 from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.reward_modeling.train import train_rm
 from mlx_grpo.run_directory import open_new
-from mlx_grpo.train_rm import train_rm
 
 Demo = Callable[[], bool]
 

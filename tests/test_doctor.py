@@ -11,7 +11,9 @@ import pytest
 
 from mlx_grpo import doctor
 from mlx_grpo.cli import main
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.doctor import Finding, examine
 from mlx_grpo.doctor import matmul_gflops as measured
 

@@ -16,7 +16,9 @@ from hf_models import TOKENS, load_dequantized
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import to_toml
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.rng import key
 from mlx_grpo.export import Export, export_run
 from mlx_grpo.models.backbone import load_backbone

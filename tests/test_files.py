@@ -12,7 +12,14 @@ import pytest
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files import atomic as files
-from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, read_json, write_json, write_text
+from mlx_grpo.files.atomic import (
+    atomic_directory,
+    clear_debris,
+    need_space,
+    read_json,
+    write_json,
+    write_text,
+)
 from mlx_grpo.files.manifest import directory_digest, sha256, verify_manifest, write_manifest
 
 

@@ -16,7 +16,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.parts import RunParts, first_state, load_parts
-from mlx_grpo.rewards import RewardMix
+from mlx_grpo.rewards.mix import RewardMix
 
 QUIET = Console(quiet=True)
 Patch = pytest.MonkeyPatch

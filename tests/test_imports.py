@@ -20,7 +20,7 @@ Trees = dict[str, ast.Module]
 
 
 def module_name(file: Path) -> str:
-    """mlx_grpo/convert/__init__.py is mlx_grpo.convert."""
+    """mlx_grpo/convert/__init__.py is mlx_grpo.convert.convert."""
     parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -14,7 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_grpo.backend.precision import policy_for
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.stopping import StopRequested

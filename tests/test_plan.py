@@ -13,11 +13,11 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.footprint import Footprint, footprint, footprint_of
-from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan import Choice, Judge, Plan, Workload, choose
-from mlx_grpo.planned import planner
+from mlx_grpo.models.lora import add_lora, lora_parameters
+from mlx_grpo.plan.footprint import Footprint, footprint, footprint_of
+from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan.planner import planner
 from mlx_grpo.trainer import train
 
 GEMMA_2B = Footprint(

@@ -9,9 +9,9 @@ from test_rewards import group
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import StopRequested
-from mlx_grpo.reward_process import RewardProcess
-from mlx_grpo.reward_worker import RewardError
-from mlx_grpo.rewards import CustomReward, load_reward
+from mlx_grpo.rewards.functions import CustomReward, load_reward
+from mlx_grpo.rewards.process import RewardProcess
+from mlx_grpo.rewards.worker import RewardError
 
 ARGUMENTS = {"completions": ["a", "bc"]}
 

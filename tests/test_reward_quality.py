@@ -7,7 +7,20 @@ import pytest
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.data.pairs import PairGroup
-from mlx_grpo.reward_quality import Bin, JudgedPair, calibration_bins, calibration_error, cross_fitted, fit_temperature, judged_pairs, pair_loss, probability, quality, ranking, show_quality
+from mlx_grpo.reward_modeling.quality import (
+    Bin,
+    JudgedPair,
+    calibration_bins,
+    calibration_error,
+    cross_fitted,
+    fit_temperature,
+    judged_pairs,
+    pair_loss,
+    probability,
+    quality,
+    ranking,
+    show_quality,
+)
 
 
 @pytest.mark.parametrize(

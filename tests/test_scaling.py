@@ -4,7 +4,7 @@ import pytest
 from test_plan import GEMMA_2B, WORK
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.scaling import TOKEN_BYTES, Scaled, exchange, link_speed, pays_up_to
+from mlx_grpo.plan.scaling import TOKEN_BYTES, Scaled, exchange, link_speed, pays_up_to
 
 GIGABIT = 1e9 / 8
 

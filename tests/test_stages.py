@@ -13,8 +13,8 @@ from mlx_grpo.core.types import ScoredGroup
 from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
 from mlx_grpo.logprob import token_logps
 from mlx_grpo.models.backbone import share
-from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.update import backward_pass, forward_pass
 
 PROMPT, LENGTHS = 11, (9, 4, 1)

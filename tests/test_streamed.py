@@ -12,8 +12,8 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.decoder import Sizes
+from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.streamed_reward_model import open_streamed
 
 DENSE = ComputePolicy("cpu", dense=True, dtype=mx.float32)

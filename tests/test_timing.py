@@ -7,12 +7,12 @@ import pytest
 from test_plan import GEMMA_2B, PACKED, WORK
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.devices import MACS, THIS, Device, check_name, device
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.footprint import footprint_of
 from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan import Judge
-from mlx_grpo.timing import REACHED, Cost, estimate, stage_costs
+from mlx_grpo.plan.devices import MACS, THIS, Device, check_name, device
+from mlx_grpo.plan.footprint import footprint_of
+from mlx_grpo.plan.memory import Judge
+from mlx_grpo.plan.timing import REACHED, Cost, estimate, stage_costs
 
 ADAPTER = Judge(adapter_bytes=GEMMA_2B.lora_bytes(8))
 CHOICE = replace(PACKED, decode_rows=96)

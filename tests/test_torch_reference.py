@@ -9,9 +9,20 @@ import torch
 import torch_reference as reference
 from torch_reference import BOUND, double, relative_difference, report
 
-from mlx_grpo.grpo import AdvantageScale, Aggregation, Clip, RatioLevel, clipped_surrogate, clipped_tokens, group_advantages, kl_k1, kl_k3_sum, token_weights
-from mlx_grpo.rewards import ScoreNormalizer
-from mlx_grpo.train_rm import bradley_terry_loss
+from mlx_grpo.grpo import (
+    AdvantageScale,
+    Aggregation,
+    Clip,
+    RatioLevel,
+    clipped_surrogate,
+    clipped_tokens,
+    group_advantages,
+    kl_k1,
+    kl_k3_sum,
+    token_weights,
+)
+from mlx_grpo.reward_modeling.train import bradley_terry_loss
+from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 LENGTHS = [[9, 1, 4, 7], [2, 12, 5, 3]]  # two groups of four completions, ragged
 MAX_TOKENS = 16

@@ -11,18 +11,20 @@ import pytest
 from conftest import write_jsonl
 
 from mlx_grpo.config.settings import RewardTrainConfig
-from mlx_grpo.convert import Quantization, convert_rm, locate
+from mlx_grpo.convert.convert import convert_rm
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.pairs import PairGroup
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
-from mlx_grpo.models.decoder import Stages
-from mlx_grpo.data.pairs import PairGroup
-from mlx_grpo.train_rm import HEAD, bradley_terry_loss, group_gradients, train_rm
+from mlx_grpo.reward_modeling.train import HEAD, bradley_terry_loss, group_gradients, train_rm
 
 
 @pytest.mark.parametrize("difference", [0.0, 2.5, -2.5, 80.0, -200.0])

@@ -9,14 +9,20 @@ import pytest
 from test_stages import actor_of, group_of
 
 from mlx_grpo.backend.precision import ComputePolicy, apply_policy
-from mlx_grpo.core.types import RatedGroup, ScoredGroup
+from mlx_grpo.core.types import Parameters, RatedGroup, ScoredGroup
 from mlx_grpo.grpo import Clip
 from mlx_grpo.logprob import token_logps
-from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.scoring import Shaping, score_under
-from mlx_grpo.update import UpdateSettings, UpdateStats, adamw_step, new_optimizer, reused_groups, update
+from mlx_grpo.update import (
+    UpdateSettings,
+    UpdateStats,
+    adamw_step,
+    new_optimizer,
+    reused_groups,
+    update,
+)
 
 SETTINGS = UpdateSettings(
     clip=Clip(),

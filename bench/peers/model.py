@@ -19,7 +19,9 @@ from common import MODEL, PACKED, ROOT
 from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import ComputePolicy
-from mlx_grpo.convert import Quantization, convert_sft, locate
+from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.quantize import Quantization
+from mlx_grpo.convert.source import locate
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.demo import smollm2_gguf
 from mlx_grpo.files.manifest import MANIFEST

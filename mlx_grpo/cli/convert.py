@@ -59,7 +59,10 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert an SFT model and a reward model to MLX, 4-bit by default."""
-    from mlx_grpo.convert import Quantization, check_pairs, check_sources, check_texts, convert_rm, convert_sft, locate
+    from mlx_grpo.convert.convert import check_sources, convert_rm, convert_sft
+    from mlx_grpo.convert.cost import check_pairs, check_texts
+    from mlx_grpo.convert.quantize import Quantization
+    from mlx_grpo.convert.source import locate
 
     if bits not in (4, 8, 16):
         raise InputError(f"--bits: must be 4, 8 or 16, not {bits}")

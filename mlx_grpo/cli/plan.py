@@ -8,7 +8,7 @@ from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
 from mlx_grpo.config.settings import REPEATED, TrainConfig
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.devices import MACS, THIS, check_name
+from mlx_grpo.plan.devices import MACS, THIS, check_name
 
 
 @with_flags(TrainConfig, repeated=REPEATED)
@@ -35,8 +35,9 @@ def plan(
 
     Takes the flags of train and reads no weights: each stage's peak, what fits the limit, seconds.
     """
-    from mlx_grpo.planned import check_fits, machine_of, planner, show, show_scaling, show_time
-    from mlx_grpo.scaling import link_speed
+    from mlx_grpo.plan.planner import machine_of, planner
+    from mlx_grpo.plan.scaling import link_speed
+    from mlx_grpo.plan.tables import check_fits, show, show_scaling, show_time
 
     settings, ui = build_config(config, set or (), flags), Console(quiet)
     check_name(device)

@@ -11,8 +11,8 @@ from mlx_grpo.console.output import Console
 @with_flags(RewardTrainConfig)
 def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     """Train a reward model on preference pairs: LoRA and scalar head, Bradley-Terry loss."""
-    from mlx_grpo.reward_quality import show_quality
-    from mlx_grpo.train_rm import train_rm
+    from mlx_grpo.reward_modeling.quality import show_quality
+    from mlx_grpo.reward_modeling.train import train_rm
 
     ui = Console(quiet)
     config = RewardTrainConfig(**typed_flags(RewardTrainConfig, flags))

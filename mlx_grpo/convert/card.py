@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_grpo.convert.opened import Opened
+from mlx_grpo.convert.reader import Opened
 from mlx_grpo.convert.source import Source
 
 USE_SFT = """```

@@ -7,8 +7,8 @@ from jinja2 import TemplateError
 
 from mlx_grpo.convert.tensors import one_line
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.files.atomic import read_json
 from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.files.atomic import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

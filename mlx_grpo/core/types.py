@@ -6,21 +6,8 @@ per group, [K, T], padded on the right; `mask_KT` is 1 on real completion tokens
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
-import mlx.core as mx
-import math
-from pathlib import Path
-from typing import Any
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.core.rng import key
-from mlx_grpo.files.atomic import fsync_path, read_json, write_json
-from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.backbone import share
 
+import mlx.core as mx
 
 FinishReason = Literal["stop", "length"]
 
@@ -96,4 +83,6 @@ class PreferencePair:
     rejected_ids: tuple[int, ...]
     split: str = ""
     """`train`, `valid` or `test`, where the file says so."""
+
+
 Parameters = dict[str, mx.array]

@@ -1,35 +1,12 @@
 """Conversations and chat templates: messages to token ids, and the tokenizer that does it."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.types import FinishReason, PreferencePair, Prompt
-import copy
-import hashlib
-import math
-from concurrent.futures import ThreadPoolExecutor
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.files.atomic import read_json
-from mlx_grpo.files.manifest import file_stamp, verify_manifest
-import mlx.core as mx
-from mlx_grpo.backend.precision import ComputePolicy
-from mlx_grpo.core.padding import length_buckets, pad_right
-from mlx_grpo.core.types import Group
-from mlx_grpo.models.backbone import Backbone, load_alone
-from mlx_grpo.models.directory import fingerprint
-from mlx_grpo.data.chat import load_chat_tokenizer
-from mlx_grpo.models.lora import load_adapter
-from mlx_grpo.files.safetensors import load_arrays
-from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
 
+from mlx_lm.utils import load_tokenizer
+
+from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.types import FinishReason
 
 ROLES = ("system", "user", "assistant")
 

@@ -1,15 +1,11 @@
 """JSONL rows; every complaint names file, line and field."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.types import FinishReason, PreferencePair, Prompt
-
-
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

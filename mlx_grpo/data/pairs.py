@@ -1,18 +1,14 @@
-"""Preference pairs: read, gathered by prompt, and split into those that train, choose and measure."""
+"""Preference pairs: read, gathered by prompt, and split into training, choosing and measuring."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.types import FinishReason, PreferencePair, Prompt
-from collections.abc import Sequence
 from mlx_grpo.core.types import PreferencePair
-from mlx_grpo.data.chat import answer_tokens
-from mlx_grpo.data.chat import prompt_tokens
-from mlx_grpo.data.chat import row_messages
+from mlx_grpo.data.chat import answer_tokens, prompt_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 
 SPLITS = ("train", "valid", "test")

@@ -1,17 +1,15 @@
 """JSONL files to prompts and preference pairs; every complaint names file, line and field."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.types import FinishReason, PreferencePair, Prompt
-from mlx_grpo.data.chat import prompt_tokens
-from mlx_grpo.data.chat import row_messages
+from mlx_grpo.core.types import Prompt
+from mlx_grpo.data.chat import prompt_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
-
 
 
 @dataclass(frozen=True)

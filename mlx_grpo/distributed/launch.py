@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.distributed.heartbeat import Address, RankLost, Watch, meet
+from mlx_grpo.distributed.ranks import ALONE, Ranks
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Set by mlx.launch, or by the MPI that it calls."""

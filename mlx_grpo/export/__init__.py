@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_grpo.config.settings import TrainConfig
-from mlx_grpo.convert.quality import check_texts
+from mlx_grpo.convert.cost import check_texts
 from mlx_grpo.convert.source import declared_base
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.export.card import USES, Subject, export_card

@@ -8,10 +8,10 @@ from mlx.utils import tree_unflatten
 
 from mlx_grpo.backend.precision import dense_weight
 from mlx_grpo.convert.adapters import PEFT_PREFIX, fuse
-from mlx_grpo.convert.opened import open_source
+from mlx_grpo.convert.quantize import Quantization, quantized_config, stream, write_weights
+from mlx_grpo.convert.reader import open_source
 from mlx_grpo.convert.source import locate
 from mlx_grpo.convert.tokenizer import copy_tokenizer
-from mlx_grpo.convert.weights import Quantization, quantized_config, stream, write_weights
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_grpo.convert.opened import open_source
-from mlx_grpo.convert.quality import policy_cost
+from mlx_grpo.convert.cost import policy_cost
+from mlx_grpo.convert.reader import open_source
 from mlx_grpo.convert.source import locate
 from mlx_grpo.data.chat import load_chat_tokenizer
 from mlx_grpo.models.lora import load_adapter

@@ -1,29 +1,15 @@
 """Safetensors files: headers without data, arrays written in one step and read at once."""
 
-import copy
-import hashlib
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.files.atomic import read_json
-from mlx_grpo.files.manifest import file_stamp, verify_manifest
+
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_grpo.core.rng import key
-from mlx_grpo.files.atomic import fsync_path, read_json, write_json
-from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.backbone import share
+
+from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
+from mlx_grpo.files.atomic import fsync_path
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),

@@ -1,27 +1,24 @@
 """Load a model directory once; hand out module trees that share its arrays."""
 
 import copy
-import hashlib
-import json
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.files.atomic import read_json
-from mlx_grpo.files.manifest import file_stamp, verify_manifest
-from mlx_grpo.data.chat import load_chat_tokenizer
-from mlx_grpo.models.directory import Stamps
-from mlx_grpo.models.directory import load_lazily
-from mlx_grpo.models.directory import load_unchanged
-from mlx_grpo.models.directory import parameter_count
-from mlx_grpo.models.directory import weight_stamps
 
+from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.models.directory import (
+    Stamps,
+    load_lazily,
+    load_unchanged,
+    parameter_count,
+    weight_stamps,
+)
 
 
 @dataclass(frozen=True)

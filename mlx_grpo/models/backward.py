@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Embedded, Stages
+from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 
 
 @dataclass

@@ -1,20 +1,16 @@
 """A model directory in mlx-lm's format: its files, its headers, and its model, read lazily."""
 
-import copy
 import hashlib
-import json
 import math
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.utils import load_model, load_tokenizer
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_lm.utils import load_model
+
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import read_json
-from mlx_grpo.files.manifest import file_stamp, verify_manifest
+from mlx_grpo.files.manifest import file_stamp
 from mlx_grpo.files.safetensors import safetensors_header
 
 Stamps = tuple[tuple[int, int, int], ...]

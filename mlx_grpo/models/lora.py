@@ -8,20 +8,20 @@ rank.
 import math
 from pathlib import Path
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.core.rng import key
-from mlx_grpo.files.atomic import fsync_path, read_json, write_json
-from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.backbone import share
-from mlx_grpo.core.types import Parameters
-from mlx_grpo.files.safetensors import load_arrays
-from mlx_grpo.files.safetensors import save_arrays
 
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.rng import key
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.files.atomic import read_json, write_json
+from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.backbone import share
 
 
 def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:

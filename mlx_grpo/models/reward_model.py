@@ -9,19 +9,20 @@ backbone fingerprint) and `reward_head.safetensors` (weight [1, hidden], optiona
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import mlx.core as mx
+
 from mlx_grpo.backend.precision import ComputePolicy
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.types import Group
+from mlx_grpo.data.chat import conversation_tokens, load_chat_tokenizer
 from mlx_grpo.files.atomic import read_json
-from mlx_grpo.models.backbone import Backbone, load_alone
-from mlx_grpo.models.directory import fingerprint
-from mlx_grpo.data.chat import load_chat_tokenizer
-from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.models.backbone import Backbone, load_alone
 from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
-from mlx_grpo.data.chat import conversation_tokens
+from mlx_grpo.models.directory import fingerprint
+from mlx_grpo.models.lora import load_adapter
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.lora import add_lora
 from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
+from mlx_grpo.models.lora import add_lora
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,16 @@ from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
-from mlx_grpo.models.reward_model import REWARD_HEAD, input_tokenizer, load_head, reward_config, reward_head, reward_inputs
 from mlx_grpo.models.decoder import Embedded, Sizes, Stages
+from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
+from mlx_grpo.models.reward_model import (
+    REWARD_HEAD,
+    input_tokenizer,
+    load_head,
+    reward_config,
+    reward_head,
+    reward_inputs,
+)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def make_world(root: Path) -> World:
     def make() -> None:
         from mlx_grpo.config.settings import RewardTrainConfig
         from mlx_grpo.files.manifest import write_manifest
-        from mlx_grpo.train_rm import train_rm
+        from mlx_grpo.reward_modeling.train import train_rm
 
         sft = conftest.write_model(root / "sft")
         write_manifest(sft)

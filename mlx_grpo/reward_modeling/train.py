@@ -22,19 +22,24 @@ from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import pad_right
 from mlx_grpo.core.rng import permutation
-from mlx_grpo.data.pairs import load_pairs
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.data.pairs import PairGroup, Split, group_pairs, load_pairs, pair_count, split_groups
 from mlx_grpo.files.atomic import atomic_directory, write_json, write_text
 from mlx_grpo.files.manifest import sha256, write_manifest
+from mlx_grpo.files.safetensors import save_arrays
 from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.directory import fingerprint
-from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
-from mlx_grpo.files.safetensors import save_arrays
-from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, REWARD_HEAD, RewardModel, reward_head
 from mlx_grpo.models.decoder import Stages
-from mlx_grpo.data.pairs import PairGroup, Split, group_pairs, pair_count, split_groups
-from mlx_grpo.reward_quality import Quality, judged_pairs, pair_loss, quality, ranking
+from mlx_grpo.models.directory import fingerprint
+from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
+from mlx_grpo.models.reward_model import (
+    LEARNING_CURVE,
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    RewardModel,
+    reward_head,
+)
+from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, pair_loss, quality, ranking
 from mlx_grpo.update import adamw_step, new_optimizer
 
 HEAD = "reward_head.weight"

@@ -14,12 +14,19 @@ from mlx_lm.utils import _get_classes
 from mlx_grpo.convert.adapters import LoRA, fuse, read_mlx_adapter, read_peft
 from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
 from mlx_grpo.convert.source import Source, licence, locate
-from mlx_grpo.convert.tensors import TensorFile, Tensors, check_values, read_tensors, split_head, tensor_files
+from mlx_grpo.convert.tensors import (
+    TensorFile,
+    Tensors,
+    check_values,
+    read_tensors,
+    split_head,
+    tensor_files,
+)
 from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.directory import rope_fields
 from mlx_grpo.models.reward_model import REWARD_HEAD
-from mlx_grpo.models.decoder import Stages
 
 Weights = dict[str, mx.array]
 SILU_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.footprint import Footprint
-from mlx_grpo.plan import Workload
+from mlx_grpo.plan.footprint import Footprint
+from mlx_grpo.plan.memory import Workload
 
 TOKEN_BYTES = 32
 """Of a sampled token on its way to the other ranks: id, log-prob and text, as JSON."""

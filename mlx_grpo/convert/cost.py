@@ -18,23 +18,21 @@ from mlx.utils import tree_map
 
 from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.chat import answer_tokens, row_messages
-from mlx_grpo.data.prompts import load_prompts
+from mlx_grpo.core.stats import pearson, ranks
+from mlx_grpo.data.chat import answer_tokens, conversation_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.logprob import chunk_tokens
-from mlx_grpo.data.chat import conversation_tokens
-from mlx_grpo.models.reward_model import reward_head, without_padding
 from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.reward_model import reward_head, without_padding
 
 TEXTS = 24
 MAX_PROMPT = 512
 LOGIT_BYTES = 128 << 20
 """Of fp32 logits of the source, kept until those of the converted model are there."""
-
 MUCH_KL = 0.1
 """Twice the first KL target of a training run, nats per token."""
 LITTLE_AGREEMENT = 0.9
-
 Open = Callable[[], nn.Module]
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of what follows it."""
@@ -235,19 +233,3 @@ def _logps(open_model: Open, hidden_ND: mx.array, policy: ComputePolicy) -> Iter
         logp_NV = z_NV - mx.logsumexp(z_NV, axis=-1, keepdims=True)
         mx.eval(logp_NV)  # before the next chunk, and before another model's head is read
         yield logp_NV
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Rank of each value, the mean rank where several are equal."""
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2
-        for value in values
-    ]
-
-
-def pearson(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation coefficient; where one does not vary, 1 if the other does not either, else 0."""
-    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
-    covariance = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
-    spread = math.sqrt(sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b))
-    return covariance / spread if spread else float(min(a) == max(a) and min(b) == max(b))

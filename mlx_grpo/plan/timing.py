@@ -9,9 +9,9 @@ of 64 tokens). On Metal it has not been measured.
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_grpo.devices import Device
-from mlx_grpo.models.footprint import Footprint
-from mlx_grpo.plan import Choice, Judge, Workload, weight_bytes
+from mlx_grpo.plan.devices import Device
+from mlx_grpo.plan.footprint import Footprint
+from mlx_grpo.plan.memory import Choice, Judge, Workload, weight_bytes
 
 REACHED = {"rollout": 0.25, "reward": 0.5, "logprob": 0.5, "update": 0.4}
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import reward_worker
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.reward_worker import RewardError
+from mlx_grpo.rewards import worker as reward_worker
+from mlx_grpo.rewards.worker import RewardError
 
 POLL_SECONDS = 0.1
 # The working directory may hold files named like modules that the worker itself imports.

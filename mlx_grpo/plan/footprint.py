@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.directory import load_lazily, parameter_count
 from mlx_grpo.files.safetensors import safetensors_header
+from mlx_grpo.models.directory import load_lazily, parameter_count
 from mlx_grpo.models.mlp_chunks import MLP
 
 

@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_grpo.convert.opened import Opened
+from mlx_grpo.convert.reader import Opened
 from mlx_grpo.convert.tensors import check_values
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import write_json
-from mlx_grpo.models.directory import weight_files
 from mlx_grpo.files.safetensors import save_arrays
+from mlx_grpo.models.directory import weight_files
 
 SHARD_BYTES = 1 << 30
 """Of a file of weights: no more than this waits in memory to be written."""

@@ -1,0 +1,1 @@
+"""Before a run: how much memory and time it takes, and what fits."""

@@ -1,0 +1,115 @@
+"""A plan shown: memory, time and scaling tables, or the refusal of a run that cannot fit."""
+
+from collections.abc import Sequence
+
+from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.console.live import duration
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.plan.devices import Device
+from mlx_grpo.plan.memory import Plan
+from mlx_grpo.plan.planner import Planner, way_out
+from mlx_grpo.plan.scaling import Scaled, pays_up_to
+from mlx_grpo.plan.timing import StageTime
+
+
+def show_time(found: dict[str, StageTime], iterations: int, machine: Device, ui: Console) -> None:
+    """The table of what an iteration and a run take, an estimate; of several ranks without their
+    exchange."""
+    rows: list[tuple[str, ...]] = [
+        (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in found.items()
+    ]
+    least, expected = (sum(getattr(t, n) for t in found.values()) for n in ("at_least", "expected"))
+    rows.append(("an iteration", f"{least:.1f} s", f"{expected:.1f} s", ""))
+    whole = (duration(iterations * seconds) for seconds in (least, expected))
+    rows.append((f"{iterations} iterations", *whole, ""))
+    ui.table(f"Time on {machine.name}, an estimate", ("", "at least", "expected", "bound by"), rows)
+    source = "measured just now" if machine.measured else "by its data sheet"
+    ui.say(
+        f"at {machine.bandwidth / 1e9:.0f} GB/s and {machine.arithmetic / 1e12:.2g} TFLOP/s, "
+        f"{source}; expected: at the shares of these that a Linux CPU reached; without evaluations"
+    )
+
+
+def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
+    """The table of what each number of ranks takes, and up to where more of them pay."""
+    one = scaled[0].seconds
+    rows = [
+        (
+            f"{s.ranks}",
+            f"{s.prompts}",
+            f"{s.traffic / 1e6:.1f} MB",
+            f"{s.exchanging:.2f} s",
+            f"{s.seconds:.1f} s",
+            f"{one / s.seconds:.2f}x",
+        )
+        for s in scaled
+    ]
+    columns = ("ranks", "prompts each", "a rank sends", "exchange", "an iteration", "faster")
+    ui.table(f"Ranks over {link}, on paper", columns, rows)
+    up_to = pays_up_to(list(scaled))
+    last = scaled[-1]
+    more = "more save less than a tenth"
+    if up_to == last.ranks:
+        more = "more have no prompt" if last.prompts == 1 else "more were not looked at"
+    ui.say(f"pays up to {up_to} {'rank' if up_to == 1 else 'ranks'}; {more}")
+
+
+def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
+    """Say what is planned; where it does not fit, show the table.
+
+    Raises:
+        InputError: it does not fit; with the cheapest way out.
+    """
+    if plan.fits:
+        ui.say(summary(plan))
+        if planned.here and policy_for(plan.choice.dense).slow:
+            ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
+        return
+    show(plan, ui)
+    raise InputError(
+        f"{planned.config.actor_model}: needs {gigabytes(plan.peak)} of memory and may take "
+        f"{gigabytes(plan.limit)}; {way_out(planned)}"
+    )
+
+
+def summary(plan: Plan) -> str:
+    """One line: the planned peak, and what is done in parts."""
+    sizes, choice = plan.choice.sizes, plan.choice
+    parts = [
+        f"{choice.decode_rows} answers decoded together",
+        f"{sizes.rows} a pass" if sizes.rows else "",
+        f"MLPs over {sizes.mlp_tokens} tokens" if sizes.mlp_tokens else "",
+        "reward model read anew each time" if choice.swap else "",
+    ]
+    return (
+        f"memory: at most {gigabytes(plan.peak)} planned, {gigabytes(plan.limit)} allowed; "
+        f"{', '.join(filter(None, parts))}"
+    )
+
+
+def show(plan: Plan, ui: Console) -> None:
+    """The table: what stays, and the peak of each stage."""
+    form = "fp32" if plan.choice.dense else "as stored"
+    rows = [
+        (f"weights, {form}", plan.weights, ""),
+        ("reward model", plan.reward_model, "read anew each time" if plan.choice.swap else ""),
+        ("LoRA and AdamW's moments", plan.adapter, ""),
+        *((f"peak: {name}", size, _how(name, plan)) for name, size in plan.stages.items()),
+        ("allowed", plan.limit, ""),
+    ]
+    cells = [(label, gigabytes(size), how) for label, size, how in rows]
+    ui.table("Memory, as planned", ("", "size", "how"), cells)
+
+
+def _how(stage: str, plan: Plan) -> str:
+    sizes = plan.choice.sizes
+    if stage == "rollout":
+        return f"{plan.choice.decode_rows} answers at a time"
+    mlp = f", MLP {sizes.mlp_tokens} tokens" if sizes.mlp_tokens else ""
+    return f"{sizes.rows or 'all'} of a prompt a pass{mlp}"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people say them, 10^9 to a GB."""
+    return f"{size / 1e9:.2f} GB"

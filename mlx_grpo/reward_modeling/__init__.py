@@ -1,0 +1,1 @@
+"""Train a Bradley-Terry reward model and measure it."""

@@ -1,0 +1,1 @@
+"""Raw rewards: reward model, custom functions, normaliser."""
