@@ -17,8 +17,8 @@ import numpy as np
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.kl_controller import Actuator, KLController, kl_target
-from mlx_grpo.parts import first_state
+from mlx_grpo.grpo.kl_controller import Actuator, KLController, kl_target
+from mlx_grpo.grpo.learner import first_state
 
 TARGETS = (0.05, 0.02, 0.01)
 BETAS = 0.9, 0.999  # AdamW's

@@ -34,19 +34,20 @@ from mlx_grpo.backend.precision import apply_policy, policy_for
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.grpo import Clip
-from mlx_grpo.metrics import Clock
+from mlx_grpo.grpo.advantages import Shaping, rate, score_under
+from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.metrics import Clock
+from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.grpo.update import UpdateSettings, reused_groups, update
 from mlx_grpo.models.decoder import Sizes, Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.merging import merged
+from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel
 from mlx_grpo.plan.footprint import Footprint, footprint_of
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose, predict
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
-from mlx_grpo.rollout import Sampling, rollout
-from mlx_grpo.scoring import Shaping, rate, score_under
-from mlx_grpo.update import UpdateSettings, new_optimizer, reused_groups, update
 
 EARLY = 20
 """The iteration whose peak the last one's is compared with."""

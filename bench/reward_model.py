@@ -28,9 +28,9 @@ from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import MANIFEST, sha256, write_manifest
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import LEARNING_CURVE, REWARD_CONFIG, load_reward_model
-from mlx_grpo.provenance import versions
 from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, quality, show_quality
 from mlx_grpo.reward_modeling.train import train_rm
+from mlx_grpo.run.provenance import versions
 
 CHECKOUT = Path(__file__).parent.parent
 HUMAN_PAIRS = CHECKOUT.parent / "shared" / "data" / "preference_pairs.jsonl"

@@ -30,10 +30,10 @@ from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters, ScoredGroup
-from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
+from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
+from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
-from mlx_grpo.update import backward_pass, forward_pass
 
 
 def random_actor(config: dict[str, Any]) -> nn.Module:

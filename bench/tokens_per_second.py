@@ -30,19 +30,20 @@ from mlx_grpo.backend.device import device_name, limit_memory, recommended_memor
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Group, Prompt, ScoredGroup
-from mlx_grpo.grpo import Clip, token_weights
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.loss import Clip, token_weights
+from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import WHOLE, Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler
+from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.plan.devices import machine_limits
 from mlx_grpo.plan.footprint import footprint_of
 from mlx_grpo.plan.memory import Choice, Judge, Workload
 from mlx_grpo.plan.timing import Cost, stage_costs
-from mlx_grpo.rollout import Sampling, rollout
-from mlx_grpo.update import adamw_step, backward_pass, forward_pass, new_optimizer
 
 K, RANK, JUDGE_RANK = 6, 16, 8
 

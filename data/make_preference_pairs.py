@@ -20,8 +20,8 @@ import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.files.atomic import write_text
+from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.rollout import Sampling, rollout
 from mlx_grpo.rubric import judge
 
 HERE = Path(__file__).parent

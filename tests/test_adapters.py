@@ -23,7 +23,7 @@ from mlx_grpo.models.lora import (
     scale_adapter,
     set_parameters,
 )
-from mlx_grpo.run_directory import save_named_adapter
+from mlx_grpo.run.directory import save_named_adapter
 
 RANK, SCALE = 4, 2.0
 NAME = "model.layers.1.mlp.up_proj.lora_b"

@@ -12,16 +12,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_grpo import checkpoint
-from mlx_grpo.checkpoint import Checkpoint, load, load_newest, save, step_directories
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.evaluate import Best
 from mlx_grpo.files import atomic as files
-from mlx_grpo.kl_controller import KLController
+from mlx_grpo.grpo.kl_controller import KLController
+from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
-from mlx_grpo.state import RunState
+from mlx_grpo.run import checkpoint
+from mlx_grpo.run.checkpoint import Checkpoint, load, load_newest, save, step_directories
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 

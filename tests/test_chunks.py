@@ -5,7 +5,7 @@ import pytest
 from test_stages import LENGTHS, actor_of, group_of, staged_gradients
 
 from bench.families import FAMILIES
-from mlx_grpo.grpo import Clip, token_weights
+from mlx_grpo.grpo.loss import Clip, token_weights
 from mlx_grpo.models.backward import forward
 from mlx_grpo.models.decoder import Sizes, Stages
 from mlx_grpo.models.lora import lora_parameters

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_grpo.compare import Comparison, contests
-from mlx_grpo.evaluate import Evaluation
+from mlx_grpo.grpo.evaluate import Evaluation
 
 
 def evaluation(rewards: list[float], **by_source: list[float]) -> Evaluation:

@@ -16,7 +16,7 @@ from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.reward_modeling.train import train_rm
-from mlx_grpo.run_directory import open_new
+from mlx_grpo.run.directory import open_new
 
 Demo = Callable[[], bool]
 

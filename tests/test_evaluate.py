@@ -7,23 +7,22 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.core.stats import WinRate, win_rate
 from mlx_grpo.core.types import Completion, Group, Prompt
-from mlx_grpo.evaluate import (
-    Best,
+from mlx_grpo.grpo.evaluate import (
     Evaluation,
     Evaluator,
-    WinRate,
     completion_arrays,
     perplexity,
     reference_answers,
-    win_rate,
 )
+from mlx_grpo.grpo.rollout import Sampling
+from mlx_grpo.grpo.state import Best
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
-from mlx_grpo.rollout import Sampling
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays
-from mlx_grpo.run_directory import settings
+from mlx_grpo.run.directory import settings
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])
 

@@ -23,7 +23,7 @@ from mlx_grpo.core.rng import key
 from mlx_grpo.export import Export, export_run
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import add_lora, load_adapter, lora_parameters, set_parameters
-from mlx_grpo.run_directory import save_named_adapter
+from mlx_grpo.run.directory import save_named_adapter
 
 BOUND = 1e-3
 

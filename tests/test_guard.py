@@ -9,14 +9,17 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_grpo import log, trainer, update
+from mlx_grpo import trainer
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
+from mlx_grpo.grpo import update
+from mlx_grpo.grpo.learner import RunParts, first_state
 from mlx_grpo.models.lora import lora_parameters
-from mlx_grpo.parts import RunParts, first_state, load_parts
 from mlx_grpo.rewards.mix import RewardMix
+from mlx_grpo.run import log
+from mlx_grpo.training.setup import load_parts
 
 QUIET = Console(quiet=True)
 Patch = pytest.MonkeyPatch
@@ -34,7 +37,7 @@ def poison_reward(patch: Patch, value: float) -> None:
 
 
 def poison_logprob(patch: Patch, value: float) -> None:
-    from mlx_grpo import scoring
+    from mlx_grpo.grpo import advantages as scoring
 
     real = scoring.token_logps
     patch.setattr(scoring, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))

@@ -82,8 +82,8 @@ def device_checks(tree: ast.Module) -> list[str]:
 
 def test_imports_form_no_cycle(trees: Trees) -> None:
     graph = import_graph(trees)
-    assert graph["mlx_grpo.trainer"] >= {"mlx_grpo.iteration", "mlx_grpo.log"}
-    assert graph["mlx_grpo.iteration"] >= {"mlx_grpo.rollout", "mlx_grpo.update"}
+    assert graph["mlx_grpo.trainer"] >= {"mlx_grpo.grpo.iteration", "mlx_grpo.run.log"}
+    assert graph["mlx_grpo.grpo.iteration"] >= {"mlx_grpo.grpo.rollout", "mlx_grpo.grpo.update"}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names it
     assert set(order) == set(trees)
 

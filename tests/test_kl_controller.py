@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_grpo.kl_controller import Actuator, KLController, kl_target
+from mlx_grpo.grpo.kl_controller import Actuator, KLController, kl_target
 
 TARGETS = (0.05, 0.02, 0.01)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_grpo import log
+from mlx_grpo.run import log
 
 ROWS = [{"step": step, "reward": step / 3, "text": "naïve\nline"} for step in range(1, 6)]
 

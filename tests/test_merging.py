@@ -20,11 +20,12 @@ from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.stopping import StopRequested
-from mlx_grpo.iteration import iterate
+from mlx_grpo.grpo.iteration import iterate
+from mlx_grpo.grpo.learner import RunParts, first_state
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import add_lora, lora_modules, lora_parameters, set_parameters
 from mlx_grpo.models.merging import merged, sampler
-from mlx_grpo.parts import RunParts, first_state, load_parts
+from mlx_grpo.training.setup import load_parts
 
 TOKENS = mx.array([[5, 6, 7, 8]])
 
@@ -172,7 +173,7 @@ def parts(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> 
 def test_nothing_but_a_rollout_sees_a_merged_weight(
     parts: RunParts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import evaluate, iteration
+    from mlx_grpo.grpo import evaluate, iteration
 
     backbone = parts.roles.backbone
     before, seen = bits(backbone.model), []

@@ -89,7 +89,7 @@ def test_a_footprint_counts_what_a_loaded_model_has(sft: Path) -> None:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading weights fails the test."""
-    from mlx_grpo import parts
+    from mlx_grpo.training import setup as parts
 
     def never(*_: object) -> None:
         raise AssertionError("weights were loaded")

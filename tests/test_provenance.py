@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import provenance
 from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig
-from mlx_grpo.provenance import changed_fields, differences, hints, input_digests, recorded
+from mlx_grpo.run import provenance
+from mlx_grpo.run.provenance import changed_fields, differences, hints, input_digests, recorded
 
 INPUTS = {"--prompts": "a" * 64}
 

@@ -23,7 +23,7 @@ from mlx_grpo.distributed.heartbeat import meet
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.roles import new_actor
-from mlx_grpo.provenance import recorded
+from mlx_grpo.run.provenance import recorded
 from tests.ports import free_ports
 
 

@@ -15,11 +15,11 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.parts import load_parts
 from mlx_grpo.rewards.functions import CustomReward, load_reward
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 from mlx_grpo.rewards.worker import call
+from mlx_grpo.training.setup import load_parts
 
 
 def group(*texts: str, **fields: Any) -> Group:

@@ -8,10 +8,10 @@ from conftest import EOS, VOCABULARY, tiny_model
 
 from mlx_grpo.core.rng import key, uniforms
 from mlx_grpo.core.types import Group, Prompt
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.rollout import SAMPLER_BLOCK, Sampling, rollout, sample
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Stages
-from mlx_grpo.rollout import SAMPLER_BLOCK, Sampling, rollout, sample
 
 PROMPTS = [
     Prompt(f"p{i}", ({"role": "user", "content": "x"},), tuple(range(40, 40 + n)))

@@ -10,12 +10,12 @@ from bench.families import FAMILIES
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import ScoredGroup
-from mlx_grpo.grpo import Clip, clipped_surrogate, token_weights
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
+from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import share
 from mlx_grpo.models.decoder import Stages, shift_right
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
-from mlx_grpo.update import backward_pass, forward_pass
 
 PROMPT, LENGTHS = 11, (9, 4, 1)
 

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import ScoredGroup
-from mlx_grpo.grpo import Aggregation, Clip, RatioLevel, token_weights
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.loss import Aggregation, Clip, RatioLevel, token_weights
+from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
-from mlx_grpo.update import backward_pass, forward_pass
 
 PROMPT = (11, 203, 5, 77, 140)
 LENGTHS = [6, 3, 9, 1]

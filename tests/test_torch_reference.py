@@ -9,16 +9,14 @@ import torch
 import torch_reference as reference
 from torch_reference import BOUND, double, relative_difference, report
 
-from mlx_grpo.grpo import (
-    AdvantageScale,
+from mlx_grpo.grpo.advantages import AdvantageScale, group_advantages
+from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
+from mlx_grpo.grpo.loss import (
     Aggregation,
     Clip,
     RatioLevel,
     clipped_surrogate,
     clipped_tokens,
-    group_advantages,
-    kl_k1,
-    kl_k3_sum,
     token_weights,
 )
 from mlx_grpo.reward_modeling.train import bradley_terry_loss

@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_grpo import log, provenance
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
+from mlx_grpo.run import log, provenance
 from mlx_grpo.trainer import train
 
 QUIET = Console(quiet=True)
@@ -128,7 +128,8 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_grpo import iteration, trainer, update
+    from mlx_grpo import trainer
+    from mlx_grpo.grpo import iteration, update
 
     place: Any = {"adamw_step": update, "_evaluate": trainer}.get(stage, iteration)
     real, calls = getattr(place, stage), []
@@ -155,7 +156,7 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
 def test_a_failure_in_an_iteration_saves_the_ones_before(
     train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import iteration
+    from mlx_grpo.grpo import iteration
 
     real, calls = iteration.update, []
 

@@ -10,19 +10,13 @@ from test_stages import actor_of, group_of
 
 from mlx_grpo.backend.precision import ComputePolicy, apply_policy
 from mlx_grpo.core.types import Parameters, RatedGroup, ScoredGroup
-from mlx_grpo.grpo import Clip
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.advantages import Shaping, score_under
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, reused_groups, update
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
-from mlx_grpo.scoring import Shaping, score_under
-from mlx_grpo.update import (
-    UpdateSettings,
-    UpdateStats,
-    adamw_step,
-    new_optimizer,
-    reused_groups,
-    update,
-)
+from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 
 SETTINGS = UpdateSettings(
     clip=Clip(),
@@ -136,7 +130,7 @@ def test_groups_in_several_passes_are_scored_before_the_update() -> None:
 
 
 def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_grpo import update as module
+    from mlx_grpo.grpo import update as module
 
     def never(*args: object) -> None:
         raise AssertionError("a dead group went through a backward pass")

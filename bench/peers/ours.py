@@ -17,11 +17,12 @@ from common import LEARNING_RATE, PACKED, RANK, SCALE, SEED, K
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
-from mlx_grpo.iteration import iterate
+from mlx_grpo.grpo.iteration import iterate
+from mlx_grpo.grpo.learner import RunParts, first_state, sampling
+from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.merging import sampler
-from mlx_grpo.parts import RunParts, first_state, load_parts, sampling
-from mlx_grpo.rollout import rollout
+from mlx_grpo.training.setup import load_parts
 
 
 def parts_for(args: argparse.Namespace, place: Path) -> RunParts:

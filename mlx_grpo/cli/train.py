@@ -60,7 +60,7 @@ def train(
 def _planned(
     flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
 ) -> list["Planned"]:
-    from mlx_grpo.run_directory import CONFIG, is_run
+    from mlx_grpo.run.directory import CONFIG, is_run
     from mlx_grpo.seeds import Planned
 
     seeds = flags.pop("seed", [])

@@ -22,7 +22,7 @@ from mlx_grpo.core.stats import pearson, ranks
 from mlx_grpo.data.chat import answer_tokens, conversation_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.prompts import load_prompts
-from mlx_grpo.logprob import chunk_tokens
+from mlx_grpo.grpo.logprob import chunk_tokens
 from mlx_grpo.models.decoder import Stages, shift_right
 from mlx_grpo.models.reward_model import reward_head, without_padding
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -18,3 +19,32 @@ def pearson(a: Sequence[float], b: Sequence[float]) -> float:
     covariance = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
     spread = math.sqrt(sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b))
     return covariance / spread if spread else float(min(a) == max(a) and min(b) == max(b))
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of prompts on which the second policy scores higher; ties count half."""
+
+    wins: float
+    prompts: int
+
+    @property
+    def share(self) -> float:
+        return self.wins / self.prompts
+
+    def wilson(self, z: float = 1.959964) -> tuple[float, float]:
+        """95 % interval (E. B. Wilson 1927, J. Am. Stat. Assoc. 22, p. 209)."""
+        n, p = self.prompts, self.share
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return middle - half, middle + half
+
+    def __str__(self) -> str:
+        low, high = self.wilson()
+        return f"{self.share:.0%} ({low:.0%} to {high:.0%})"
+
+
+def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
+    """Compare two policies prompt by prompt."""
+    wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
+    return WinRate(wins, len(before))

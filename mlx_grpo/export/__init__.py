@@ -18,7 +18,7 @@ from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files.atomic import atomic_directory, write_text
 from mlx_grpo.files.manifest import verify_manifest, write_manifest
-from mlx_grpo.run_directory import REPORT, chosen_adapter, settings
+from mlx_grpo.run.directory import REPORT, chosen_adapter, settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]
 

@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import log
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export.fused_cost import FusedCost
-from mlx_grpo.run_directory import REPORT
+from mlx_grpo.run import log
+from mlx_grpo.run.directory import REPORT
 
 USES = {
     "adapter": 'mlx_lm.generate --model {sft} --adapter-path {model} --prompt "..."',

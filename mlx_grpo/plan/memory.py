@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from mlx_grpo.grpo.rollout import PREFILL_TOKENS
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.footprint import Footprint
-from mlx_grpo.rollout import PREFILL_TOKENS
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
 HEAD_BYTES = (32 << 20, 16 << 20, 8 << 20, 4 << 20)

@@ -9,8 +9,8 @@ from mlx_grpo.files.atomic import write_text
 from mlx_grpo.files.lock import held
 from mlx_grpo.report.page import over, render, rows, title_of
 from mlx_grpo.report.record import read
-from mlx_grpo.run_directory import REPORT as REPORT
-from mlx_grpo.run_directory import is_run
+from mlx_grpo.run.directory import REPORT as REPORT
+from mlx_grpo.run.directory import is_run
 
 
 def write_report(

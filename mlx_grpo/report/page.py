@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from mlx_grpo.config.settings import REPEATED, TrainConfig, flag_of
 from mlx_grpo.config.sources import field_help
 from mlx_grpo.console.live import duration
-from mlx_grpo.evaluate import WinRate
+from mlx_grpo.core.stats import WinRate
 from mlx_grpo.health import Row
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures

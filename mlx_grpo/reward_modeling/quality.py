@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.stats import WinRate
 from mlx_grpo.data.pairs import PairGroup
-from mlx_grpo.evaluate import WinRate
 from mlx_grpo.models.reward_model import RewardModel
 
 BINS = 10

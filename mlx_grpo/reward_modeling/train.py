@@ -32,6 +32,7 @@ from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
+from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import (
     LEARNING_CURVE,
     REWARD_CONFIG,
@@ -40,7 +41,6 @@ from mlx_grpo.models.reward_model import (
     reward_head,
 )
 from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, pair_loss, quality, ranking
-from mlx_grpo.update import adamw_step, new_optimizer
 
 HEAD = "reward_head.weight"
 

@@ -21,9 +21,12 @@ from typing import Any
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.configuration_llama  # noqa: F401
 
-from mlx_grpo import checkpoint, cli, metrics, run_directory, trainer  # noqa: F401
+from mlx_grpo import cli, trainer  # noqa: F401
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import to_toml
+from mlx_grpo.grpo import metrics
+from mlx_grpo.run import checkpoint
+from mlx_grpo.run import directory as run_directory
 from tests import conftest
 
 STAGES = ("loading", "rollout", "reward", "logprob", "update", "evaluate", "saving", "between")

@@ -11,8 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import checkpoint, run_directory
 from mlx_grpo.cli import INTERRUPTED
+from mlx_grpo.run import checkpoint
+from mlx_grpo.run import directory as run_directory
 from tests.crash import file_operations
 from tests.crash.harness import (
     Child,

@@ -1,7 +1,14 @@
-"""From sampled groups to what the update needs: log-probs, KL, shaped rewards, advantages."""
+"""From rewards to advantages: normalised scores, shaped by the KL, minus the group's mean.
+
+    A_i = s_i - mean(s)        s_i = z_i - beta * KL_i
+
+Shao et al. 2024, arXiv:2402.03300, section 4.1.2. A_i is not divided by std(s) unless asked (Liu et
+al. 2025, arXiv:2503.20783).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import mlx.core as mx
 
@@ -9,11 +16,31 @@ from mlx_grpo.core.finite import check_finite
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
-from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo import AdvantageScale, group_advantages, kl_k1, kl_k3_sum
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.kl_estimators import kl_k1
+from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
+
+AdvantageScale = Literal["none", "std"]
+STD_EPSILON = 1e-4
+
+
+def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx.array:
+    """Advantages [P, K]: reward minus group mean, optionally divided by the group's deviation.
+
+    Source: arXiv:2402.03300, section 4.1.2; `none` is Dr. GRPO's choice, arXiv:2503.20783, section
+    3.1. The standard deviation is the sample one (K - 1), as in TRL.
+    """
+    centred_PK = rewards_PK - rewards_PK.mean(axis=-1, keepdims=True)
+    # Equal rewards must give exact zeros: a group without a preference costs no update.
+    equal_P1 = (rewards_PK == rewards_PK[:, :1]).all(axis=-1, keepdims=True)
+    centred_PK = mx.where(equal_P1, 0.0, centred_PK)
+    if scale == "std":
+        ddof = 1 if rewards_PK.shape[-1] > 1 else 0
+        centred_PK = centred_PK / (
+            mx.std(rewards_PK, axis=-1, keepdims=True, ddof=ddof) + STD_EPSILON
+        )
+    return centred_PK
 
 
 @dataclass(frozen=True)
@@ -23,21 +50,6 @@ class Shaping:
     kl_penalty: float
     """Weight of a completion's KL in its reward, in normalised score per (nat per token)."""
     scale: AdvantageScale = "none"
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What scoring learns about a rollout."""
-
-    tokens: int
-    kl: float
-    """Mean k3 to the reference, nats per token: what controller and gates read."""
-    kl_k1: float
-    """Mean k1, unbiased and noisy."""
-    logp_gap: float
-    """Largest difference between a log-prob at rollout time and the recomputed one."""
-    dead_groups: int
-    """Groups whose advantages are all zero."""
 
 
 def rate(
@@ -104,36 +116,3 @@ def score_under(
 def is_dead(group: ScoredGroup) -> bool:
     """Whether all advantages are zero: such a group would change nothing."""
     return not bool((group.advantages_K != 0).any().item())
-
-
-def measure(
-    groups: Sequence[Group], scored: Sequence[ScoredGroup], ranks: Ranks = ALONE
-) -> Measures:
-    """Figures of a scored rollout.
-
-    Args:
-        groups: those of this rank's share, as `scored`.
-    """
-    pairs = zip(groups, scored, strict=True)
-    each = ranks.merged([(*_sums(s), _logp_gap(group, s.old_logp_KT)) for group, s in pairs])
-    lengths, k1, k3, dead, gaps = zip(*each, strict=True)
-    tokens = sum(lengths)
-    return Measures(tokens, sum(k3) / tokens, sum(k1) / tokens, max(gaps), sum(dead))
-
-
-def _sums(s: ScoredGroup) -> tuple[int, float, float, bool]:
-    """(tokens, sum of k1, sum of k3, whether the group is dead)."""
-    lengths_K = s.mask_KT.sum(axis=-1)
-    k1 = (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
-    k3 = kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
-    return int(lengths_K.sum().item()), k1, k3, is_dead(s)
-
-
-def _logp_gap(group: Group, old_KT: mx.array) -> float:
-    recomputed = old_KT.tolist()
-    return max(
-        abs(sampled - again)
-        for completion, row in zip(group.completions, recomputed, strict=True)
-        # a row is padded on the right
-        for sampled, again in zip(completion.logps, row, strict=False)
-    )

@@ -1,14 +1,10 @@
-"""Everything a run works with, built once from its configuration."""
+"""Load what a run works with: weights, rewards, prompts, the learner."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.optimizers as optim
-
-from mlx_grpo import log
 from mlx_grpo.backend.device import limit_memory
 from mlx_grpo.backend.precision import policy_for
 from mlx_grpo.config.settings import TrainConfig
@@ -17,24 +13,23 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.evaluate import Evaluator, reference_answers
-from mlx_grpo.grpo import Clip
-from mlx_grpo.kl_controller import KLController, kl_target
+from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
+from mlx_grpo.grpo.learner import RunParts, sampling
+from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
 from mlx_grpo.plan.planner import planner
 from mlx_grpo.plan.tables import check_fits
-from mlx_grpo.provenance import input_digests, recorded
 from mlx_grpo.rewards.functions import CustomReward, load_reward
 from mlx_grpo.rewards.mix import RewardMix
-from mlx_grpo.rewards.normalizer import ScoreNormalizer
-from mlx_grpo.rollout import Sampling, rollout
-from mlx_grpo.state import RunState
-from mlx_grpo.update import UpdateSettings, new_optimizer
+from mlx_grpo.run import log
+from mlx_grpo.run.provenance import input_digests, recorded
 
 RESERVED = frozenset({"reward", "reward_model", "judge"})
 """Names under which figures have scores that are no custom function's."""
@@ -49,19 +44,6 @@ class Weights:
 
 
 LoadWeights = Callable[[TrainConfig, Plan], Weights]
-
-
-@dataclass(frozen=True)
-class RunParts:
-    """What a run works with; only the actor's arrays and the optimizer's state change inside."""
-
-    config: TrainConfig
-    plan: Plan
-    roles: Roles
-    prompts: list[Prompt]
-    evaluator: Evaluator
-    optimizer: optim.AdamW
-    ranks: Ranks = ALONE
 
 
 def load_weights(config: TrainConfig, plan: Plan) -> Weights:
@@ -173,61 +155,10 @@ def _prompts(
     return prompts
 
 
-def first_state(config: TrainConfig) -> RunState:
-    """The state before the first iteration."""
-    controller = KLController(
-        actuator=config.kl_control,
-        beta=config.kl_beta,
-        learning_rate=config.learning_rate,
-        gain=config.kl_gain,
-        beta_min=config.kl_beta_min,
-        beta_max=config.kl_beta_max,
-        learning_rate_min=config.kl_lr_min,
-        learning_rate_max=config.kl_lr_max,
-    )
-    return RunState(controller, ScoreNormalizer(config.reward_alpha, config.reward_clip))
-
-
-def sampling(config: TrainConfig, k: int, plan: Plan) -> Sampling:
-    """How this run samples k answers per prompt; never more rows at a time than a rollout has."""
-    rows = plan.choice.decode_rows
-    return Sampling(k, config.max_completion_length, config.temperature, rows)
-
-
-def target_at(config: TrainConfig, iteration: int) -> float:
-    """KL target of an iteration, counted from 0."""
-    return kl_target(
-        iteration, config.num_iterations, config.kl_schedule, config.kl_targets, config.kl_phases
-    )
-
-
-def update_settings(config: TrainConfig, target: float, plan: Plan) -> UpdateSettings:
-    """Constants of an iteration's update."""
-    return UpdateSettings(
-        clip=Clip(
-            config.clip_range, config.clip_range_high or config.clip_range, config.ratio_level
-        ),
-        aggregation=config.loss_aggregation,
-        temperature=config.temperature,
-        max_tokens=config.max_completion_length,
-        max_grad_norm=config.max_grad_norm,
-        minibatch_size=config.minibatch_size,
-        epochs=config.epochs,
-        kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
-        rows_per_pass=plan.choice.sizes.rows,
-    )
-
-
 def evaluation_due(state: RunState, config: TrainConfig) -> bool:
     """Whether an evaluation comes before the next iteration."""
     last = state.iteration == config.num_iterations
     return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
-
-
-def policy_at(parts: RunParts, iteration: int) -> Stages:
-    """What is evaluated after so many iterations: before the first update the actor is the
-    reference, so its KL needs no measuring."""
-    return parts.roles.actor if iteration else parts.roles.reference
 
 
 def check_skips(state: RunState, config: TrainConfig) -> None:

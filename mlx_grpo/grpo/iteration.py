@@ -16,14 +16,14 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.data.prompts import batch_indices
 from mlx_grpo.distributed.gather import all_groups, all_rewards
-from mlx_grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.advantages import Shaping, rate, score_under
+from mlx_grpo.grpo.learner import RunParts, sampling, target_at, update_settings
+from mlx_grpo.grpo.metrics import Clock, iteration_metrics, measure, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.grpo.state import RunState
+from mlx_grpo.grpo.update import reused_groups, update
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import sampler
-from mlx_grpo.parts import RunParts, sampling, target_at, update_settings
-from mlx_grpo.rollout import rollout
-from mlx_grpo.scoring import Shaping, measure, rate, score_under
-from mlx_grpo.state import RunState
-from mlx_grpo.update import reused_groups, update
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,15 @@ from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
 from mlx_grpo.distributed.gather import Rewards, all_groups, all_rewards
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo import kl_k3_sum
-from mlx_grpo.logprob import token_logps
+from mlx_grpo.grpo.kl_estimators import kl_k3_sum
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.merging import sampler
 from mlx_grpo.rewards.mix import RewardMix
-from mlx_grpo.rollout import Sampling, rollout
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
-
 Answers = dict[str, tuple[int, ...]]
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total)."""
@@ -166,44 +165,3 @@ def perplexity(
         each.append((-logp_1T.sum().item(), row_1T.size))
     total, tokens = map(sum, zip(*ranks.merged(each), strict=True))
     return math.exp(min(total / tokens, 700.0))
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far; `step` is None until one passes the gate."""
-
-    step: int | None = None
-    perplexity: float = math.inf
-
-    def passed_by(self, evaluation: Evaluation, target: float) -> bool:
-        """The KL gate, then the perplexity."""
-        return evaluation.kl < target and evaluation.perplexity < self.perplexity
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """Share of prompts on which the second policy scores higher; ties count half."""
-
-    wins: float
-    prompts: int
-
-    @property
-    def share(self) -> float:
-        return self.wins / self.prompts
-
-    def wilson(self, z: float = 1.959964) -> tuple[float, float]:
-        """95 % interval (E. B. Wilson 1927, J. Am. Stat. Assoc. 22, p. 209)."""
-        n, p = self.prompts, self.share
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return middle - half, middle + half
-
-    def __str__(self) -> str:
-        low, high = self.wilson()
-        return f"{self.share:.0%} ({low:.0%} to {high:.0%})"
-
-
-def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
-    """Compare two policies prompt by prompt."""
-    wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
-    return WinRate(wins, len(before))

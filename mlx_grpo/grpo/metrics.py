@@ -3,16 +3,67 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.core.finite import Skip
-from mlx_grpo.core.types import Group
-from mlx_grpo.scoring import Measures
-from mlx_grpo.state import RunState
-from mlx_grpo.update import UpdateStats
+from mlx_grpo.core.types import Group, ScoredGroup
+from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.grpo.advantages import is_dead
+from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
+from mlx_grpo.grpo.state import RunState
+from mlx_grpo.grpo.update import UpdateStats
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What scoring learns about a rollout."""
+
+    tokens: int
+    kl: float
+    """Mean k3 to the reference, nats per token: what controller and gates read."""
+    kl_k1: float
+    """Mean k1, unbiased and noisy."""
+    logp_gap: float
+    """Largest difference between a log-prob at rollout time and the recomputed one."""
+    dead_groups: int
+    """Groups whose advantages are all zero."""
+
+
+def measure(
+    groups: Sequence[Group], scored: Sequence[ScoredGroup], ranks: Ranks = ALONE
+) -> Measures:
+    """Figures of a scored rollout.
+
+    Args:
+        groups: those of this rank's share, as `scored`.
+    """
+    pairs = zip(groups, scored, strict=True)
+    each = ranks.merged([(*_sums(s), _logp_gap(group, s.old_logp_KT)) for group, s in pairs])
+    lengths, k1, k3, dead, gaps = zip(*each, strict=True)
+    tokens = sum(lengths)
+    return Measures(tokens, sum(k3) / tokens, sum(k1) / tokens, max(gaps), sum(dead))
+
+
+def _sums(s: ScoredGroup) -> tuple[int, float, float, bool]:
+    """(tokens, sum of k1, sum of k3, whether the group is dead)."""
+    lengths_K = s.mask_KT.sum(axis=-1)
+    k1 = (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
+    k3 = kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
+    return int(lengths_K.sum().item()), k1, k3, is_dead(s)
+
+
+def _logp_gap(group: Group, old_KT: mx.array) -> float:
+    recomputed = old_KT.tolist()
+    return max(
+        abs(sampled - again)
+        for completion, row in zip(group.completions, recomputed, strict=True)
+        # a row is padded on the right
+        for sampled, again in zip(completion.logps, row, strict=False)
+    )
 
 
 class Clock:

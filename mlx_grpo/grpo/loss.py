@@ -1,14 +1,12 @@
-"""The mathematics of GRPO, pure: group advantages, clipped surrogate, KL estimators.
+"""The loss of GRPO: PPO's clipped surrogate with group-relative advantages, pure.
 
-For one prompt with K answers of reward s_i (Shao et al. 2024, arXiv:2402.03300, section 4.1):
+For one prompt with K answers (Shao et al. 2024, arXiv:2402.03300, section 4.1):
 
-    A_i     = s_i - mean(s)
     ratio_t = exp(logp_t - old_logp_t)
     L       = -sum_t w_t * min(ratio_t * A_i, clip(ratio_t, 1 - eps_low, 1 + eps_high) * A_i)
 
-A_i is not divided by std(s) unless asked (Liu et al. 2025, arXiv:2503.20783). The weights w sum to
-one over the real tokens of a minibatch, or to a constant (Dr. GRPO). There is no KL term in the
-loss: the KL to the reference enters through the reward (`kl_controller.py`).
+The weights w sum to one over the real tokens of a minibatch, or to a constant (Dr. GRPO). There is
+no KL term in the loss: the KL to the reference is held by `kl_controller.py`.
 """
 
 from dataclasses import dataclass
@@ -18,26 +16,6 @@ import mlx.core as mx
 
 Aggregation = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
-AdvantageScale = Literal["none", "std"]
-STD_EPSILON = 1e-4
-
-
-def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx.array:
-    """Advantages [P, K]: reward minus group mean, optionally divided by the group's deviation.
-
-    Source: arXiv:2402.03300, section 4.1.2; `none` is Dr. GRPO's choice, arXiv:2503.20783, section
-    3.1. The standard deviation is the sample one (K - 1), as in TRL.
-    """
-    centred_PK = rewards_PK - rewards_PK.mean(axis=-1, keepdims=True)
-    # Equal rewards must give exact zeros: a group without a preference costs no update.
-    equal_P1 = (rewards_PK == rewards_PK[:, :1]).all(axis=-1, keepdims=True)
-    centred_PK = mx.where(equal_P1, 0.0, centred_PK)
-    if scale == "std":
-        ddof = 1 if rewards_PK.shape[-1] > 1 else 0
-        centred_PK = centred_PK / (
-            mx.std(rewards_PK, axis=-1, keepdims=True, ddof=ddof) + STD_EPSILON
-        )
-    return centred_PK
 
 
 def token_weights(
@@ -112,21 +90,3 @@ def clipped_tokens(
     down_K1 = advantages_K[:, None] < 0
     outside_KT = (up_K1 & (ratio_KT > 1 + clip.high)) | (down_K1 & (ratio_KT < 1 - clip.low))
     return (outside_KT * mask_KT).sum()
-
-
-def kl_k1(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.array:
-    """Unbiased KL estimate of each completion in nats per token, [K]: mean_t(logp - ref_logp).
-
-    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k1.
-    """
-    return ((logp_KT - ref_logp_KT) * mask_KT).sum(axis=-1) / mx.maximum(mask_KT.sum(axis=-1), 1)
-
-
-def kl_k3_sum(logp_KT: mx.array, ref_logp_KT: mx.array, mask_KT: mx.array) -> mx.array:
-    """Sum over tokens of exp(-d) - 1 + d, d = logp - ref_logp: k3 of the same source.
-
-    Never negative and far less noisy than k1.
-    Divide by the number of tokens for nats per token.
-    """
-    d_KT = (logp_KT - ref_logp_KT) * mask_KT
-    return (mx.expm1(-d_KT) + d_KT).sum()

@@ -9,18 +9,18 @@ from typing import Any
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_grpo import checkpoint, log, provenance
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import build_config, to_toml
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
-from mlx_grpo.evaluate import Best, Evaluation
 from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, write_text
 from mlx_grpo.files.manifest import write_manifest
+from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
-from mlx_grpo.state import RunState
-from mlx_grpo.update import optimizer_arrays, set_optimizer_arrays
+from mlx_grpo.models.optimizer import optimizer_arrays, set_optimizer_arrays
+from mlx_grpo.run import checkpoint, log, provenance
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"

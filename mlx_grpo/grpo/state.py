@@ -4,9 +4,21 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_grpo.evaluate import Best
-from mlx_grpo.kl_controller import KLController
+from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.grpo.kl_controller import KLController
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far; `step` is None until one passes the gate."""
+
+    step: int | None = None
+    perplexity: float = math.inf
+
+    def passed_by(self, evaluation: Evaluation, target: float) -> bool:
+        """The KL gate, then the perplexity."""
+        return evaluation.kl < target and evaluation.perplexity < self.perplexity
 
 
 @dataclass(frozen=True)
