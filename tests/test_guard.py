@@ -9,7 +9,6 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_grpo import trainer
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -19,6 +18,7 @@ from mlx_grpo.grpo.learner import RunParts, first_state
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run import log
+from mlx_grpo.training import loop as trainer
 from mlx_grpo.training.setup import load_parts
 
 QUIET = Console(quiet=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.health import findings, new_findings
+from mlx_grpo.report.health import findings, new_findings
 
 HEALTHY = {
     "reward": 1.0,

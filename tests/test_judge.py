@@ -15,8 +15,8 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
-from mlx_grpo.judge import Judge, Verdicts, compare_answers, outcome, question, verdict
-from mlx_grpo.trainer import train
+from mlx_grpo.evaluation.judge import Judge, Verdicts, compare_answers, outcome, question, verdict
+from mlx_grpo.training.loop import train
 
 KEY = "sk-very-secret"
 Reply = tuple[int, bytes, dict[str, str]]

@@ -18,7 +18,7 @@ from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.plan.footprint import Footprint, footprint, footprint_of
 from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
 from mlx_grpo.plan.planner import planner
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 
 GEMMA_2B = Footprint(
     parameters=2_506_172_416,

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_grpo.agreement import CHECK_EVERY, check_adapter, check_inputs
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import StopRequested
@@ -24,6 +23,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run.provenance import recorded
+from mlx_grpo.training.agreement import CHECK_EVERY, check_adapter, check_inputs
 from tests.ports import free_ports
 
 

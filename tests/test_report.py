@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import report
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
-from mlx_grpo.report import page, write_report
+from mlx_grpo.report import write as report
 from mlx_grpo.report.record import read
-from mlx_grpo.trainer import train
+from mlx_grpo.report.write import page, write_report
+from mlx_grpo.training.loop import train
 from tests.conftest import write_jsonl
 from tests.runs import HOSTILE, evaluation, write_run
 
@@ -250,7 +250,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_training_goes_on(
 def test_a_run_that_fails_does_not_leave_a_page_that_says_it_goes_on(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_grpo import trainer
+    from mlx_grpo.training import loop as trainer
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("out of luck")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.report import write_report
+from mlx_grpo.report.write import write_report
 from tests.runs import write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 
-from mlx_grpo import trainer
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.seeds import Planned, train_all
-from mlx_grpo.trainer import train
+from mlx_grpo.training import loop as trainer
 from mlx_grpo.training import setup as parts
+from mlx_grpo.training.loop import train
+from mlx_grpo.training.seeds import Planned, train_all
 
 QUIET = Console(quiet=True)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo import sinks
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.trainer import train
+from mlx_grpo.training import trackers as sinks
+from mlx_grpo.training.loop import train
 
 ROWS = [{"step": 1, "reward": 0.5, "policy/stopped_early": False, "a_word": "text", "kl": None}]
 
@@ -118,7 +118,7 @@ def test_a_sink_that_fails_is_told_of_once_and_training_goes_on(
     setattr(tracker, method, fails)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     monkeypatch.setattr(sinks, "check_installed", lambda _: None)
-    monkeypatch.setattr("mlx_grpo.trainer.check_installed", lambda _: None)
+    monkeypatch.setattr("mlx_grpo.training.loop.check_installed", lambda _: None)
     assert train(TrainConfig(**{**train_arguments, "log": ("wandb",)}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
     assert len(lines) == 1 and "failed (no network at all); the run goes on without it" in lines[0]

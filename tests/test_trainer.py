@@ -16,7 +16,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
 from mlx_grpo.run import log, provenance
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 
 QUIET = Console(quiet=True)
 
@@ -58,7 +58,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     whole = run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
 
-    from mlx_grpo import trainer
+    from mlx_grpo.training import loop as trainer
 
     real, calls = trainer.iterate, []
 
@@ -85,7 +85,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
     train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
-    from mlx_grpo import trainer
+    from mlx_grpo.training import loop as trainer
 
     def dies(*args: Any) -> Any:
         raise KeyboardInterrupt
@@ -128,8 +128,8 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from mlx_grpo import trainer
     from mlx_grpo.grpo import iteration, update
+    from mlx_grpo.training import loop as trainer
 
     place: Any = {"adamw_step": update, "_evaluate": trainer}.get(stage, iteration)
     real, calls = getattr(place, stage), []

@@ -42,9 +42,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
-    from mlx_grpo.compare import compare_run, figures, show_comparison
+    from mlx_grpo.evaluation.compare import compare_run, figures, show_comparison
+    from mlx_grpo.evaluation.judge import Judge, compare_answers
     from mlx_grpo.files.atomic import write_json
-    from mlx_grpo.judge import Judge, compare_answers
 
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         found = "a directory; name a file" if json_file.is_dir() else "no such directory"

@@ -49,7 +49,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a run's adapter for others: mlx-lm (as it is, or fused), PEFT, the Hub."""
-    from mlx_grpo.export import Export, Form, export_run
+    from mlx_grpo.export.export import Export, Form, export_run
     from mlx_grpo.export.push import check_push
     from mlx_grpo.export.push import push as upload
 

@@ -18,6 +18,6 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page: figures, curves, warnings, answers; mean and spread of several runs."""
-    from mlx_grpo.report import write_report
+    from mlx_grpo.report.write import write_report
 
     Console(quiet).say(f"written to {write_report(runs, output)}")

@@ -13,7 +13,7 @@ from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 
 if TYPE_CHECKING:
-    from mlx_grpo.seeds import Planned
+    from mlx_grpo.training.seeds import Planned
 
 
 @with_flags(TrainConfig, repeated=("seed", *REPEATED))
@@ -48,7 +48,7 @@ def train(
     SIGTERM ended it early.
     """
     from mlx_grpo.distributed.launch import launched
-    from mlx_grpo.seeds import planned_by_leader, train_all
+    from mlx_grpo.training.seeds import planned_by_leader, train_all
 
     ui = Console(quiet)
     with launched(ui) as ranks:
@@ -61,7 +61,7 @@ def _planned(
     flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
 ) -> list["Planned"]:
     from mlx_grpo.run.directory import CONFIG, is_run
-    from mlx_grpo.seeds import Planned
+    from mlx_grpo.training.seeds import Planned
 
     seeds = flags.pop("seed", [])
     configs = [build_config(file, assignments, {**flags, "seed": s}) for s in seeds]

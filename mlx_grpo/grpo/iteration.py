@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.agreement import check_adapter
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.finite import NotFinite, Skip, check_finite
 from mlx_grpo.core.stopping import SafePoint, never_stop
@@ -24,6 +23,7 @@ from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import reused_groups, update
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import sampler
+from mlx_grpo.training.agreement import check_adapter
 
 
 @dataclass(frozen=True)

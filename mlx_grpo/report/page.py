@@ -15,9 +15,9 @@ from mlx_grpo.config.settings import REPEATED, TrainConfig, flag_of
 from mlx_grpo.config.sources import field_help
 from mlx_grpo.console.live import duration
 from mlx_grpo.core.stats import WinRate
-from mlx_grpo.health import Row
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
+from mlx_grpo.report.health import Row
 from mlx_grpo.report.record import Record, gold_names
 
 REFRESH_SECONDS = 30

@@ -10,9 +10,9 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import WinRate, win_rate
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.learner import target_at
-from mlx_grpo.health import Finding, Row, findings
 from mlx_grpo.models.reward_model import LEARNING_CURVE
 from mlx_grpo.report.charts import Point
+from mlx_grpo.report.health import Finding, Row, findings
 from mlx_grpo.run import log
 from mlx_grpo.run.checkpoint import step_directories
 from mlx_grpo.run.directory import CHECKPOINTS, settings

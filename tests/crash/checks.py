@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo import trainer
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.grpo.iteration import Iteration
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.run import checkpoint
 from mlx_grpo.run import directory as run_directory
+from mlx_grpo.training import loop as trainer
 from tests.crash.harness import Child, World, finish, training
 
 REPOSITORY = Path(__file__).parents[2]

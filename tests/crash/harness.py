@@ -21,12 +21,13 @@ from typing import Any
 import transformers.models.auto.tokenization_auto
 import transformers.models.llama.configuration_llama  # noqa: F401
 
-from mlx_grpo import cli, trainer  # noqa: F401
+from mlx_grpo import cli
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import to_toml
 from mlx_grpo.grpo import metrics
 from mlx_grpo.run import checkpoint
 from mlx_grpo.run import directory as run_directory
+from mlx_grpo.training import loop as trainer  # noqa: F401
 from tests import conftest
 
 STAGES = ("loading", "rollout", "reward", "logprob", "update", "evaluate", "saving", "between")

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.agreement import check_inputs, share_state
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.live import duration
@@ -15,17 +14,17 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.files.lock import locked
-from mlx_grpo.follow import follow
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import RunParts, first_state, policy_at, target_at
 from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
-from mlx_grpo.health import new_findings
-from mlx_grpo.report import REPORT, try_report
+from mlx_grpo.report.health import new_findings
+from mlx_grpo.report.write import try_report
 from mlx_grpo.run import directory as run_directory
 from mlx_grpo.run import log
-from mlx_grpo.run.directory import Snapshot
-from mlx_grpo.sinks import Sink, check_installed, opened
+from mlx_grpo.run.directory import REPORT, Snapshot
+from mlx_grpo.training.agreement import check_inputs, share_state
+from mlx_grpo.training.follow import follow
 from mlx_grpo.training.setup import (
     LoadWeights,
     check_skips,
@@ -34,6 +33,7 @@ from mlx_grpo.training.setup import (
     load_weights,
     provenance_of,
 )
+from mlx_grpo.training.trackers import Sink, check_installed, opened
 
 GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
 

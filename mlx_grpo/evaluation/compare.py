@@ -9,8 +9,8 @@ from typing import Any
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
+from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation
-from mlx_grpo.judge import Verdicts
 from mlx_grpo.models.decoder import Stages
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.run.directory import chosen_adapter, settings

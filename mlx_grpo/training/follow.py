@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from mlx_grpo.agreement import check_inputs, share_state
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import StopRequested, stop_signals
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import RunParts, first_state, policy_at
+from mlx_grpo.training.agreement import check_inputs, share_state
 from mlx_grpo.training.setup import check_skips, evaluation_due, provenance_of
 
 

@@ -11,9 +11,9 @@ from mlx_grpo.config.sources import typed_flags
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.report import comparison, try_report
+from mlx_grpo.report.write import comparison, try_report
 from mlx_grpo.run.directory import check_vacant
-from mlx_grpo.trainer import train
+from mlx_grpo.training.loop import train
 from mlx_grpo.training.setup import SharedWeights
 
 

@@ -1,0 +1,1 @@
+"""A finished run compared with the SFT model."""
