@@ -30,23 +30,31 @@ from mlx_lm.utils import _get_classes, load_model
 from shapes import SHAPES, NoTokenizer, shape_config
 
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
-from mlx_grpo.backend.precision import apply_policy, policy_for
+from mlx_grpo.backend.precision import apply_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.grpo.advantages import Shaping, rate, score_under
+from mlx_grpo.grpo.advantages import Shaping, advantages_under, rate
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.update import UpdateSettings, reused_groups, update
-from mlx_grpo.models.decoder import Sizes, Stages
+from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.merging import merged
 from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel
 from mlx_grpo.plan.footprint import Footprint, footprint_of
-from mlx_grpo.plan.memory import STREAMED_HIDDEN, Choice, Judge, Plan, Workload, choose, predict
+from mlx_grpo.plan.memory import (
+    STREAMED_HIDDEN,
+    Choice,
+    Plan,
+    RewardFootprint,
+    Workload,
+    choose,
+    predict,
+)
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 EARLY = 20
@@ -82,7 +90,7 @@ def sizes_of(shape: str, depth: int) -> Footprint:
 def loaded(shape: str, depth: int, dense: bool) -> nn.Module:
     """The model as a run holds it."""
     model = quantized(shape, depth)
-    apply_policy(model, policy_for(dense))
+    apply_precision(model, precision_for(dense))
     mx.eval(model.parameters())
     model.freeze()
     return model
@@ -101,7 +109,11 @@ def write_model(directory: Path, shape: str, depth: int) -> None:
 def planned(args: argparse.Namespace) -> Plan:
     """What the planner chooses for this benchmark's flags."""
     model = sizes_of(args.shape, args.depth)
-    judges = {"none": Judge(), "adapter": Judge(model.lora_bytes(8)), "full": Judge(model=model)}
+    rewards = {
+        "none": RewardFootprint(),
+        "adapter": RewardFootprint(model.lora_bytes(8)),
+        "full": RewardFootprint(model=model),
+    }
     work = Workload(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps)
     dense = args.weights == "dense" or (args.weights == "auto" and device_name() == "cpu")
     limit = parse_bytes(args.limit) or recommended_memory()
@@ -109,9 +121,9 @@ def planned(args: argparse.Namespace) -> Plan:
         sizes = Sizes(args.sizes[0], args.sizes[1], args.sizes[2] << 20)
         rows = args.decode_rows or args.prompts * args.k
         choice = Choice(dense, rows, sizes, args.residency == "swap")
-        return predict(model, judges[args.rm], work, choice, limit)
+        return predict(model, rewards[args.rm], work, choice, limit)
     given = Choice(dense, args.decode_rows, Sizes())
-    return choose(model, judges[args.rm], work, limit, given, args.residency)
+    return choose(model, rewards[args.rm], work, limit, given, args.residency)
 
 
 def judge_of(
@@ -119,14 +131,14 @@ def judge_of(
 ) -> RewardModel | StreamedRewardModel | None:
     """The reward model that was asked for."""
     head_1D = mx.random.normal((1, SHAPES[args.shape]["hidden_size"]), key=key(2, "head"))
-    sizes, policy = plan.choice.sizes, policy_for(plan.choice.dense)
+    sizes, policy = plan.choice.sizes, precision_for(plan.choice.dense)
     if args.rm == "none":
         return None
     if args.rm == "adapter":
-        return RewardModel(Stages(add_lora(model, 8, 2.0, seed=3), sizes), head_1D, None, None)
+        return RewardModel(Decoder(add_lora(model, 8, 2.0, seed=3), sizes), head_1D, None, None)
     if not plan.choice.swap:
         own = loaded(args.shape, args.depth, plan.choice.dense)
-        return RewardModel(Stages(own, sizes), head_1D, None, None)
+        return RewardModel(Decoder(own, sizes), head_1D, None, None)
     write_model(place, args.shape, args.depth)
     mx.clear_cache()
     return StreamedRewardModel(place, policy, sizes, STREAMED_HIDDEN, head_1D, None, None)
@@ -137,9 +149,9 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str,
     choice = plan.choice
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     model = loaded(args.shape, args.depth, choice.dense)
-    actor = Stages(add_lora(model, args.rank, 2.0, seed=0), choice.sizes)
-    reference = Stages(model, choice.sizes)
-    judge = judge_of(args, plan, model, place)
+    actor = Decoder(add_lora(model, args.rank, 2.0, seed=0), choice.sizes)
+    reference = Decoder(model, choice.sizes)
+    reward = judge_of(args, plan, model, place)
     stored = place / "stored"
     stored.mkdir()
     write_model(stored, args.shape, args.depth)
@@ -149,21 +161,21 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str,
     for iteration in range(args.iterations):
         clock = Clock()
         before = {**lora_parameters(actor.model)}, dict(tree_flatten(optimizer.state))
-        one(args, plan, iteration, actor, reference, judge, optimizer, clock, stored)
+        one(args, plan, iteration, actor, reference, reward, optimizer, clock, stored)
         del before
         mx.clear_cache()
         found.append({n: Figures(clock.peaks[n], clock.seconds[n]) for n in clock.peaks})
     return found
 
 
-def peak(stages: dict[str, Figures]) -> int:
+def peak(decoder: dict[str, Figures]) -> int:
     """Bytes of an iteration."""
-    return max(f.bytes for f in stages.values())
+    return max(f.bytes for f in decoder.values())
 
 
 def sampling_form(plan: Plan, actor: nn.Module, stored: Path) -> AbstractContextManager[nn.Module]:
-    """As `models.merging.sampler` does, for a model without a directory of its own."""
-    if not policy_for(plan.choice.dense).merge_lora:
+    """As `models.merging.merged_for_rollout` does, for a model without a directory of its own."""
+    if not precision_for(plan.choice.dense).merge_lora:
         return nullcontext(actor)
     return merged(actor, load_model(stored, lazy=True)[0])
 
@@ -172,9 +184,9 @@ def one(
     args: argparse.Namespace,
     plan: Plan,
     iteration: int,
-    actor: Stages,
-    reference: Stages,
-    judge: RewardModel | StreamedRewardModel | None,
+    actor: Decoder,
+    reference: Decoder,
+    reward: RewardModel | StreamedRewardModel | None,
     optimizer: Any,
     clock: Clock,
     stored: Path,
@@ -198,11 +210,11 @@ def one(
         tokenizer, stop = NoTokenizer(), frozenset()
         groups = rollout(sampled, tokenizer, stop, prompts, sampling, 0, "bench", iteration)
     with clock.stage("reward"):
-        if isinstance(judge, StreamedRewardModel):
-            judge.score_groups(groups)
-        elif judge:
+        if isinstance(reward, StreamedRewardModel):
+            reward.score_groups(groups)
+        elif reward:
             for group in groups:
-                judge.score(group)
+                reward.score(group)
     # random weights may score all answers the same, and the update is to have work
     raw_PK = [list(range(args.k)) for _ in groups]
     shaping = Shaping(0.0)
@@ -210,7 +222,7 @@ def one(
         normalizer = ScoreNormalizer().observe([r for row in raw_PK for r in row])
         rated = rate(groups, raw_PK, reference, normalizer, 1.0)
         ahead = reused_groups(settings)
-        later = score_under(actor, rated[ahead:], shaping, 1.0)
+        later = advantages_under(actor, rated[ahead:], shaping, 1.0)
     with clock.stage("update"):
         update(actor, optimizer, rated[:ahead], later, shaping, settings)
 
@@ -259,7 +271,7 @@ def main() -> None:
             "choice": asdict(c),
             "fits": plan.fits,
             "weight_bytes": plan.weights,
-            "planned": plan.stages,
+            "planned": plan.decoder,
             "measured": {n: asdict(f) for n, f in found[-1].items()} if found else {},
             "peaks": list(map(peak, found)),
         }
@@ -270,7 +282,7 @@ def main() -> None:
 def show(plan: Plan, found: list[dict[str, Figures]]) -> None:
     """The last iteration beside the plan, and whether the peak has grown."""
     last = found[-1] if found else {}
-    for name, size in plan.stages.items():
+    for name, size in plan.decoder.items():
         got = last.get(name)
         compared = (
             f"{got.bytes / 1e9:8.3f} measured {size / got.bytes - 1:+7.1%} {got.seconds:8.1f} s"

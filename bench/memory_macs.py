@@ -13,7 +13,7 @@ from memory import sizes_of
 from shapes import SHAPES
 
 from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
 
 WORK = Workload(16, 6, 256, 256, 16, steps=4)
 MACS = (8, 16, 24, 32, 48, 64)
@@ -41,9 +41,13 @@ def main() -> None:
         for kind in ("adapter", "full"):
             best = "none"
             for shape, model in ordered:
-                judge = Judge(model.lora_bytes(8)) if kind == "adapter" else Judge(model=model)
+                reward = (
+                    RewardFootprint(model.lora_bytes(8))
+                    if kind == "adapter"
+                    else RewardFootprint(model=model)
+                )
                 given = Choice(dense=False, decode_rows=0, sizes=Sizes())
-                plan = choose(model, judge, WORK, limit_of(gib), given)
+                plan = choose(model, reward, WORK, limit_of(gib), given)
                 if plan.fits:
                     best = f"{shape}: {plan.peak / 1e9:.2f} GB ({describe(plan)})"
             print(f"{gib:3} GB, limit {limit_of(gib) / 1e9:5.2f} GB, {kind:7}  {best}")

@@ -1,4 +1,4 @@
-"""Planned against measured peaks of many shapes, lengths and limits.
+"""PlannedRun against measured peaks of many shapes, lengths and limits.
 
 usage: python bench/memory_table.py [--json FILE] [--only gemma-2b]
 
@@ -71,7 +71,7 @@ def run(flags: str) -> dict[str, Any]:
 
 
 def peaks(line: dict[str, Any]) -> tuple[float, float]:
-    """Planned and measured bytes of the iteration."""
+    """PlannedRun and measured bytes of the iteration."""
     return max(line["planned"].values()), max(s["bytes"] for s in line["measured"].values())
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.reward_model import load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 
@@ -30,8 +30,8 @@ def main() -> None:
     alone = mx.get_active_memory()
     actor = new_actor(backbone, args.rank, 2.0, 0)
     reward_model = load_reward_model(args.rm, backbone)
-    roles = Roles(backbone, actor, Stages(backbone.model))
-    mx.eval(roles.actor.model.parameters(), reward_model.stages.model.parameters())
+    roles = Roles(backbone, actor, Decoder(backbone.model))
+    mx.eval(roles.actor.model.parameters(), reward_model.decoder.model.parameters())
     mx.clear_cache()
     together = mx.get_active_memory()
     print(f"backbone alone:                           {alone / 1e6:8.1f} MB")

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlx_grpo.backend.precision import apply_policy, choose_policy
+from mlx_grpo.backend.precision import apply_precision, choose_precision
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 _QWEN2 = {
@@ -144,12 +144,12 @@ def random_model(shape: str) -> nn.Module:
     mx.random.seed(0)
     model_class, args_class = _get_classes(SHAPES[shape])
     model = model_class(args_class.from_dict(SHAPES[shape]))
-    policy = choose_policy(sum(v.size for _, v in tree_flatten(model.parameters())))
+    policy = choose_precision(sum(v.size for _, v in tree_flatten(model.parameters())))
     if policy.device == "cpu" and not policy.dense:
         sys.exit(f"{shape}: too large for this machine's memory as fp32; choose a smaller --shape")
     if not policy.dense:
         model.set_dtype(policy.dtype)
         nn.quantize(model, group_size=64, bits=4)
-    apply_policy(model, policy)
+    apply_precision(model, policy)
     model.freeze()
     return model

@@ -29,10 +29,10 @@ from shapes import SHAPES
 from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.rng import key
-from mlx_grpo.core.types import Parameters, ScoredGroup
+from mlx_grpo.core.types import Parameters, TrainingGroup
 from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
 from mlx_grpo.grpo.update import backward_pass, forward_pass
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 
 
@@ -53,7 +53,7 @@ def random_actor(config: dict[str, Any]) -> nn.Module:
     return actor
 
 
-def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> ScoredGroup:
+def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> TrainingGroup:
     """A group with ratios around one."""
     tokens_KT = mx.random.randint(0, vocabulary, (k, completion), key=key(2, "tokens"))
     ids = mx.random.randint(0, vocabulary, (prompt,), key=key(2, "prompt")).tolist()
@@ -61,10 +61,10 @@ def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> Score
     advantages_K = mx.random.normal((k,), key=key(2, "advantages"))
     mask_KT = mx.ones((k, completion))
     mx.eval(tokens_KT, old_KT, advantages_K, mask_KT)
-    return ScoredGroup(tuple(ids), tokens_KT, mask_KT, old_KT, old_KT, advantages_K)
+    return TrainingGroup(tuple(ids), tokens_KT, mask_KT, old_KT, old_KT, advantages_K)
 
 
-def plain_gradients(actor: nn.Module, group: ScoredGroup, weights_KT: mx.array) -> Parameters:
+def plain_gradients(actor: nn.Module, group: TrainingGroup, weights_KT: mx.array) -> Parameters:
     """The textbook way: K whole sequences in one graph."""
     k, prompt = group.tokens_KT.shape[0], len(group.prompt_ids)
     prompts = mx.broadcast_to(mx.array([group.prompt_ids]), (k, prompt))
@@ -136,13 +136,13 @@ def compare(name: str, config: dict[str, Any], args: argparse.Namespace) -> None
     group = random_group(args.K, args.prompt, args.completion, config["vocab_size"])
     tokens = args.K * args.completion
     weights_KT = token_weights(group.mask_KT, "sequence", args.K, tokens, args.completion)
-    stages = Stages(actor)
+    decoder = Decoder(actor)
 
     def plain() -> Parameters:
         return plain_gradients(actor, group, weights_KT)
 
     def staged() -> Parameters:
-        return backward_pass(stages, group, forward_pass(stages, group, 1.0), weights_KT, Clip())
+        return backward_pass(decoder, group, forward_pass(decoder, group, 1.0), weights_KT, Clip())
 
     results: dict[str, Measured] = {}
     for run in range(1 + args.runs):

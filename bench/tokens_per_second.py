@@ -29,21 +29,21 @@ from shapes import SHAPES, NoTokenizer, random_model
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.rng import key
-from mlx_grpo.core.types import Group, Prompt, ScoredGroup
+from mlx_grpo.core.types import Group, Prompt, TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip, token_weights
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.decoder import WHOLE, Stages
+from mlx_grpo.models.decoder import WHOLE, Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
-from mlx_grpo.models.merging import sampler
+from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.plan.devices import machine_limits
 from mlx_grpo.plan.footprint import footprint_of
-from mlx_grpo.plan.memory import Choice, Judge, Workload
-from mlx_grpo.plan.timing import Cost, stage_costs
+from mlx_grpo.plan.memory import Choice, RewardFootprint, Workload
+from mlx_grpo.plan.timing import StageCost, stage_costs
 
 K, RANK, JUDGE_RANK = 6, 16, 8
 
@@ -52,8 +52,8 @@ K, RANK, JUDGE_RANK = 6, 16, 8
 class Bench:
     """The models and lengths of a run."""
 
-    actor: Stages
-    reference: Stages
+    actor: Decoder
+    reference: Decoder
     reward_model: RewardModel
     prompt: int
     completion: int
@@ -77,10 +77,10 @@ def make_bench(
     }
     set_parameters(actor, moved)
     mx.eval(actor.parameters())
-    reference = Stages(model)
+    reference = Decoder(model)
     head_1D = mx.random.normal((1, reference.hidden_size), key=key(2, "head"))
-    judge = RewardModel(Stages(add_lora(model, JUDGE_RANK, 2.0, seed=3)), head_1D, None, None)
-    return Bench(Stages(actor), reference, judge, prompt, completion, backbone)
+    reward = RewardModel(Decoder(add_lora(model, JUDGE_RANK, 2.0, seed=3)), head_1D, None, None)
+    return Bench(Decoder(actor), reference, reward, prompt, completion, backbone)
 
 
 def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
@@ -92,7 +92,9 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
 
     actor = bench.actor.model
     start = time.perf_counter()
-    with sampler(bench.backbone, actor) if bench.backbone else nullcontext(actor) as model:
+    with (
+        merged_for_rollout(bench.backbone, actor) if bench.backbone else nullcontext(actor) as model
+    ):
         found = rollout(model, NoTokenizer(), frozenset(), prompts, sampling, 0, "bench")
     marks = [time.perf_counter()]
     for group in found:
@@ -102,19 +104,19 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
     marks.append(time.perf_counter())
     _update(bench, scored)
     marks.append(time.perf_counter())
-    stages = ("rollout", "reward", "log-prob", "update")
-    return {n: b - a for n, a, b in zip(stages, [start, *marks], marks, strict=False)}
+    decoder = ("rollout", "reward", "log-prob", "update")
+    return {n: b - a for n, a, b in zip(decoder, [start, *marks], marks, strict=False)}
 
 
-def _scored(bench: Bench, group: Group) -> ScoredGroup:
+def _scored(bench: Bench, group: Group) -> TrainingGroup:
     ids = group.prompt.token_ids
     tokens_KT, mask_KT = completion_arrays(group)
     ref_KT = token_logps(bench.reference, mx.array([ids]), tokens_KT, mask_KT)
     advantages_K = mx.random.normal((len(group.completions),), key=key(5, group.prompt.id))
-    return ScoredGroup(ids, tokens_KT, mask_KT, ref_KT, ref_KT, advantages_K)
+    return TrainingGroup(ids, tokens_KT, mask_KT, ref_KT, ref_KT, advantages_K)
 
 
-def _update(bench: Bench, groups: list[ScoredGroup]) -> None:
+def _update(bench: Bench, groups: list[TrainingGroup]) -> None:
     rows = sum(g.mask_KT.shape[0] for g in groups)
     total: dict[str, mx.array] = {}
     for group in groups:
@@ -126,13 +128,15 @@ def _update(bench: Bench, groups: list[ScoredGroup]) -> None:
     adamw_step(new_optimizer(1e-4, 0.0), total, lora_parameters(bench.actor.model), 0.5)
 
 
-def costs_of(bench: Bench, rows: int) -> dict[str, Cost]:
+def costs_of(bench: Bench, rows: int) -> dict[str, StageCost]:
     """What each stage must move and do."""
     model, groups = bench.reference.model, groups_of(rows)
     dense = not any(isinstance(m, nn.QuantizedLinear) for _, m in model.named_modules())
     sizes = footprint_of(model, sum(v.size for _, v in tree_flatten(model.parameters())))
     work = Workload(groups, rows // groups, bench.prompt, bench.completion, RANK)
-    costs = stage_costs(sizes, Judge(sizes.lora_bytes(JUDGE_RANK)), work, Choice(dense, 0, WHOLE))
+    costs = stage_costs(
+        sizes, RewardFootprint(sizes.lora_bytes(JUDGE_RANK)), work, Choice(dense, 0, WHOLE)
+    )
     return {n.replace("logprob", "log-prob"): cost for n, cost in costs.items()}
 
 

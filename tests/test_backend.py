@@ -8,7 +8,7 @@ from conftest import tiny_model
 from mlx_lm.models import activations
 
 from mlx_grpo.backend.kernels import exp_rows, swiglu
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy
+from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.rng import key
 
 
@@ -46,7 +46,7 @@ def test_the_blocks_of_a_dense_model_call_the_fast_swiglu(family: str) -> None:
     try:
         module.swiglu = activations.swiglu
         expected = model(tokens)
-        apply_policy(model, ComputePolicy("cpu", dense=True, dtype=mx.float32))
+        apply_precision(model, Precision("cpu", dense=True, dtype=mx.float32))
         assert module.swiglu is swiglu
         assert mx.allclose(model(tokens), expected, atol=1e-5).item()
     finally:

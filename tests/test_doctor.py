@@ -14,7 +14,7 @@ from mlx_grpo.cli import main
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
-from mlx_grpo.doctor import Finding, examine
+from mlx_grpo.doctor import Check, examine
 from mlx_grpo.doctor import matmul_gflops as measured
 
 
@@ -35,7 +35,7 @@ def fast_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
-def found(weights: Path, subject: str) -> Finding:
+def found(weights: Path, subject: str) -> Check:
     return next(f for f in examine(weights) if f.subject == subject)
 
 

@@ -19,7 +19,7 @@ from mlx_grpo.grpo.evaluate import (
 from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.grpo.state import Best
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
@@ -131,7 +131,7 @@ def test_perplexity_weighs_every_token_alike(backbone: Backbone) -> None:
         logp_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
         start = len(p.token_ids) - 1
         total += sum(logp_TV[start + t, i].item() for t, i in enumerate(answers[p.id]))
-    found = perplexity(Stages(backbone.model), prompts, answers)
+    found = perplexity(Decoder(backbone.model), prompts, answers)
     assert found == pytest.approx(math.exp(-total / 4), rel=1e-5)
 
 
@@ -143,7 +143,7 @@ def evaluator(backbone: Backbone) -> Evaluator:
         prompts=(prompt("one"), prompt("two")),
         answers={"one": (65, 66), "two": (70,)},
         rewards=RewardMix(None, 1.0, (length,)),
-        reference=Stages(backbone.model),
+        reference=Decoder(backbone.model),
         sampling=Sampling(k=2, max_tokens=6),
         seed=3,
     )
@@ -163,13 +163,13 @@ def test_the_kl_is_zero_for_the_reference_and_positive_for_another_policy(
 ) -> None:
     assert evaluator(evaluator.reference).kl == 0.0
     adapted = add_lora(backbone.model, rank=2, scale=2.0, seed=1)
-    fresh = evaluator(Stages(adapted))
+    fresh = evaluator(Decoder(adapted))
     assert abs(fresh.kl) < 1e-6  # a fresh adapter changes nothing
     set_parameters(
         adapted,
         {n: mx.full(v.shape, 0.05) for n, v in lora_parameters(adapted).items() if "_b" in n},
     )
-    moved = evaluator(Stages(adapted))
+    moved = evaluator(Decoder(adapted))
     assert moved.kl > 1e-3
     assert moved.perplexity != fresh.perplexity
 

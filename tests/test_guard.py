@@ -14,7 +14,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
 from mlx_grpo.grpo import update
-from mlx_grpo.grpo.learner import RunParts, first_state
+from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run import log
@@ -66,7 +66,7 @@ POISONS = {
 }
 
 
-def numbers(parts: RunParts) -> dict[str, bytes]:
+def numbers(parts: Learner) -> dict[str, bytes]:
     """Bits of adapter and moments; step count and learning rate move only with them."""
     state = {n: v for n, v in tree_flatten(parts.optimizer.state) if v.ndim}
     return {
@@ -76,14 +76,14 @@ def numbers(parts: RunParts) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def parts(train_arguments: dict[str, Any]) -> RunParts:
+def parts(train_arguments: dict[str, Any]) -> Learner:
     return load_parts(TrainConfig(**train_arguments), QUIET)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("stage", POISONS)
 def test_weights_normaliser_and_controller_stay_as_they_are(
-    stage: str, value: float, parts: RunParts, monkeypatch: Patch
+    stage: str, value: float, parts: Learner, monkeypatch: Patch
 ) -> None:
     first = trainer.iterate(parts, first_state(parts.config), QUIET).state
     before = numbers(parts)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_sft
@@ -21,10 +21,10 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.stopping import StopRequested
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import RunParts, first_state
+from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import add_lora, lora_modules, lora_parameters, set_parameters
-from mlx_grpo.models.merging import merged, sampler
+from mlx_grpo.models.merging import merged, merged_for_rollout
 from mlx_grpo.training.setup import load_parts
 
 TOKENS = mx.array([[5, 6, 7, 8]])
@@ -63,7 +63,7 @@ def test_a_merged_policy_gives_the_logits_of_its_lora_and_the_weights_come_back(
     wanted = actor(TOKENS)
     assert mx.abs(wanted - packed.model(TOKENS)).max().item() > 0.1
     mx.eval(wanted)
-    with sampler(packed, actor) as model:
+    with merged_for_rollout(packed, actor) as model:
         assert not lora_modules(model)
         assert mx.abs(model(TOKENS) - wanted).max().item() < 1e-3
         assert bits(packed.model) != before  # no copy: these are the same arrays
@@ -76,7 +76,7 @@ def test_the_weights_come_back_however_a_rollout_ends(
     packed: Backbone, failure: type[BaseException]
 ) -> None:
     actor, before = moved(packed.model), bits(packed.model)
-    with pytest.raises(failure), sampler(packed, actor):
+    with pytest.raises(failure), merged_for_rollout(packed, actor):
         raise failure
     assert bits(packed.model) == before
 
@@ -84,7 +84,7 @@ def test_the_weights_come_back_however_a_rollout_ends(
 def test_the_weights_come_back_when_merging_itself_fails(packed: Backbone) -> None:
     actor, before = moved(packed.model), bits(packed.model)
     lora_modules(actor)[-1][1].lora_a = mx.zeros((1, 1))  # does not fit
-    with pytest.raises(ValueError, match="matmul"), sampler(packed, actor):
+    with pytest.raises(ValueError, match="matmul"), merged_for_rollout(packed, actor):
         pass
     assert bits(packed.model) == before
 
@@ -95,7 +95,7 @@ def test_a_merge_takes_the_packed_weights_and_no_copy(directory: Path) -> None:
     mx.eval(actor.parameters())
     layers = [layer.linear.weight.nbytes for _, layer in lora_modules(actor)]
     before = mx.get_active_memory()
-    with sampler(backbone, actor):
+    with merged_for_rollout(backbone, actor):
         inside = mx.get_active_memory() - before
     assert 0 < inside < 0.5 * sum(layers)
     assert mx.get_active_memory() == before
@@ -103,25 +103,25 @@ def test_a_merge_takes_the_packed_weights_and_no_copy(directory: Path) -> None:
 
 def test_without_packed_weights_the_lora_stays_beside(backbone: Backbone) -> None:
     actor, before = moved(backbone.model), bits(backbone.model)
-    with sampler(backbone, actor) as model:
+    with merged_for_rollout(backbone, actor) as model:
         assert len(lora_modules(model)) == len(lora_modules(actor))
         assert bits(backbone.model) == before
         assert mx.array_equal(model(TOKENS), actor(TOKENS))
 
 
 def test_weights_in_packed_form_are_sampled_from_as_they_are(directory: Path) -> None:
-    backbone = load_backbone(directory, policy_for(dense=False))
+    backbone = load_backbone(directory, precision_for(dense=False))
     actor = moved(backbone.model)
-    with sampler(backbone, actor) as model:
+    with merged_for_rollout(backbone, actor) as model:
         assert model is actor
-    with sampler(load_backbone(directory), backbone.model) as model:
+    with merged_for_rollout(load_backbone(directory), backbone.model) as model:
         assert model is backbone.model  # no LoRA
 
 
 def test_a_fresh_lora_is_sampled_from_without_merging_it(packed: Backbone) -> None:
     (packed.path / "model.safetensors").unlink()  # not even read
     actor = add_lora(packed.model, rank=4, scale=2.0, seed=0)
-    with sampler(packed, actor) as model:
+    with merged_for_rollout(packed, actor) as model:
         assert mx.array_equal(model(TOKENS), actor(TOKENS))
         assert not lora_modules(model)
 
@@ -153,13 +153,13 @@ def test_weights_that_changed_on_disk_are_never_taken_for_those_in_memory(
     before = bits(packed.model)
     actor = moved(packed.model)
     complaint = "changed while they were in use"
-    with pytest.raises(InputError, match=complaint), sampler(packed, actor):
+    with pytest.raises(InputError, match=complaint), merged_for_rollout(packed, actor):
         pass
     assert bits(packed.model) == before
 
 
 @pytest.fixture
-def parts(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> RunParts:
+def parts(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> Learner:
     """A run on it whose reward is a function."""
     file = tmp_path / "rewards.py"
     file.write_text("def short(completions): return [-len(c) for c in completions]")
@@ -171,7 +171,7 @@ def parts(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_nothing_but_a_rollout_sees_a_merged_weight(
-    parts: RunParts, monkeypatch: pytest.MonkeyPatch
+    parts: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_grpo.grpo import evaluate, iteration
 
@@ -187,7 +187,7 @@ def test_nothing_but_a_rollout_sees_a_merged_weight(
 
         monkeypatch.setattr(module, name, watched)
 
-    for name in ("rollout", "rate", "score_under", "update"):
+    for name in ("rollout", "rate", "advantages_under", "update"):
         watch(iteration, name)
     for name in ("rollout", "token_logps", "perplexity"):
         watch(evaluate, name)
@@ -199,7 +199,7 @@ def test_nothing_but_a_rollout_sees_a_merged_weight(
     assert bits(backbone.model) == before
 
 
-def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(parts: RunParts) -> None:
+def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(parts: Learner) -> None:
     before, calls = bits(parts.roles.backbone.model), []
 
     def stop_while_decoding() -> None:
@@ -212,8 +212,8 @@ def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(parts: RunParts) ->
     assert bits(parts.roles.backbone.model) == before
 
 
-def test_answers_are_those_of_the_lora_beside_the_weights(parts: RunParts) -> None:
-    def answers(found: RunParts) -> list[tuple[int, ...]]:
+def test_answers_are_those_of_the_lora_beside_the_weights(parts: Learner) -> None:
+    def answers(found: Learner) -> list[tuple[int, ...]]:
         state = first_state(found.config)
         groups = iterate(found, state, Console(quiet=True)).groups
         return [c.token_ids for g in groups for c in g.completions]

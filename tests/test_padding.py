@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_grpo.core.padding import joined, length_buckets, pad_right, row_lengths, rows_of
-from mlx_grpo.core.types import ScoredGroup
+from mlx_grpo.core.types import TrainingGroup
 
 
 def cost(buckets: list[list[int]], lengths: tuple[int, ...], prompt: int) -> int:
@@ -44,7 +44,7 @@ def test_rows_are_cut_to_their_longest_and_put_back() -> None:
     tokens_KT, lengths = pad_right([[1, 2, 3], [4], [5, 6]])
     mask_KT = (mx.arange(3)[None] < mx.array(lengths)[:, None]).astype(mx.float32)
     logp_KT = -tokens_KT.astype(mx.float32) * mask_KT
-    group = ScoredGroup((9,), tokens_KT, mask_KT, logp_KT, logp_KT, mx.array([1.0, 2.0, 3.0]))
+    group = TrainingGroup((9,), tokens_KT, mask_KT, logp_KT, logp_KT, mx.array([1.0, 2.0, 3.0]))
     parts = [(rows, rows_of(group, rows)) for rows in ([0], [1, 2])]
     assert parts[1][1].tokens_KT.tolist() == [[4, 0], [5, 6]]
     assert parts[1][1].advantages_K.tolist() == [2.0, 3.0]

@@ -16,7 +16,7 @@ from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.plan.footprint import Footprint, footprint, footprint_of
-from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
 from mlx_grpo.plan.planner import planner
 from mlx_grpo.training.loop import train
 
@@ -39,25 +39,25 @@ WORK = Workload(16, 6, 256, 256, 16, steps=4)
 PACKED = Choice(dense=False, decode_rows=0, sizes=Sizes())
 
 
-def gemma(judge: Judge, limit: float, residency: str = "auto") -> Plan:
-    return choose(GEMMA_2B, judge, WORK, int(limit), PACKED, residency)
+def gemma(reward: RewardFootprint, limit: float, residency: str = "auto") -> Plan:
+    return choose(GEMMA_2B, reward, WORK, int(limit), PACKED, residency)
 
 
 def test_gemma_2b_fits_into_two_and_a_half_gigabytes_with_either_reward_model() -> None:
-    adapter = gemma(Judge(GEMMA_2B.lora_bytes(8)), 2.5e9)
-    own = gemma(Judge(model=GEMMA_2B), 2.5e9)
+    adapter = gemma(RewardFootprint(GEMMA_2B.lora_bytes(8)), 2.5e9)
+    own = gemma(RewardFootprint(model=GEMMA_2B), 2.5e9)
     assert adapter.fits and not adapter.choice.swap
     assert own.fits and own.choice.swap
 
 
 def test_a_reward_model_of_its_own_stays_where_there_is_room() -> None:
-    assert not gemma(Judge(model=GEMMA_2B), 8e9).choice.swap
-    assert gemma(Judge(model=GEMMA_2B), 8e9, "swap").choice.swap
-    assert not gemma(Judge(model=GEMMA_2B), 2.5e9, "resident").fits
+    assert not gemma(RewardFootprint(model=GEMMA_2B), 8e9).choice.swap
+    assert gemma(RewardFootprint(model=GEMMA_2B), 8e9, "swap").choice.swap
+    assert not gemma(RewardFootprint(model=GEMMA_2B), 2.5e9, "resident").fits
 
 
 def test_with_room_enough_nothing_is_cut() -> None:
-    plan = gemma(Judge(), 64e9)
+    plan = gemma(RewardFootprint(), 64e9)
     assert plan.choice == replace(PACKED, decode_rows=96)
 
 
@@ -65,7 +65,7 @@ def test_with_room_enough_nothing_is_cut() -> None:
 def test_a_plan_that_fits_is_within_its_limit_and_more_memory_never_plans_less(
     limit: float,
 ) -> None:
-    smaller, larger = gemma(Judge(), limit), gemma(Judge(), 1.5 * limit)
+    smaller, larger = gemma(RewardFootprint(), limit), gemma(RewardFootprint(), 1.5 * limit)
     assert smaller.fits == (smaller.peak <= limit)
     assert larger.choice.decode_rows >= smaller.choice.decode_rows
     assert larger.fits or not smaller.fits
@@ -73,7 +73,7 @@ def test_a_plan_that_fits_is_within_its_limit_and_more_memory_never_plans_less(
 
 def test_what_is_asked_for_is_kept() -> None:
     given = replace(PACKED, decode_rows=12, sizes=Sizes(rows=2))
-    plan = choose(GEMMA_2B, Judge(), WORK, int(3e9), given)
+    plan = choose(GEMMA_2B, RewardFootprint(), WORK, int(3e9), given)
     assert (plan.choice.decode_rows, plan.choice.sizes.rows) == (12, 2)
 
 

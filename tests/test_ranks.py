@@ -79,7 +79,7 @@ def test_a_rank_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(watch, "SILENT_SECONDS", 0.5)
     near, far = Pipe()
     said: list[str] = []
-    watching = watch.Watch(0, [watch.Neighbour(1, "mac-b", near)], said.append)
+    watching = watch.Heartbeat(0, [watch.Neighbour(1, "mac-b", near)], said.append)
     with pytest.raises(RuntimeError, match="rank 1 on mac-b: no sign of life"):
         watching.explain(ValueError("the collective failed"))
     assert said == ["rank 1 on mac-b: no sign of life for 0.5 s; go on with --resume"]
@@ -91,7 +91,7 @@ def test_a_rank_that_gives_signs_of_life_is_not_lost(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
     near, far = Pipe()
     both = [
-        watch.Watch(rank, [watch.Neighbour(1 - rank, "mac", line)], lambda _: None)
+        watch.Heartbeat(rank, [watch.Neighbour(1 - rank, "mac", line)], lambda _: None)
         for rank, line in enumerate((near, far))
     ]
     time.sleep(1.5)

@@ -11,7 +11,7 @@ from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.rollout import SAMPLER_BLOCK, Sampling, rollout, sample
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 
 PROMPTS = [
     Prompt(f"p{i}", ({"role": "user", "content": "x"},), tuple(range(40, 40 + n)))
@@ -39,7 +39,7 @@ def test_tokens_do_not_depend_on_how_rows_are_batched(backbone: Backbone) -> Non
 
 def test_sliding_windows_keep_rows_apart_too() -> None:
     model = tiny_model("gemma3_text")
-    stages = Stages(model)
+    decoder = Decoder(model)
     sampling, stop = Sampling(2, 20), frozenset({EOS})
     together = rollout(model, _Decoder(), stop, PROMPTS, sampling, 1, "test")
     for prompt, group in zip(PROMPTS, together, strict=True):
@@ -47,7 +47,7 @@ def test_sliding_windows_keep_rows_apart_too() -> None:
         assert [c.token_ids for c in group.completions] == [c.token_ids for c in alone.completions]
         for c in group.completions:
             row = mx.array([c.token_ids])
-            again = token_logps(stages, mx.array([prompt.token_ids]), row, mx.ones(row.shape))
+            again = token_logps(decoder, mx.array([prompt.token_ids]), row, mx.ones(row.shape))
             assert np.abs(np.array(c.logps) - np.array(again[0])).max() < 1e-4
 
 
@@ -88,12 +88,12 @@ def test_a_completion_keeps_its_stop_token_and_nothing_after_it(backbone: Backbo
 
 
 def test_log_probs_of_the_rollout_are_those_of_the_training_forward(backbone: Backbone) -> None:
-    stages = Stages(backbone.model)
+    decoder = Decoder(backbone.model)
     for temperature in (1.0, 0.6):
         group = draw(backbone, PROMPTS[2:3], Sampling(1, 16, temperature))[0]
         row = mx.array([group.completions[0].token_ids])
         prompt = mx.array([group.prompt.token_ids])
-        again = token_logps(stages, prompt, row, mx.ones(row.shape), temperature)
+        again = token_logps(decoder, prompt, row, mx.ones(row.shape), temperature)
         assert np.abs(np.array(group.completions[0].logps) - np.array(again[0])).max() < 1e-5
 
 

@@ -13,7 +13,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.training import loop as trainer
 from mlx_grpo.training import setup as parts
 from mlx_grpo.training.loop import train
-from mlx_grpo.training.seeds import Planned, train_all
+from mlx_grpo.training.seeds import PlannedRun, train_all
 
 QUIET = Console(quiet=True)
 
@@ -35,7 +35,7 @@ def test_weights_are_loaded_once_and_each_seed_is_the_run_it_is_alone(
     loaded: list[Path] = []
     real = parts.load_backbone
     monkeypatch.setattr(parts, "load_backbone", lambda *a: (loaded.append(a[0]), real(*a))[1])
-    assert train_all([Planned(c) for c in configs], QUIET)
+    assert train_all([PlannedRun(c) for c in configs], QUIET)
     assert len(loaded) == 1
     assert "2 runs: seed-1, seed-2" in (tmp_path / "report.html").read_text()
     for config in configs:
@@ -51,7 +51,7 @@ def test_a_directory_in_the_way_of_the_last_seed_is_found_before_the_first(
     configs[1].run_directory.mkdir()
     (configs[1].run_directory / "something").touch()
     with pytest.raises(InputError, match=r"seed-2: not empty"):
-        train_all([Planned(c) for c in configs], QUIET)
+        train_all([PlannedRun(c) for c in configs], QUIET)
     assert not configs[0].run_directory.exists()
 
 
@@ -61,7 +61,7 @@ def test_a_bad_row_is_found_before_weights_are_loaded_for_several_seeds(
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 5}])
     monkeypatch.setattr(parts, "load_backbone", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError, match=r"bad\.jsonl:1: field 'prompt'"):
-        train_all([Planned(replace(c, prompts=str(bad))) for c in configs], QUIET)
+        train_all([PlannedRun(replace(c, prompts=str(bad))) for c in configs], QUIET)
 
 
 def test_a_stop_during_one_seed_leaves_the_rest(
@@ -71,5 +71,5 @@ def test_a_stop_during_one_seed_leaves_the_rest(
     started: list[int] = []
     real = trainer.first_state
     monkeypatch.setattr(trainer, "first_state", lambda c: (started.append(c.seed), real(c))[1])
-    assert train_all([Planned(c) for c in configs], QUIET) is False
+    assert train_all([PlannedRun(c) for c in configs], QUIET) is False
     assert started == [1]

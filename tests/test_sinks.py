@@ -1,4 +1,4 @@
-"""Figures go where --log says, and no sink can end a run or spoil it."""
+"""Figures go where --log says, and no tracker can end a run or spoil it."""
 
 import shutil
 import sys
@@ -11,14 +11,14 @@ import pytest
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.training import trackers as sinks
+from mlx_grpo.training import trackers as trackers
 from mlx_grpo.training.loop import train
 
 ROWS = [{"step": 1, "reward": 0.5, "policy/stopped_early": False, "a_word": "text", "kl": None}]
 
 
 class Tracker(types.ModuleType):
-    """What Trackio and Weights & Biases have in common."""
+    """What Trackio and FrozenModels & Biases have in common."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -35,11 +35,11 @@ class Tracker(types.ModuleType):
 
 
 def log_all(config: TrainConfig, run: Path, step: int = 0) -> list[str]:
-    """Hand all rows to the sinks; the warnings."""
+    """Hand all rows to the trackers; the warnings."""
     warnings: list[str] = []
-    with sinks.opened(config, run, step, warnings.append) as sink:
+    with trackers.open_trackers(config, run, step, warnings.append) as tracker:
         for row in ROWS:
-            sink(row)
+            tracker(row)
     return warnings
 
 
@@ -64,7 +64,7 @@ def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
     for tracker in trackers:
         monkeypatch.setitem(sys.modules, tracker.__name__, tracker)
     hours = iter("1234")  # each tracker takes its time to open
-    monkeypatch.setattr(sinks.time, "strftime", lambda _: next(hours))
+    monkeypatch.setattr(trackers.time, "strftime", lambda _: next(hours))
     for step in (0, 3):  # begun, resumed
         run.mkdir(parents=True, exist_ok=True)
         assert log_all(TrainConfig(log=("trackio", "wandb")), run, step) == []
@@ -87,7 +87,7 @@ def test_tensorboard_gets_a_file_in_the_run(tmp_path: Path) -> None:
 def test_a_missing_library_is_one_line_before_the_run_starts(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sinks.MODULES, "wandb", "a_module_that_is_not_there")
+    monkeypatch.setitem(trackers.MODULES, "wandb", "a_module_that_is_not_there")
     config = TrainConfig(**{**train_arguments, "log": ("wandb",)})
     with pytest.raises(InputError, match=r"pip install 'mlx-grpo\[wandb\]'"):
         train(config, Console(quiet=True))
@@ -99,9 +99,9 @@ def test_a_directory_of_that_name_is_not_the_library(
 ) -> None:
     (tmp_path / "a_name_that_is_free").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sinks.MODULES, "wandb", "a_name_that_is_free")
+    monkeypatch.setitem(trackers.MODULES, "wandb", "a_name_that_is_free")
     with pytest.raises(InputError, match="is not installed"):
-        sinks.check_installed(["wandb"])
+        trackers.check_installed(["wandb"])
 
 
 @pytest.mark.parametrize("method", ["init", "log", "finish"])
@@ -117,7 +117,7 @@ def test_a_sink_that_fails_is_told_of_once_and_training_goes_on(
     tracker = Tracker("wandb")
     setattr(tracker, method, fails)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
-    monkeypatch.setattr(sinks, "check_installed", lambda _: None)
+    monkeypatch.setattr(trackers, "check_installed", lambda _: None)
     monkeypatch.setattr("mlx_grpo.training.loop.check_installed", lambda _: None)
     assert train(TrainConfig(**{**train_arguments, "log": ("wandb",)}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]

@@ -9,12 +9,12 @@ from mlx.utils import tree_flatten
 from bench.families import FAMILIES
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
-from mlx_grpo.core.types import ScoredGroup
+from mlx_grpo.core.types import TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
 from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import share
-from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 
 PROMPT, LENGTHS = 11, (9, 4, 1)
@@ -31,30 +31,30 @@ def actor_of(family: str):  # type: ignore[no-untyped-def]
     return actor
 
 
-def group_of(seed: int = 3) -> ScoredGroup:
+def group_of(seed: int = 3) -> TrainingGroup:
     """A prompt and three completions of different length, with ratios away from one."""
     shape = (len(LENGTHS), max(LENGTHS))
     prompt = mx.random.randint(0, VOCABULARY, (PROMPT,), key=key(seed, "prompt"))
     tokens = mx.random.randint(0, VOCABULARY, shape, key=key(seed, "tokens"))
     mask = (mx.arange(shape[1])[None] < mx.array(LENGTHS)[:, None]).astype(mx.float32)
     old = -5 + 0.5 * mx.random.normal(shape, key=key(seed, "old"))
-    return ScoredGroup(
+    return TrainingGroup(
         tuple(prompt.tolist()), tokens, mask, old * mask, old * mask, mx.array([1.0, -0.7, 0.2])
     )
 
 
-def staged_gradients(stages, group, weights_KT, clip, temperature=1.0):  # type: ignore[no-untyped-def]
+def staged_gradients(decoder, group, weights_KT, clip, temperature=1.0):  # type: ignore[no-untyped-def]
     """(gradients, log-probs [K, T]) of one group."""
-    ahead = forward_pass(stages, group, temperature)
-    return backward_pass(stages, group, ahead, weights_KT, clip), ahead.logp_KT
+    ahead = forward_pass(decoder, group, temperature)
+    return backward_pass(decoder, group, ahead, weights_KT, clip), ahead.logp_KT
 
 
-def whole_sequences(group: ScoredGroup) -> mx.array:
+def whole_sequences(group: TrainingGroup) -> mx.array:
     prompts = mx.broadcast_to(mx.array([group.prompt_ids]), (len(LENGTHS), PROMPT))
     return mx.concatenate([prompts, group.tokens_KT], axis=1)
 
 
-def plain_logps(model, group: ScoredGroup) -> mx.array:  # type: ignore[no-untyped-def]
+def plain_logps(model, group: TrainingGroup) -> mx.array:  # type: ignore[no-untyped-def]
     logits = model(whole_sequences(group)[:, :-1])[:, PROMPT - 1 :].astype(mx.float32)
     picked = mx.take_along_axis(logits, group.tokens_KT[..., None], axis=-1)[..., 0]
     return picked - mx.logsumexp(logits, axis=-1)
@@ -64,9 +64,9 @@ def plain_logps(model, group: ScoredGroup) -> mx.array:  # type: ignore[no-untyp
 def test_stages_give_the_logits_of_the_model_itself(family: str) -> None:
     model, group = actor_of(family), group_of()
     expected = model(whole_sequences(group)[:, :-1])[:, PROMPT - 1 :]
-    stages = Stages(model)
-    hidden = shift_right(*stages.forward(mx.array([group.prompt_ids]), group.tokens_KT))
-    assert mx.abs(stages.head(hidden) - expected).max().item() < 2e-5
+    decoder = Decoder(model)
+    hidden = shift_right(*decoder.forward(mx.array([group.prompt_ids]), group.tokens_KT))
+    assert mx.abs(decoder.head(hidden) - expected).max().item() < 2e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_staged_gradients_equal_plain_value_and_grad(family: str, level: str) ->
 
     _, expected = mx.value_and_grad(loss)(parameters)
     set_parameters(model, parameters)
-    got, logp = staged_gradients(Stages(model), group, weights, clip, 1.0)
+    got, logp = staged_gradients(Decoder(model), group, weights, clip, 1.0)
     worst = max((mx.abs(got[n] - g).max() / mx.abs(g).max()).item() for n, g in expected.items())
     print(f"{family} {level}: largest relative gradient difference {worst:.1e}")
     assert got.keys() == expected.keys()
@@ -97,7 +97,7 @@ def test_parameters_are_back_in_place_after_a_backward() -> None:
     model, group = actor_of("llama"), group_of()
     before = {n: v.tolist() for n, v in lora_parameters(model).items()}
     weights = token_weights(group.mask_KT, "token", len(LENGTHS), sum(LENGTHS), max(LENGTHS))
-    staged_gradients(Stages(model), group, weights, Clip(), 1.0)
+    staged_gradients(Decoder(model), group, weights, Clip(), 1.0)
     assert {n: v.tolist() for n, v in lora_parameters(model).items()} == before
 
 
@@ -105,17 +105,17 @@ def test_blocks_below_the_first_lora_are_not_differentiated() -> None:
     model = add_lora(tiny_model("gemma3_text"), rank=2, scale=2.0, seed=1, blocks=2)
     group = group_of()
     weights = token_weights(group.mask_KT, "token", len(LENGTHS), sum(LENGTHS), max(LENGTHS))
-    gradients, _ = staged_gradients(Stages(model), group, weights, Clip(), 1.0)
+    gradients, _ = staged_gradients(Decoder(model), group, weights, Clip(), 1.0)
     assert {name.split(".")[2] for name in gradients} == {"5", "6"}
 
 
 def test_log_probs_do_not_depend_on_padding_or_neighbours() -> None:
-    stages, group = Stages(actor_of("llama")), group_of()
+    decoder, group = Decoder(actor_of("llama")), group_of()
     prompt = mx.array([group.prompt_ids])
-    together = token_logps(stages, prompt, group.tokens_KT, group.mask_KT, 0.7)
+    together = token_logps(decoder, prompt, group.tokens_KT, group.mask_KT, 0.7)
     for row, length in enumerate(LENGTHS):
         tokens = group.tokens_KT[row : row + 1, :length]
-        alone = token_logps(stages, prompt, tokens, mx.ones(tokens.shape), 0.7)
+        alone = token_logps(decoder, prompt, tokens, mx.ones(tokens.shape), 0.7)
         assert mx.abs(together[row, :length] - alone[0]).max().item() < 1e-5
         assert (together[row, length:] == 0).all().item()
 
@@ -152,4 +152,4 @@ def test_a_model_whose_blocks_take_other_arguments_is_refused() -> None:
         )
     )
     with pytest.raises(InputError, match="mamba"):
-        Stages(model)
+        Decoder(model)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from conftest import write_model
 
-from mlx_grpo.backend.precision import ComputePolicy
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Completion, Group, Prompt
@@ -16,8 +16,8 @@ from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.streamed_reward_model import open_streamed
 
-DENSE = ComputePolicy("cpu", dense=True, dtype=mx.float32)
-PACKED = ComputePolicy("cpu", dense=False, dtype=mx.float32)
+DENSE = Precision("cpu", dense=True, dtype=mx.float32)
+PACKED = Precision("cpu", dense=False, dtype=mx.float32)
 
 
 @pytest.fixture(params=["llama", "gemma", "qwen2"])
@@ -48,7 +48,7 @@ def test_weights_that_change_between_two_scorings_are_refused(judge: Path) -> No
 @pytest.mark.parametrize("hidden_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("policy", [DENSE, PACKED])
 def test_scores_are_those_of_a_resident_model(
-    judge: Path, sft: Path, hidden_bytes: int, policy: ComputePolicy
+    judge: Path, sft: Path, hidden_bytes: int, policy: Precision
 ) -> None:
     resident = load_reward_model(judge, load_backbone(sft), policy=policy)
     streamed = open_streamed(judge, policy, Sizes(), hidden_bytes)

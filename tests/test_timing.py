@@ -11,10 +11,10 @@ from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.devices import MACS, THIS, Device, check_name, device
 from mlx_grpo.plan.footprint import footprint_of
-from mlx_grpo.plan.memory import Judge
-from mlx_grpo.plan.timing import REACHED, Cost, estimate, stage_costs
+from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.timing import REACHED, StageCost, estimate, stage_costs
 
-ADAPTER = Judge(adapter_bytes=GEMMA_2B.lora_bytes(8))
+ADAPTER = RewardFootprint(adapter_bytes=GEMMA_2B.lora_bytes(8))
 CHOICE = replace(PACKED, decode_rows=96)
 
 
@@ -53,13 +53,13 @@ def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
 
 
 def test_without_a_reward_model_its_stage_costs_nothing() -> None:
-    assert stage_costs(GEMMA_2B, Judge(), WORK, CHOICE)["reward"] == Cost(0, 0)
+    assert stage_costs(GEMMA_2B, RewardFootprint(), WORK, CHOICE)["reward"] == StageCost(0, 0)
 
 
 def test_the_binding_limit_sets_the_time() -> None:
     slow_memory = Device("a", bandwidth=10.0, arithmetic=1e9)
     slow_units = Device("b", bandwidth=1e9, arithmetic=10.0)
-    cost = {"rollout": Cost(bytes=20.0, flops=40.0)}
+    cost = {"rollout": StageCost(bytes=20.0, flops=40.0)}
     moving, computing = (estimate(cost, d)["rollout"] for d in (slow_memory, slow_units))
     assert (moving.at_least, moving.bound) == (2.0, "bandwidth")
     assert (computing.at_least, computing.bound) == (4.0, "arithmetic")

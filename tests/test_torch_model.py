@@ -17,12 +17,12 @@ from torch_reference import BOUND, double, relative_difference, report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlx_grpo.core.rng import key
-from mlx_grpo.core.types import ScoredGroup
+from mlx_grpo.core.types import TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Aggregation, Clip, RatioLevel, token_weights
 from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 
 PROMPT = (11, 203, 5, 77, 140)
@@ -97,7 +97,7 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_log_probs(case: Case, temperature: float) -> None:
     found_KT = token_logps(
-        Stages(case.backbone.model), mx.array([PROMPT]), case.tokens_KT, case.mask_KT, temperature
+        Decoder(case.backbone.model), mx.array([PROMPT]), case.tokens_KT, case.mask_KT, temperature
     )
     with torch.no_grad():
         expected_KT = padded(torch_logps(case, temperature))
@@ -106,7 +106,7 @@ def test_token_log_probs(case: Case, temperature: float) -> None:
     assert report(f"token log-probs (temperature {temperature})", difference) <= BOUND
 
 
-def adapted(case: Case) -> Stages:
+def adapted(case: Case) -> Decoder:
     """Our model with a LoRA whose B is not zero."""
     model = add_lora(case.backbone.model, rank=3, scale=SCALE, seed=1)
     drawn = {
@@ -116,7 +116,7 @@ def adapted(case: Case) -> Stages:
     }
     set_parameters(model, drawn)
     model.train()
-    return Stages(model)
+    return Decoder(model)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_lora_gradients_of_the_clipped_surrogate(
     case: Case, aggregation: Aggregation, level: RatioLevel, temperature: float
 ) -> None:
     """Every LoRA tensor, relative to the largest value of that tensor."""
-    stages = adapted(case)
-    leaves = {n: double(v).requires_grad_() for n, v in lora_parameters(stages.model).items()}
+    decoder = adapted(case)
+    leaves = {n: double(v).requires_grad_() for n, v in lora_parameters(decoder.model).items()}
     assert len(leaves) == 2 * 2 * 7  # A and B of seven linear layers in each of two blocks
     weights = dict(case.theirs.named_parameters())
     for name in [n.removesuffix(".lora_a") for n in leaves if n.endswith(".lora_a")]:
@@ -151,10 +151,12 @@ def test_lora_gradients_of_the_clipped_surrogate(
     reference.clipped_surrogate(rows, 0.2, 0.2, level, aggregation, MAX_TOKENS).backward()
 
     old_KT = mx.array(padded(old).numpy())
-    group = ScoredGroup(PROMPT, case.tokens_KT, case.mask_KT, old_KT, old_KT, mx.array(advantages))
+    group = TrainingGroup(
+        PROMPT, case.tokens_KT, case.mask_KT, old_KT, old_KT, mx.array(advantages)
+    )
     weights_KT = token_weights(case.mask_KT, aggregation, len(LENGTHS), sum(LENGTHS), MAX_TOKENS)
-    ahead = forward_pass(stages, group, temperature)
-    gradients = backward_pass(stages, group, ahead, weights_KT, Clip(0.2, 0.2, level))
+    ahead = forward_pass(decoder, group, temperature)
+    gradients = backward_pass(decoder, group, ahead, weights_KT, Clip(0.2, 0.2, level))
     logp_KT = ahead.logp_KT
     assert gradients.keys() == leaves.keys()
     assert relative_difference(logp_KT, padded(logps)) <= BOUND

@@ -20,7 +20,7 @@ from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.pairs import PairGroup
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
@@ -35,20 +35,20 @@ def test_the_loss_of_a_pair_is_minus_log_sigmoid_even_far_out(difference: float)
 
 
 def test_staged_gradients_agree_with_finite_differences(backbone: Backbone) -> None:
-    stages = Stages(add_lora(backbone.model, rank=2, scale=2.0, seed=1))
-    head_1D = 0.3 * mx.random.normal((1, stages.hidden_size), key=key(1, "head"))
+    decoder = Decoder(add_lora(backbone.model, rank=2, scale=2.0, seed=1))
+    head_1D = 0.3 * mx.random.normal((1, decoder.hidden_size), key=key(1, "head"))
     group = PairGroup((5, 6, 7), ((10, 11, 12), (13,), (14, 15)), ((0, 1), (2, 1)))
-    gradients, loss = group_gradients(stages, head_1D, group, weight=0.5)
-    scores = RewardModel(stages, head_1D, None, None).score_ids(group.prompt_ids, [*group.answers])
+    gradients, loss = group_gradients(decoder, head_1D, group, weight=0.5)
+    scores = RewardModel(decoder, head_1D, None, None).score_ids(group.prompt_ids, [*group.answers])
     direct = bradley_terry_loss(mx.array(scores), group.pairs).item()
     assert loss == pytest.approx(direct, rel=1e-5)
 
-    adapter = lora_parameters(stages.model)
+    adapter = lora_parameters(decoder.model)
     assert gradients.keys() == {*adapter, HEAD}
 
     def loss_at(step: float) -> float:
-        set_parameters(stages.model, {n: v + step * gradients[n] for n, v in adapter.items()})
-        moved = RewardModel(stages, head_1D + step * gradients[HEAD], None, None)
+        set_parameters(decoder.model, {n: v + step * gradients[n] for n, v in adapter.items()})
+        moved = RewardModel(decoder, head_1D + step * gradients[HEAD], None, None)
         found = moved.score_ids(group.prompt_ids, [*group.answers])
         return 0.5 * bradley_terry_loss(mx.array(found), group.pairs).item()
 

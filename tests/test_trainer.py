@@ -119,7 +119,7 @@ def step_names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "stage", ["rollout", "rate", "score_under", "update", "adamw_step", "_evaluate"]
+    "stage", ["rollout", "rate", "advantages_under", "update", "adamw_step", "_evaluate"]
 )
 def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     stage: str,

@@ -8,13 +8,13 @@ import mlx.optimizers as optim
 import pytest
 from test_stages import actor_of, group_of
 
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy
-from mlx_grpo.core.types import Parameters, RatedGroup, ScoredGroup
-from mlx_grpo.grpo.advantages import Shaping, score_under
+from mlx_grpo.backend.precision import Precision, apply_precision
+from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
+from mlx_grpo.grpo.advantages import Shaping, advantages_under
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, reused_groups, update
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 
@@ -30,29 +30,29 @@ SETTINGS = UpdateSettings(
 )
 
 
-def on_policy(stages: Stages, seed: int) -> ScoredGroup:
+def on_policy(decoder: Decoder, seed: int) -> TrainingGroup:
     """A group whose old log-probs are the policy's own."""
     group = group_of(seed)
-    old = token_logps(stages, mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
+    old = token_logps(decoder, mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
     return replace(group, old_logp_KT=old)
 
 
-def snapshot(stages: Stages) -> dict[str, list]:
-    return {n: v.tolist() for n, v in lora_parameters(stages.model).items()}
+def snapshot(decoder: Decoder) -> dict[str, list]:
+    return {n: v.tolist() for n, v in lora_parameters(decoder.model).items()}
 
 
 def updated_by(
-    stages: Stages, optimizer: optim.AdamW, groups: list[ScoredGroup], settings: UpdateSettings
+    decoder: Decoder, optimizer: optim.AdamW, groups: list[TrainingGroup], settings: UpdateSettings
 ) -> UpdateStats:
     """Update on groups that are scored already."""
-    return update(stages, optimizer, [], groups, Shaping(0.0), settings)[1]
+    return update(decoder, optimizer, [], groups, Shaping(0.0), settings)[1]
 
 
 def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
-    stages = Stages(actor_of("llama"))
-    scored = [on_policy(stages, seed) for seed in range(groups)]
-    stats = updated_by(stages, new_optimizer(1e-2, 0.0), scored, settings)
-    return lora_parameters(stages.model), stats
+    decoder = Decoder(actor_of("llama"))
+    scored = [on_policy(decoder, seed) for seed in range(groups)]
+    stats = updated_by(decoder, new_optimizer(1e-2, 0.0), scored, settings)
+    return lora_parameters(decoder.model), stats
 
 
 def test_one_row_a_pass_gives_the_update_of_whole_groups() -> None:
@@ -78,26 +78,26 @@ def test_the_rest_of_an_iteration_is_skipped_once_the_kl_passes_its_limit() -> N
 
 
 def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -> None:
-    stages = Stages(actor_of("llama"))
-    live = on_policy(stages, 1)
-    dead = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
-    before = snapshot(stages)
-    assert updated_by(stages, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
-    assert snapshot(stages) == before
+    decoder = Decoder(actor_of("llama"))
+    live = on_policy(decoder, 1)
+    dead = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
+    before = snapshot(decoder)
+    assert updated_by(decoder, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
+    assert snapshot(decoder) == before
     both = updated_by(
-        stages, new_optimizer(1e-2, 0.0), [live, dead], replace(SETTINGS, minibatch_size=2)
+        decoder, new_optimizer(1e-2, 0.0), [live, dead], replace(SETTINGS, minibatch_size=2)
     )
     alone = updated_by(
-        Stages(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS)
+        Decoder(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS)
     )
     assert both.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-4)
 
 
-def rated(seed: int, scores: list[float]) -> RatedGroup:
+def rated(seed: int, scores: list[float]) -> RewardedGroup:
     """A group before its log-probs under the actor are known."""
     g = group_of(seed)
     ids, ref = g.prompt_ids, g.ref_logp_KT
-    return RatedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
+    return RewardedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
 
 
 @pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
@@ -114,13 +114,13 @@ def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
     shaping, count = Shaping(0.5, "std"), reused_groups(settings)
     results = []
     for reused in (0, count):
-        stages = Stages(actor_of("llama"))
-        later = score_under(stages, groups[reused:], shaping, 1.0)
+        decoder = Decoder(actor_of("llama"))
+        later = advantages_under(decoder, groups[reused:], shaping, 1.0)
         scored, stats = update(
-            stages, new_optimizer(1e-2, 0.0), groups[:reused], later, shaping, settings
+            decoder, new_optimizer(1e-2, 0.0), groups[:reused], later, shaping, settings
         )
         advantages = [g.advantages_K.tolist() for g in scored]
-        results.append((snapshot(stages), stats, advantages))
+        results.append((snapshot(decoder), stats, advantages))
     assert results[0] == results[1]
     assert results[0][1].steps == epochs * -(-3 // minibatch)
 
@@ -136,25 +136,25 @@ def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a dead group went through a backward pass")
 
     monkeypatch.setattr(module, "backward_pass", never)
-    stages = Stages(actor_of("llama"))
-    before = snapshot(stages)
+    decoder = Decoder(actor_of("llama"))
+    before = snapshot(decoder)
     first = rated(1, [1.0, 1.0, 1.0])
-    later = replace(on_policy(stages, 2), advantages_K=mx.zeros((3,)))
+    later = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
     arguments = (Shaping(0.0), SETTINGS)
-    scored, stats = update(stages, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
+    scored, stats = update(decoder, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
     assert stats.steps == 0 and len(scored) == 2
-    assert snapshot(stages) == before
+    assert snapshot(decoder) == before
 
 
 def test_values_that_are_not_finite_never_reach_the_weights() -> None:
-    stages = Stages(actor_of("llama"))
-    group = on_policy(stages, 1)
+    decoder = Decoder(actor_of("llama"))
+    group = on_policy(decoder, 1)
     poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
-    before, optimizer = snapshot(stages), new_optimizer(1e-2, 0.0)
-    stats = updated_by(stages, optimizer, [poisoned], SETTINGS)
+    before, optimizer = snapshot(decoder), new_optimizer(1e-2, 0.0)
+    stats = updated_by(decoder, optimizer, [poisoned], SETTINGS)
     assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]
     assert stats.steps == 0
-    assert snapshot(stages) == before
+    assert snapshot(decoder) == before
 
 
 def test_the_gradient_is_clipped_to_the_global_norm() -> None:
@@ -173,19 +173,19 @@ def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
     import mlx.nn as nn
     from conftest import tiny_model
 
-    def stages_with(policy: ComputePolicy) -> Stages:
+    def stages_with(policy: Precision) -> Decoder:
         model = tiny_model("llama")
         model.set_dtype(mx.bfloat16)
         nn.quantize(model, group_size=32, bits=4)
-        apply_policy(model, policy)
+        apply_precision(model, policy)
         model.freeze()
         actor = add_lora(model, rank=4, scale=2.0, seed=1)
         moved = {n: v + 0.05 for n, v in lora_parameters(actor).items()}
         set_parameters(actor, moved)
-        return Stages(actor)
+        return Decoder(actor)
 
-    packed = stages_with(ComputePolicy("cpu", dense=False, dtype=mx.bfloat16))
-    dense = stages_with(ComputePolicy("cpu", dense=True, dtype=mx.float32))
+    packed = stages_with(Precision("cpu", dense=False, dtype=mx.bfloat16))
+    dense = stages_with(Precision("cpu", dense=True, dtype=mx.float32))
     quantized = packed.model.layers[0].mlp.up_proj.linear
     assert quantized.scales.dtype == mx.bfloat16 and quantized.weight.dtype == mx.uint32
     group = on_policy(dense, 1)
@@ -194,8 +194,8 @@ def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
     assert logps.dtype == mx.float32
     assert mx.abs(logps - group.old_logp_KT).max().item() < 0.1
     stats = [
-        updated_by(stages, new_optimizer(1e-3, 0.0), [on_policy(stages, 1)], SETTINGS)
-        for stages in (packed, dense)
+        updated_by(decoder, new_optimizer(1e-3, 0.0), [on_policy(decoder, 1)], SETTINGS)
+        for decoder in (packed, dense)
     ]
     assert stats[0].steps == 1
     assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=0.1)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from common import MODEL, PACKED, ROOT
 from mlx.utils import tree_flatten
 
-from mlx_grpo.backend.precision import ComputePolicy
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
@@ -60,7 +60,7 @@ def _never_stop(place: Path) -> None:
 
 
 def _write_weights() -> None:
-    dense = load_backbone(PACKED, ComputePolicy("cpu", dense=True, dtype=mx.float32))
+    dense = load_backbone(PACKED, Precision("cpu", dense=True, dtype=mx.float32))
     arrays = dict(tree_flatten(dense.model.parameters()))
     mx.save_safetensors(str(MODEL / "model.safetensors"), arrays, metadata={"format": "pt"})
 

@@ -18,14 +18,14 @@ from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import RunParts, first_state, sampling
+from mlx_grpo.grpo.learner import Learner, first_state, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import lora_parameters, set_parameters
-from mlx_grpo.models.merging import sampler
+from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.training.setup import load_parts
 
 
-def parts_for(args: argparse.Namespace, place: Path) -> RunParts:
+def parts_for(args: argparse.Namespace, place: Path) -> Learner:
     """What a run on the model and prompts of the comparison works with."""
     rows = common.prompts(args.prompts)
     lines = [json.dumps({"id": str(i), "messages": r["messages"]}) for i, r in enumerate(rows)]
@@ -71,16 +71,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _train_a_little(parts: RunParts) -> None:
+def _train_a_little(parts: Learner) -> None:
     """Rollouts with a LoRA that is still zero would leave it out."""
     actor = parts.roles.actor.model
     arrays = {n: v + 1e-6 for n, v in lora_parameters(actor).items()}
     set_parameters(actor, arrays)
 
 
-def _rollout_seconds(parts: RunParts, iteration: int) -> float:
+def _rollout_seconds(parts: Learner, iteration: int) -> float:
     start, backbone = time.perf_counter(), parts.roles.backbone
-    with sampler(backbone, parts.roles.actor.model) as model:
+    with merged_for_rollout(backbone, parts.roles.actor.model) as model:
         rollout(
             model,
             backbone.tokenizer,

@@ -20,7 +20,7 @@ EXPANDED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class ComputePolicy:
+class Precision:
     """How frozen weights are held and what activations are."""
 
     device: str
@@ -41,15 +41,15 @@ class ComputePolicy:
         return self.device == "cpu" and not self.dense
 
 
-def choose_policy(parameters: int) -> ComputePolicy:
+def choose_precision(parameters: int) -> Precision:
     """Packed weights on a GPU; on a CPU dense fp32 while it fits in half the RAM."""
-    return policy_for(device_name() == "cpu" and parameters * 4 < physical_memory() / 2)
+    return precision_for(device_name() == "cpu" and parameters * 4 < physical_memory() / 2)
 
 
-def policy_for(dense: bool) -> ComputePolicy:
-    """The policy of this machine with weights expanded or packed."""
+def precision_for(dense: bool) -> Precision:
+    """The precision of this machine with weights expanded or packed."""
     device = device_name()
-    return ComputePolicy(device, dense, mx.float32 if device == "cpu" else mx.bfloat16)
+    return Precision(device, dense, mx.float32 if device == "cpu" else mx.bfloat16)
 
 
 def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
@@ -97,9 +97,9 @@ def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return dense
 
 
-def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
-    """Bring a freshly loaded model into the form of `policy`, in place, module by module."""
-    if policy.dense:
+def apply_precision(model: nn.Module, precision: Precision) -> None:
+    """Bring a freshly loaded model into the form of `precision`, in place, module by module."""
+    if precision.dense:
         use_fast_swiglu(model)
         quantized = [
             (name, module)
@@ -108,16 +108,16 @@ def apply_policy(model: nn.Module, policy: ComputePolicy) -> None:
         ]
         while quantized:
             name, module = quantized.pop()
-            dense = _expanded(module, policy.dtype)
+            dense = _expanded(module, precision.dtype)
             mx.eval(dense.parameters())
             model.update_modules(tree_unflatten([(name, dense)]))
             del module
     # Packed weights stay as they are, scales and biases included; the rest follows their dtype.
     parameters = dict(tree_flatten(model.parameters()))
     packed = {n.removesuffix("scales") for n in parameters if n.endswith(".scales")}
-    dtype = next((parameters[f"{n}scales"].dtype for n in sorted(packed)), policy.dtype)
+    dtype = next((parameters[f"{n}scales"].dtype for n in sorted(packed)), precision.dtype)
     if not mx.issubdtype(dtype, mx.floating):
-        dtype = policy.dtype
+        dtype = precision.dtype
     kept = {f"{n}{leaf}" for n in packed for leaf in ("weight", "scales", "biases")}
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()

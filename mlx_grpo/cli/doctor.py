@@ -11,7 +11,7 @@ from mlx_grpo.cli.options import Quiet
 from mlx_grpo.console.output import Console
 
 if TYPE_CHECKING:  # mlx-lm takes two seconds to import: not for --help
-    from mlx_grpo.doctor import Finding
+    from mlx_grpo.doctor import Check
 
 
 def doctor(
@@ -38,7 +38,7 @@ def doctor(
     return int(problems > 0)
 
 
-def _show(ui: Console, finding: "Finding") -> None:
+def _show(ui: Console, finding: "Check") -> None:
     remedy = f"; type: {finding.remedy}" if finding.remedy else ""
     if finding.level == "problem":
         ui.warn(f"{finding.subject}: {finding.text}{remedy}")

@@ -42,7 +42,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
-    from mlx_grpo.evaluation.compare import compare_run, figures, show_comparison
+    from mlx_grpo.evaluation.compare import compare_run, comparison_json, show_comparison
     from mlx_grpo.evaluation.judge import Judge, compare_answers
     from mlx_grpo.files.atomic import write_json
 
@@ -64,4 +64,4 @@ def evaluate(
     finally:  # a judge that fails takes nothing else with it
         show_comparison(ui, comparison, verdicts)
         if json_file:
-            write_json(json_file, figures(comparison, verdicts))
+            write_json(json_file, comparison_json(comparison, verdicts))

@@ -13,7 +13,7 @@ from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 
 if TYPE_CHECKING:
-    from mlx_grpo.training.seeds import Planned
+    from mlx_grpo.training.seeds import PlannedRun
 
 
 @with_flags(TrainConfig, repeated=("seed", *REPEATED))
@@ -59,9 +59,9 @@ def train(
 
 def _planned(
     flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
-) -> list["Planned"]:
+) -> list["PlannedRun"]:
     from mlx_grpo.run.directory import CONFIG, is_run
-    from mlx_grpo.training.seeds import Planned
+    from mlx_grpo.training.seeds import PlannedRun
 
     seeds = flags.pop("seed", [])
     configs = [build_config(file, assignments, {**flags, "seed": s}) for s in seeds]
@@ -77,5 +77,5 @@ def _planned(
             given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
             c = build_config(c.run_directory / CONFIG, assignments, given)
         # of several seeds, those not started yet start now
-        runs.append(Planned(c, resume and (started or len(configs) == 1)))
+        runs.append(PlannedRun(c, resume and (started or len(configs) == 1)))
     return runs

@@ -20,7 +20,7 @@ they make the weights be held in another form, which is compared on its own."""
 BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
 """Paths: what is there counts, not where it is. Everything else shapes the numbers,
 `num_iterations` too, because the KL targets' phases are shares of it."""
-SinkName = Literal["tensorboard", "trackio", "wandb"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 
 def flag_of(name: str) -> str:
@@ -147,7 +147,7 @@ class TrainConfig:
     """Checkpoints kept, newest first."""
     show_every: int = 10
     """Iterations between tables of answers on a terminal; 0: none."""
-    log: tuple[SinkName, ...] = ()
+    log: tuple[TrackerName, ...] = ()
     """Where else the figures go: tensorboard, trackio, wandb; may be given several times."""
     max_skipped_steps: int = 5
     """Stop after this many iterations in a row that met a value that is not finite."""

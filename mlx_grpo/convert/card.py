@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from mlx_grpo.convert.reader import Opened
+from mlx_grpo.convert.reader import OpenedSource
 from mlx_grpo.convert.source import Source
 
 USE_SFT = """```
@@ -16,7 +16,9 @@ mlx-grpo train --rm-model {0} --actor-model ...
 ```"""
 
 
-def model_card(opened: Opened, title: str, table: Sequence[tuple[str, str]], usage: str) -> str:
+def model_card(
+    opened: OpenedSource, title: str, table: Sequence[tuple[str, str]], usage: str
+) -> str:
     """README.md of a converted model.
 
     Args:

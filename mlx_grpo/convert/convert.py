@@ -19,7 +19,13 @@ import mlx.nn as nn
 
 from mlx_grpo.convert.adapters import attach
 from mlx_grpo.convert.card import USE_RM, USE_SFT, model_card
-from mlx_grpo.convert.cost import Cost, check_pairs, check_texts, policy_cost, reward_cost
+from mlx_grpo.convert.cost import (
+    QuantizationCost,
+    check_pairs,
+    check_texts,
+    policy_cost,
+    reward_cost,
+)
 from mlx_grpo.convert.quantize import (
     Quantization,
     bits_per_weight,
@@ -28,7 +34,7 @@ from mlx_grpo.convert.quantize import (
     stream,
     write_weights,
 )
-from mlx_grpo.convert.reader import Opened, open_source
+from mlx_grpo.convert.reader import OpenedSource, open_source
 from mlx_grpo.convert.source import Source, locate
 from mlx_grpo.convert.tokenizer import check_tokenizer
 from mlx_grpo.core.errors import InputError
@@ -70,7 +76,7 @@ class Converted:
     parameters: int
     bits_per_weight: float
     bytes: int
-    cost: Cost
+    cost: QuantizationCost
     """What quantization changed; or that the source's own values were kept."""
 
 
@@ -95,7 +101,7 @@ def convert_sft(
     with _opened(source, base) as opened, _writing(out, replace, source) as directory:
         _check_role(opened, wants_head=False)
         _write_model(opened, directory, target)
-        cost = Cost(kept=_kept(opened, target))
+        cost = QuantizationCost(kept=_kept(opened, target))
         if texts and not cost.kept:
             tokenizer = load_chat_tokenizer(directory)
             cost = policy_cost(opened.model, _lazily(directory), tokenizer, texts)
@@ -147,7 +153,7 @@ def convert_rm(
             shutil.copyfile(source.path / LEARNING_CURVE, directory / LEARNING_CURVE)
         # an adapter made on these very weights, or weights that were not touched
         kept = own_adapter if as_adapter else _kept(opened, target)
-        cost = Cost(kept=kept)
+        cost = QuantizationCost(kept=kept)
         if pairs and not kept:
             after = _lazily(sft, directory) if as_adapter else _lazily(directory)
             tokenizer, padding = load_chat_tokenizer(directory), about.get("padding_token_id")
@@ -179,7 +185,7 @@ def check_sources(
             _check_role(opened, wants_head=True)
 
 
-def _check_role(opened: Opened, wants_head: bool) -> None:
+def _check_role(opened: OpenedSource, wants_head: bool) -> None:
     path = opened.source.path
     if opened.head and not wants_head:
         raise InputError(f"{path}: this is a reward model; give it as --rm")
@@ -191,7 +197,7 @@ def _check_role(opened: Opened, wants_head: bool) -> None:
 
 
 @contextmanager
-def _opened(source: Source, base: str | None) -> Iterator[Opened]:
+def _opened(source: Source, base: str | None) -> Iterator[OpenedSource]:
     verify_manifest(source.path)  # of a directory that was written here
     with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
         yield open_source(source, base, Path(scratch))
@@ -207,7 +213,7 @@ def _writing(out: Path, replace: bool, source: Source) -> Iterator[Path]:
             raise InputError(str(e).replace(str(directory), str(source.path))) from e
 
 
-def _kept(opened: Opened, target: Quantization) -> bool:
+def _kept(opened: OpenedSource, target: Quantization) -> bool:
     """Whether no value changes: quantized already, or 16 bits wanted and there."""
     if opened.loras:
         return False
@@ -216,7 +222,7 @@ def _kept(opened: Opened, target: Quantization) -> bool:
     return opened.quantized or (target.bits == 16 and in_16_bits)
 
 
-def _write_model(opened: Opened, directory: Path, target: Quantization) -> None:
+def _write_model(opened: OpenedSource, directory: Path, target: Quantization) -> None:
     model = opened.model()
     config = quantized_config(opened, model, target)
     write_json(directory / "config.json", config)  # the tokenizer's class depends on it
@@ -226,7 +232,7 @@ def _write_model(opened: Opened, directory: Path, target: Quantization) -> None:
     _lazily(directory)()  # every tensor is in its place
 
 
-def _write_adapter(opened: Opened, directory: Path, sft: Path) -> None:
+def _write_adapter(opened: OpenedSource, directory: Path, sft: Path) -> None:
     model = _lazily(sft)()
     adapted = attach(model, opened.loras or {}, opened.source.path)
     values = lora_parameters(adapted).values()
@@ -252,7 +258,7 @@ def _lazily(directory: Path, adapter: Path | None = None) -> Callable[[], nn.Mod
     return open_model
 
 
-def _about(opened: Opened, own: dict[str, Any]) -> dict[str, Any]:
+def _about(opened: OpenedSource, own: dict[str, Any]) -> dict[str, Any]:
     """What reward_model.json says beside the kind."""
     if own:
         return {n: v for n, v in own.items() if n not in ("kind", "backbone_fingerprint")}
@@ -264,7 +270,7 @@ def _about(opened: Opened, own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shares(opened: Opened, sft: Path, insist: bool) -> bool:
+def _shares(opened: OpenedSource, sft: Path, insist: bool) -> bool:
     """Whether the reward model's backbone, converted as the SFT model was, is the SFT model."""
     if not (sft / "config.json").is_file():
         if insist:
@@ -282,7 +288,7 @@ def _shares(opened: Opened, sft: Path, insist: bool) -> bool:
 
 
 def _finish(
-    opened: Opened, directory: Path, out: Path, form: str, cost: Cost, usage: str
+    opened: OpenedSource, directory: Path, out: Path, form: str, cost: QuantizationCost, usage: str
 ) -> Converted:
     """Count, write the model card, return the row of the table."""
     if form == "model":

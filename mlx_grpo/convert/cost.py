@@ -16,14 +16,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import pearson, ranks
 from mlx_grpo.data.chat import answer_tokens, conversation_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.grpo.logprob import chunk_tokens
-from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.reward_model import reward_head, without_padding
 
 TEXTS = 24
@@ -34,12 +34,12 @@ MUCH_KL = 0.1
 """Twice the first KL target of a training run, nats per token."""
 LITTLE_AGREEMENT = 0.9
 Open = Callable[[], nn.Module]
-Row = tuple[tuple[int, ...], tuple[int, ...]]
+PromptAndAnswer = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of what follows it."""
 
 
 @dataclass(frozen=True)
-class Cost:
+class QuantizationCost:
     """Change against the source; None where it does not apply."""
 
     kl_per_token: float | None = None
@@ -90,29 +90,29 @@ def check_texts(texts: Path) -> None:
         )
 
 
-def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> Cost:
+def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> QuantizationCost:
     """KL(source || converted) per token and both perplexities, on reference answers."""
     prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT)
     chosen = [p for p in prompts if p.response][:TEXTS]
     rows = [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
     targets = [token for _, answer in rows for token in answer]
-    policy = choose_policy(0)
+    precision = choose_precision(0)
     hidden_ND = [
-        mx.concatenate([shift_right(*h)[0] for h in streamed(open_model, rows, policy)])
+        mx.concatenate([shift_right(*h)[0] for h in streamed(open_model, rows, precision)])
         for open_model in (before, after)
     ]
     sums = [0.0, 0.0, 0.0]
-    width = chunk_tokens(Stages(before()).vocabulary, LOGIT_BYTES)
+    width = chunk_tokens(Decoder(before()).vocabulary, LOGIT_BYTES)
     for start in range(0, len(targets), width):
         part = slice(start, start + width)
         found = _compare(
-            _logps(before, hidden_ND[0][part], policy),
-            _logps(after, hidden_ND[1][part], policy),
+            _logps(before, hidden_ND[0][part], precision),
+            _logps(after, hidden_ND[1][part], precision),
             mx.array(targets[part])[:, None],
         )
         sums = [a + b for a, b in zip(sums, found, strict=True)]
     kl, nll_before, nll_after = (s / len(targets) for s in sums)
-    return Cost(kl, math.exp(nll_before), math.exp(nll_after), texts=len(rows))
+    return QuantizationCost(kl, math.exp(nll_before), math.exp(nll_after), texts=len(rows))
 
 
 def _compare(
@@ -148,7 +148,7 @@ def reward_cost(
     tokenizer: Any,
     padding: int | None,
     pairs: Path,
-) -> Cost:
+) -> QuantizationCost:
     """Correlation of scores, and the share of preference pairs that are ordered alike."""
     texts = [
         _conversation(place, row, side, tokenizer)
@@ -158,7 +158,7 @@ def reward_cost(
     rows = [(ids[:-1], ids[-1:]) for ids in (without_padding(ids, padding) for ids in texts)]
     old, new = (_scores(open_model, rows, head) for open_model in (before, after))
     alike = [(old[i] > old[i + 1]) == (new[i] > new[i + 1]) for i in range(0, len(rows), 2)]
-    return Cost(
+    return QuantizationCost(
         pearson=pearson(old, new),
         spearman=pearson(ranks(old), ranks(new)),
         agreement=sum(alike) / len(alike),
@@ -173,44 +173,46 @@ def _conversation(place: str, row: dict[str, Any], side: str, tokenizer: Any) ->
         raise InputError(f"{place}: {e}") from e
 
 
-def _scores(open_model: Open, rows: Sequence[Row], head: dict[str, mx.array]) -> list[float]:
-    policy = choose_policy(0)
-    last_ND = mx.concatenate([h_rows[:, -1] for _, h_rows in streamed(open_model, rows, policy)])
-    stages = _without_blocks(open_model(), policy)
-    scores_N = reward_head(stages, last_ND, head["weight"], head.get("bias"))
+def _scores(
+    open_model: Open, rows: Sequence[PromptAndAnswer], head: dict[str, mx.array]
+) -> list[float]:
+    precision = choose_precision(0)
+    last_ND = mx.concatenate([h_rows[:, -1] for _, h_rows in streamed(open_model, rows, precision)])
+    decoder = _without_blocks(open_model(), precision)
+    scores_N = reward_head(decoder, last_ND, head["weight"], head.get("bias"))
     return [float(s) for s in scores_N.tolist()]
 
 
 def streamed(
-    open_model: Open, rows: Sequence[Row], policy: ComputePolicy
+    open_model: Open, rows: Sequence[PromptAndAnswer], precision: Precision
 ) -> list[tuple[mx.array, mx.array]]:
     """Hidden states after the last block, [1, S, D] and [1, T, D] for each row, with the weights of
     one block in memory at a time."""
     # looking tokens up needs no unpacked embedding, but scales that do not round what is looked up
-    stages = _without_blocks(open_model(), replace(policy, dense=False))
-    with stages.without_blocks():
-        floats = partial(_floats_as, policy.dtype)
-        stages.model.update(tree_map(floats, stages.model.parameters()))
-    entered = [stages.embed(mx.array([a]), mx.array([b])) for a, b in rows]
+    decoder = _without_blocks(open_model(), replace(precision, dense=False))
+    with decoder.without_blocks():
+        floats = partial(_floats_as, precision.dtype)
+        decoder.model.update(tree_map(floats, decoder.model.parameters()))
+    entered = [decoder.embed(mx.array([a]), mx.array([b])) for a, b in rows]
     states = [(e.h_prompt, e.h_rows) for e in entered]
     mx.eval(states)
-    with stages.without_blocks():
-        _let_go(stages.model)
-    for i, block in enumerate(stages.blocks):
-        apply_policy(block, policy)
+    with decoder.without_blocks():
+        _let_go(decoder.model)
+    for i, block in enumerate(decoder.blocks):
+        apply_precision(block, precision)
         for j, e in enumerate(entered):
-            states[j] = stages.run_block(e, i, *states[j])
+            states[j] = decoder.run_block(e, i, *states[j])
             mx.eval(states[j])
         _let_go(block)
     return states
 
 
-def _without_blocks(model: nn.Module, policy: ComputePolicy) -> Stages:
+def _without_blocks(model: nn.Module, precision: Precision) -> Decoder:
     """Embedding, final norm and head in memory; the blocks stay on disk."""
-    stages = Stages(model)
-    with stages.without_blocks():
-        apply_policy(model, policy)
-    return stages
+    decoder = Decoder(model)
+    with decoder.without_blocks():
+        apply_precision(model, precision)
+    return decoder
 
 
 def _floats_as(dtype: mx.Dtype, value: mx.array) -> mx.array:
@@ -222,14 +224,14 @@ def _let_go(module: nn.Module) -> None:
     mx.clear_cache()
 
 
-def _logps(open_model: Open, hidden_ND: mx.array, policy: ComputePolicy) -> Iterator[mx.array]:
+def _logps(open_model: Open, hidden_ND: mx.array, precision: Precision) -> Iterator[mx.array]:
     """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
-    stages = _without_blocks(open_model(), policy)
-    width = chunk_tokens(stages.vocabulary, stages.sizes.head_bytes)
+    decoder = _without_blocks(open_model(), precision)
+    width = chunk_tokens(decoder.vocabulary, decoder.sizes.head_bytes)
     for start in range(0, len(hidden_ND), width):
         # a bf16 head would round the logits
         h_1ND = hidden_ND[None, start : start + width].astype(mx.float32)
-        z_NV = stages.head(h_1ND)[0].astype(mx.float32)
+        z_NV = decoder.head(h_1ND)[0].astype(mx.float32)
         logp_NV = z_NV - mx.logsumexp(z_NV, axis=-1, keepdims=True)
         mx.eval(logp_NV)  # before the next chunk, and before another model's head is read
         yield logp_NV

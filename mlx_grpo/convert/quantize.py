@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_grpo.convert.reader import Opened
+from mlx_grpo.convert.reader import OpenedSource
 from mlx_grpo.convert.tensors import check_values
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import write_json
@@ -30,7 +30,9 @@ class Quantization:
     group_size: int = 64
 
 
-def quantized_config(opened: Opened, model: nn.Module, target: Quantization) -> dict[str, Any]:
+def quantized_config(
+    opened: OpenedSource, model: nn.Module, target: Quantization
+) -> dict[str, Any]:
     """config.json of the converted model. One that is quantized already stays as it is."""
     if opened.quantized:
         return opened.config
@@ -60,7 +62,7 @@ def quantized_config(opened: Opened, model: nn.Module, target: Quantization) -> 
 
 
 def stream(
-    model: nn.Module, config: dict[str, Any], opened: Opened
+    model: nn.Module, config: dict[str, Any], opened: OpenedSource
 ) -> Iterator[tuple[str, mx.array]]:
     """(name, array) of each parameter as `config` wants it: floats in 16 bits, linear layers and
     embeddings quantized.

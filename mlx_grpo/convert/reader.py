@@ -24,17 +24,17 @@ from mlx_grpo.convert.tensors import (
 )
 from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import rope_fields
 from mlx_grpo.models.reward_model import REWARD_HEAD
 
-Weights = dict[str, mx.array]
 SILU_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Their activation is fixed in mlx-lm, whatever the configuration says."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedSource:
     """What a source holds. Arrays are lazy; `tensors()` reads the files' headers anew each time, so
     that nothing stays in memory longer than somebody uses it."""
 
@@ -42,7 +42,7 @@ class Opened:
     config: dict[str, Any]
     """Of the model, or of an adapter's base, as mlx-lm reads it."""
     tensors: Callable[[], Tensors]
-    head: Weights
+    head: Parameters
     """Reward head, fp32: `weight` [1, hidden], optional `bias` [1]; empty for a language model."""
     loras: dict[str, LoRA] | None
     """The adapter's layers; None where the source is no adapter."""
@@ -72,7 +72,7 @@ class Opened:
         return model
 
 
-def open_source(source: Source, base: str | None, scratch: Path) -> Opened:
+def open_source(source: Source, base: str | None, scratch: Path) -> OpenedSource:
     """Open a source and check all that its files' headers tell.
 
     Args:
@@ -90,7 +90,7 @@ def open_source(source: Source, base: str | None, scratch: Path) -> Opened:
     return opened
 
 
-def _open_model(source: Source, scratch: Path) -> Opened:
+def _open_model(source: Source, scratch: Path) -> OpenedSource:
     config, place = dict(source.config), source.path / "config.json"
     _check_fields(place, config)
     method = (config.get("quantization_config") or {}).get("quant_method")
@@ -114,7 +114,7 @@ def _open_model(source: Source, scratch: Path) -> Opened:
         again = read_tensors(files)
         return Tensors(split_head(again.arrays)[0], again.files)
 
-    return Opened(
+    return OpenedSource(
         source=source,
         config=_with_head(config | rope_fields(config), head),
         tensors=tensors,
@@ -148,14 +148,14 @@ def _check_fields(place: Path, config: dict[str, Any]) -> None:
             raise InputError(f"{place}: field 'quantization.{name}' must be a whole number")
 
 
-def _open_gguf(source: Source) -> Opened:
+def _open_gguf(source: Source) -> OpenedSource:
     config, _, metadata = read_gguf(source.path)
 
     def tensors() -> Tensors:
         arrays = read_gguf(source.path)[1]
         return Tensors(arrays, dict.fromkeys(arrays, source.path))
 
-    return Opened(
+    return OpenedSource(
         source=source,
         config=config,
         tensors=tensors,
@@ -167,7 +167,7 @@ def _open_gguf(source: Source) -> Opened:
     )
 
 
-def _open_adapter(source: Source, base: str | None, scratch: Path) -> Opened:
+def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSource:
     name = base or source.base
     if not name:
         raise InputError(
@@ -206,12 +206,12 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> Opened:
     )
 
 
-def _with_head(config: dict[str, Any], head: Weights) -> dict[str, Any]:
+def _with_head(config: dict[str, Any], head: Parameters) -> dict[str, Any]:
     """A reward model's language model head is not kept; for tied embeddings mlx-lm builds none."""
     return {**config, "tie_word_embeddings": True} if head else config
 
 
-def _checked_head(source: Source, head: Weights, files: dict[str, Path]) -> Weights:
+def _checked_head(source: Source, head: Parameters, files: dict[str, Path]) -> Parameters:
     """The reward head in fp32, from the source's tensors or a file of its own."""
     if not head and (source.path / REWARD_HEAD).is_file():
         stored = read_tensors([TensorFile(source.path / REWARD_HEAD, source.path / REWARD_HEAD)])
@@ -268,7 +268,7 @@ def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Mod
     return model
 
 
-def _make_quantized(model: nn.Module, quantization: dict[str, Any], arrays: Weights) -> None:
+def _make_quantized(model: nn.Module, quantization: dict[str, Any], arrays: Parameters) -> None:
     def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
         packed = hasattr(module, "to_quantized") and f"{path}.scales" in arrays
         return quantization.get(path, packed) if packed else False
@@ -282,16 +282,16 @@ def _make_quantized(model: nn.Module, quantization: dict[str, Any], arrays: Weig
     )
 
 
-def _check_architecture(opened: Opened) -> None:
+def _check_architecture(opened: OpenedSource) -> None:
     """Raise InputError unless the model can be taken apart, and the head fits it."""
     place = opened.source.path
     model = opened.backbone()
     try:
-        stages = Stages(model)
+        decoder = Decoder(model)
     except Exception as e:  # as above
         raise InputError(f"{place}: this architecture cannot be trained here: {one_line(e)}") from e
-    if opened.head and opened.head["weight"].shape[1] != stages.hidden_size:
+    if opened.head and opened.head["weight"].shape[1] != decoder.hidden_size:
         raise InputError(
             f"{place}: the reward head, tensor 'score.weight', has width "
-            f"{opened.head['weight'].shape[1]}, the model's hidden size is {stages.hidden_size}"
+            f"{opened.head['weight'].shape[1]}, the model's hidden size is {decoder.hidden_size}"
         )

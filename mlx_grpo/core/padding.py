@@ -10,9 +10,9 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
+from mlx_grpo.core.types import Group, RewardedGroup, TrainingGroup
 
-AnyGroup = TypeVar("AnyGroup", RatedGroup, ScoredGroup)
+AnyGroup = TypeVar("AnyGroup", RewardedGroup, TrainingGroup)
 
 PAD = 0  # any token will do; masks go by length
 

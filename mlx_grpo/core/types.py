@@ -36,7 +36,7 @@ class Completion:
     """Decoded without the stop token."""
     finish_reason: FinishReason
     logps: tuple[float, ...]
-    """Log-prob of each token as the sampler saw it, at the sampling temperature."""
+    """Log-prob of each token as the merged_for_rollout saw it, at the sampling temperature."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class RatedGroup:
+class RewardedGroup:
     """A group as reward and reference judge it, before the actor's log-probs are known."""
 
     position: int
@@ -62,7 +62,7 @@ class RatedGroup:
 
 
 @dataclass(frozen=True)
-class ScoredGroup:
+class TrainingGroup:
     """A group with all that the update needs."""
 
     prompt_ids: tuple[int, ...]

@@ -58,7 +58,7 @@ class Neighbour:
     line: Connection
 
 
-class Watch:
+class Heartbeat:
     """Signs of life to and from the neighbours, in a thread of its own."""
 
     def __init__(self, rank: int, neighbours: Sequence[Neighbour], tell: Callable[[str], None]):

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.distributed.heartbeat import Address, RankLost, Watch, meet
+from mlx_grpo.distributed.heartbeat import Address, Heartbeat, RankLost, meet
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -51,8 +51,8 @@ def launched(ui: Console) -> Iterator[Ranks]:
 
 
 def _leave(ranks: Ranks, kind: Literal["done", "failed"], why: str = "") -> None:
-    if ranks.watch:
-        ranks.watch.leave(kind, why)
+    if ranks.heartbeat:
+        ranks.heartbeat.leave(kind, why)
 
 
 def _together(ui: Console) -> Ranks:
@@ -67,7 +67,7 @@ def _together(ui: Console) -> Ranks:
     rank = int(os.environ["MLX_RANK"])
     neighbours = meet(addresses, rank)
     group = _connect("ring")
-    return Ranks(group.rank(), group.size(), Watch(rank, neighbours, ui.error))
+    return Ranks(group.rank(), group.size(), Heartbeat(rank, neighbours, ui.error))
 
 
 def _ring() -> list[Address]:

@@ -18,12 +18,12 @@ import numpy as np
 
 from mlx_grpo.core.finite import NotFinite, Skip
 from mlx_grpo.core.stopping import SafePoint
-from mlx_grpo.distributed.heartbeat import Watch
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.distributed.heartbeat import Heartbeat
 
 PIECE_BYTES = 32 << 20
 """Of gradients that are summed at a time."""
 
-Arrays = dict[str, mx.array]
 T = TypeVar("T")
 
 
@@ -33,7 +33,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    watch: Watch | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def leads(self) -> bool:
@@ -74,12 +74,12 @@ class Ranks:
             merged[rank :: self.size] = values
         return merged
 
-    def sum(self, arrays: Arrays) -> Arrays:
+    def sum(self, arrays: Parameters) -> Parameters:
         """Sums over the ranks of arrays that have the same names and shapes everywhere, fp32; uses
         up `arrays`."""
         if self.size == 1:
             return arrays
-        total: Arrays = {}
+        total: Parameters = {}
         for names in _pieces(arrays):
             parts = [arrays.pop(name) for name in names]
             flat = mx.concatenate([p.reshape(-1).astype(mx.float32) for p in parts])
@@ -90,12 +90,12 @@ class Ranks:
             mx.eval([total[name] for name in names])
         return total
 
-    def lead(self, arrays: Arrays) -> Arrays:
+    def lead(self, arrays: Parameters) -> Parameters:
         """Rank 0's arrays on every rank, bit for bit."""
         if self.size == 1:
             return arrays
         about = [[n, list(v.shape), str(v.dtype).split(".")[-1]] for n, v in arrays.items()]
-        result: Arrays = {}
+        result: Parameters = {}
         for name, shape, kind in self.gather(about)[0]:
             dtype: mx.Dtype = getattr(mx, kind)
             mine = arrays[name] if self.leads else mx.zeros(shape, dtype)
@@ -127,32 +127,32 @@ class Ranks:
 
     def watching(self, safe_point: SafePoint) -> SafePoint:
         """A safe point that also stops where another rank has left."""
-        if not self.watch:
+        if not self.heartbeat:
             return safe_point
-        watch = self.watch
+        heartbeat = self.heartbeat
 
         def look() -> None:
-            watch.check()
+            heartbeat.check()
             safe_point()
 
         return look
 
     def stopped(self) -> None:
         """Tell the others that this rank was asked to stop."""
-        if self.watch:
-            self.watch.leave("stopped")
+        if self.heartbeat:
+            self.heartbeat.leave("stopped")
 
     def _result(self, collective: Callable[[mx.array], mx.array], mine: mx.array) -> mx.array:
         # collectives run on the CPU: a GPU must not wait for them within its own work
         mx.eval(mine)
-        if self.watch:
-            self.watch.check()
+        if self.heartbeat:
+            self.heartbeat.check()
         try:
             result = collective(mine)
             mx.eval(result)
         except RuntimeError as e:
-            if self.watch:
-                self.watch.explain(e)
+            if self.heartbeat:
+                self.heartbeat.explain(e)
             raise
         return result
 
@@ -160,7 +160,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _pieces(arrays: Arrays) -> Iterator[list[str]]:
+def _pieces(arrays: Parameters) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name in sorted(arrays):

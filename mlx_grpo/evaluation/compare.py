@@ -11,7 +11,7 @@ from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
 from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.run.directory import chosen_adapter, settings
 from mlx_grpo.training.setup import load_evaluator
@@ -66,7 +66,7 @@ def compare_run(
         with ui.working("evaluating the SFT model"):
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
-            after = evaluator(Stages(actor, evaluator.reference.sizes), ui.progress)
+            after = evaluator(Decoder(actor, evaluator.reference.sizes), ui.progress)
     return Comparison(before, after, str(directory), config.eval_prompts, config.gold_names)
 
 
@@ -81,7 +81,7 @@ def contests(comparison: Comparison) -> dict[str, Scores]:
     return found
 
 
-def figures(comparison: Comparison, verdicts: Verdicts | None) -> dict[str, Any]:
+def comparison_json(comparison: Comparison, verdicts: Verdicts | None) -> dict[str, Any]:
     """All of it as JSON: the figures of each side, and who wins by what."""
     wins = {name: _counts(*scores) for name, scores in contests(comparison).items()}
     if verdicts:

@@ -15,10 +15,10 @@ import mlx.core as mx
 from mlx_grpo.core.finite import check_finite
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group, RatedGroup, ScoredGroup
+from mlx_grpo.core.types import Group, RewardedGroup, TrainingGroup
 from mlx_grpo.grpo.kl_estimators import kl_k1
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 AdvantageScale = Literal["none", "std"]
@@ -55,12 +55,12 @@ class Shaping:
 def rate(
     groups: Sequence[Group],
     raw_PK: Sequence[Sequence[float]],
-    reference: Stages,
+    reference: Decoder,
     normalizer: ScoreNormalizer,
     temperature: float,
     safe_point: SafePoint = never_stop,
     share: slice = slice(None),
-) -> list[RatedGroup]:
+) -> list[RewardedGroup]:
     """Normalise raw scores and take log-probs under the reference, of the groups of the share."""
     rated = []
     for position, (group, raw_K) in list(enumerate(zip(groups, raw_PK, strict=True)))[share]:
@@ -69,11 +69,11 @@ def rate(
         tokens_KT, mask_KT = completion_arrays(group)
         ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
         scores_K = mx.array([normalizer(r) for r in raw_K])
-        rated.append(RatedGroup(position, ids, tokens_KT, mask_KT, ref_KT, scores_K))
+        rated.append(RewardedGroup(position, ids, tokens_KT, mask_KT, ref_KT, scores_K))
     return rated
 
 
-def score(group: RatedGroup, old_logp_KT: mx.array, shaping: Shaping) -> ScoredGroup:
+def score(group: RewardedGroup, old_logp_KT: mx.array, shaping: Shaping) -> TrainingGroup:
     """Shape the scores, z - penalty * KL, and take advantages.
 
     Raises:
@@ -82,7 +82,7 @@ def score(group: RatedGroup, old_logp_KT: mx.array, shaping: Shaping) -> ScoredG
     kl_K = kl_k1(old_logp_KT, group.ref_logp_KT, group.mask_KT)
     check_finite("logprob", {group.position: kl_K.tolist()})
     shaped_K = group.scores_K - shaping.kl_penalty * kl_K
-    return ScoredGroup(
+    return TrainingGroup(
         prompt_ids=group.prompt_ids,
         tokens_KT=group.tokens_KT,
         mask_KT=group.mask_KT,
@@ -92,13 +92,13 @@ def score(group: RatedGroup, old_logp_KT: mx.array, shaping: Shaping) -> ScoredG
     )
 
 
-def score_under(
-    actor: Stages,
-    groups: Sequence[RatedGroup],
+def advantages_under(
+    actor: Decoder,
+    groups: Sequence[RewardedGroup],
     shaping: Shaping,
     temperature: float,
     safe_point: SafePoint = never_stop,
-) -> list[ScoredGroup]:
+) -> list[TrainingGroup]:
     """Take log-probs under the actor and score with them.
 
     Raises:
@@ -113,6 +113,6 @@ def score_under(
     return scored
 
 
-def is_dead(group: ScoredGroup) -> bool:
+def is_dead(group: TrainingGroup) -> bool:
     """Whether all advantages are zero: such a group would change nothing."""
     return not bool((group.advantages_K != 0).any().item())

@@ -18,8 +18,8 @@ from mlx_grpo.grpo.kl_estimators import kl_k3_sum
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Stages
-from mlx_grpo.models.merging import sampler
+from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.rewards.mix import RewardMix
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
@@ -65,7 +65,7 @@ class Evaluator:
     """Everything an evaluation needs but the policy."""
 
     backbone: Backbone
-    reference: Stages
+    reference: Decoder
     prompts: tuple[Prompt, ...]
     answers: Answers
     """Reference answers by prompt id, for the perplexity."""
@@ -75,7 +75,7 @@ class Evaluator:
 
     def __call__(
         self,
-        policy: Stages,
+        policy: Decoder,
         progress: Progress = lambda *_: None,
         safe_point: SafePoint = never_stop,
         ranks: Ranks = ALONE,
@@ -86,7 +86,7 @@ class Evaluator:
             progress(what, done, total)
             safe_point()
 
-        with sampler(self.backbone, policy.model) as model:
+        with merged_for_rollout(self.backbone, policy.model) as model:
             mine = rollout(
                 model,
                 self.backbone.tokenizer,
@@ -122,15 +122,15 @@ class Evaluator:
         )
 
     def _kl(
-        self, groups: Sequence[Group], policy: Stages, progress: Progress, ranks: Ranks
+        self, groups: Sequence[Group], policy: Decoder, progress: Progress, ranks: Ranks
     ) -> float:
         each = []
         for done, group in enumerate(groups, 1):
             prompt_1S = mx.array([group.prompt.token_ids])
             tokens_KT, mask_KT = completion_arrays(group)
             logp_KT, ref_KT = (
-                token_logps(stages, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature)
-                for stages in (policy, self.reference)
+                token_logps(decoder, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature)
+                for decoder in (policy, self.reference)
             )
             each.append((kl_k3_sum(logp_KT, ref_KT, mask_KT).item(), mask_KT.sum().item()))
             progress("held-out KL", done, len(groups))
@@ -150,7 +150,7 @@ def reference_answers(
 
 
 def perplexity(
-    policy: Stages,
+    policy: Decoder,
     prompts: Sequence[Prompt],
     answers: Answers,
     progress: Progress = lambda *_: None,

@@ -15,14 +15,14 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.data.prompts import batch_indices
 from mlx_grpo.distributed.gather import all_groups, all_rewards
-from mlx_grpo.grpo.advantages import Shaping, rate, score_under
-from mlx_grpo.grpo.learner import RunParts, sampling, target_at, update_settings
+from mlx_grpo.grpo.advantages import Shaping, advantages_under, rate
+from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
 from mlx_grpo.grpo.metrics import Clock, iteration_metrics, measure, sampled_tokens, skipped_metrics
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import reused_groups, update
 from mlx_grpo.models.lora import scale_adapter
-from mlx_grpo.models.merging import sampler
+from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.training.agreement import check_adapter
 
 
@@ -38,7 +38,7 @@ class Iteration:
 
 
 def iterate(
-    parts: RunParts, state: RunState, ui: Console, safe_point: SafePoint = never_stop
+    parts: Learner, state: RunState, ui: Console, safe_point: SafePoint = never_stop
 ) -> Iteration:
     """One iteration of GRPO; of several ranks each works on its share and learns the whole.
 
@@ -53,7 +53,7 @@ def iterate(
     target = target_at(config, state.iteration)
 
     with clock.stage("rollout"), ui.stage(step, "rollout"):
-        with sampler(roles.backbone, roles.actor.model) as model:
+        with merged_for_rollout(roles.backbone, roles.actor.model) as model:
             mine = rollout(
                 model,
                 roles.backbone.tokenizer,
@@ -87,7 +87,7 @@ def iterate(
             )
             reused = ranks.own(range(reused_groups(settings))).stop
             first, rest = rated[:reused], rated[reused:]
-            later = score_under(roles.actor, rest, shaping, config.temperature, safe_point)
+            later = advantages_under(roles.actor, rest, shaping, config.temperature, safe_point)
         with clock.stage("update"), ui.stage(step, "update"):
             parts.optimizer.learning_rate = state.controller.learning_rate
             scored, stats = update(

@@ -14,14 +14,14 @@ from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateSettings
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.roles import Roles
 from mlx_grpo.plan.memory import Plan
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 
 @dataclass(frozen=True)
-class RunParts:
+class Learner:
     """What a run works with; only the actor's arrays and the optimizer's state change inside."""
 
     config: TrainConfig
@@ -78,7 +78,7 @@ def update_settings(config: TrainConfig, target: float, plan: Plan) -> UpdateSet
     )
 
 
-def policy_at(parts: RunParts, iteration: int) -> Stages:
+def policy_at(parts: Learner, iteration: int) -> Decoder:
     """What is evaluated after so many iterations: before the first update the actor is the
     reference, so its KL needs no measuring."""
     return parts.roles.actor if iteration else parts.roles.reference

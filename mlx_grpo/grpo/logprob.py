@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths
-from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.decoder import Decoder, shift_right
 
 
 def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -28,13 +28,13 @@ def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
     return max(1, chunk_bytes // (4 * vocabulary))
 
 
-def _logits(stages: Stages, hidden_ND: mx.array, temperature: float) -> mx.array:
+def _logits(decoder: Decoder, hidden_ND: mx.array, temperature: float) -> mx.array:
     # the head runs in fp32: bf16 logits around 20 would be rounded to steps of 0.125
-    return stages.head(hidden_ND.astype(mx.float32)[None])[0].astype(mx.float32) / temperature
+    return decoder.head(hidden_ND.astype(mx.float32)[None])[0].astype(mx.float32) / temperature
 
 
-def _chunks(stages: Stages, count: int) -> Iterator[slice]:
-    width = chunk_tokens(stages.vocabulary, stages.sizes.head_bytes)
+def _chunks(decoder: Decoder, count: int) -> Iterator[slice]:
+    width = chunk_tokens(decoder.vocabulary, decoder.sizes.head_bytes)
     return (slice(i, min(i + width, count)) for i in range(0, count, width))
 
 
@@ -44,7 +44,7 @@ def flat_positions(mask_KT: mx.array) -> mx.array:
 
 
 def token_logps(
-    stages: Stages,
+    decoder: Decoder,
     prompt_1S: mx.array,
     tokens_KT: mx.array,
     mask_KT: mx.array,
@@ -53,16 +53,16 @@ def token_logps(
     """Log-probs [K, T] of the completion tokens given the prompt, fp32, zero where `mask_KT` is 0.
     No gradient."""
     lengths, parts = row_lengths(mask_KT), []
-    for rows in length_buckets(lengths, prompt_1S.shape[1], stages.sizes.rows):
+    for rows in length_buckets(lengths, prompt_1S.shape[1], decoder.sizes.rows):
         index, longest = mx.array(rows), max(lengths[i] for i in rows)
         tokens, mask = tokens_KT[index, :longest], mask_KT[index, :longest]
-        hidden = shift_right(*stages.forward(prompt_1S, tokens))
-        parts.append((rows, hidden_logps(stages, hidden, tokens, mask, temperature)))
+        hidden = shift_right(*decoder.forward(prompt_1S, tokens))
+        parts.append((rows, hidden_logps(decoder, hidden, tokens, mask, temperature)))
     return joined(parts, mask_KT.shape)
 
 
 def hidden_logps(
-    stages: Stages,
+    decoder: Decoder,
     hidden_KTD: mx.array,
     tokens_KT: mx.array,
     mask_KT: mx.array,
@@ -73,15 +73,15 @@ def hidden_logps(
     hidden_ND = hidden_KTD.reshape(-1, hidden_KTD.shape[-1])[where_N]
     targets_N = tokens_KT.reshape(-1)[where_N]
     parts = []
-    for part in _chunks(stages, where_N.size):
-        logp_N, _, _ = _softmax(_logits(stages, hidden_ND[part], temperature), targets_N[part])
+    for part in _chunks(decoder, where_N.size):
+        logp_N, _, _ = _softmax(_logits(decoder, hidden_ND[part], temperature), targets_N[part])
         mx.eval(logp_N)
         parts.append(logp_N)
     return _scatter(mx.concatenate(parts), where_N, mask_KT.shape)
 
 
 def logps_with_gradient(
-    stages: Stages,
+    decoder: Decoder,
     hidden_KTD: mx.array,
     tokens_KT: mx.array,
     mask_KT: mx.array,
@@ -99,15 +99,15 @@ def logps_with_gradient(
     hidden_ND = hidden_KTD.reshape(-1, hidden_KTD.shape[-1])[where_N]
     targets_N = tokens_KT.reshape(-1)[where_N]
     logp_parts, grad_parts = [], []
-    for part in _chunks(stages, where_N.size):
+    for part in _chunks(decoder, where_N.size):
         targets = targets_N[part]
-        logp_N, exp_NV, sum_N1 = _softmax(_logits(stages, hidden_ND[part], temperature), targets)
+        logp_N, exp_NV, sum_N1 = _softmax(_logits(decoder, hidden_ND[part], temperature), targets)
         mx.eval(logp_N, sum_N1)
         # dlogp/dz = one_hot - softmax; with no name left for it, its buffer is used again
         grad_NV = (exp_NV * (-1 / sum_N1)).at[mx.arange(targets.size), targets].add(1.0)
         del exp_NV
         _, (grad_ND,) = mx.vjp(
-            lambda h: _logits(stages, h, temperature), [hidden_ND[part]], [grad_NV]
+            lambda h: _logits(decoder, h, temperature), [hidden_ND[part]], [grad_NV]
         )
         del grad_NV
         mx.eval(grad_ND)

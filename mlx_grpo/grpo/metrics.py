@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.core.finite import Skip
-from mlx_grpo.core.types import Group, ScoredGroup
+from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.advantages import is_dead
 from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
@@ -34,7 +34,7 @@ class Measures:
 
 
 def measure(
-    groups: Sequence[Group], scored: Sequence[ScoredGroup], ranks: Ranks = ALONE
+    groups: Sequence[Group], scored: Sequence[TrainingGroup], ranks: Ranks = ALONE
 ) -> Measures:
     """Figures of a scored rollout.
 
@@ -48,7 +48,7 @@ def measure(
     return Measures(tokens, sum(k3) / tokens, sum(k1) / tokens, max(gaps), sum(dead))
 
 
-def _sums(s: ScoredGroup) -> tuple[int, float, float, bool]:
+def _sums(s: TrainingGroup) -> tuple[int, float, float, bool]:
     """(tokens, sum of k1, sum of k3, whether the group is dead)."""
     lengths_K = s.mask_KT.sum(axis=-1)
     k1 = (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()

@@ -11,14 +11,14 @@ import mlx.optimizers as optim
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Parameters, RatedGroup, ScoredGroup
+from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.advantages import Shaping, is_dead, score
 from mlx_grpo.grpo.kl_estimators import kl_k3_sum
 from mlx_grpo.grpo.logprob import logps_with_gradient
 from mlx_grpo.grpo.loss import Aggregation, Clip, clipped_surrogate, clipped_tokens, token_weights
 from mlx_grpo.models import backward
-from mlx_grpo.models.decoder import Stages, shift_right
+from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.optimizer import adamw_step
 
@@ -66,15 +66,15 @@ def reused_groups(settings: UpdateSettings) -> int:
 
 
 def update(
-    stages: Stages,
+    decoder: Decoder,
     optimizer: optim.AdamW,
-    first: Sequence[RatedGroup],
-    later: Sequence[ScoredGroup],
+    first: Sequence[RewardedGroup],
+    later: Sequence[TrainingGroup],
     shaping: Shaping,
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
     ranks: Ranks = ALONE,
-) -> tuple[list[ScoredGroup], UpdateStats]:
+) -> tuple[list[TrainingGroup], UpdateStats]:
     """All optimizer steps of one iteration, in the order the groups come in.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
@@ -94,64 +94,64 @@ def update(
     """
     stats = UpdateStats()
     sizes = ranks.merged([*map(_size, first), *map(_size, later)])
-    groups: list[ScoredGroup] = list(later)
+    groups: list[TrainingGroup] = list(later)
     for epoch in range(settings.epochs):
         for start in range(0, len(sizes), settings.minibatch_size):
             positions = range(len(sizes))[start : start + settings.minibatch_size]
             total = _MinibatchSum.over(positions, sizes, settings)
             if epoch == start == 0:
                 with ranks.failing_together():
-                    scored = _first_minibatch(stages, total, first, shaping, safe_point)
+                    scored = _first_minibatch(decoder, total, first, shaping, safe_point)
                     groups = [*scored, *later]
             if epoch or start or not first:
-                _minibatch(stages, total, groups[ranks.own(positions)], safe_point)
+                _minibatch(decoder, total, groups[ranks.own(positions)], safe_point)
             total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
                 return groups, stats
-            _step(stages, optimizer, total, stats, ranks)
+            _step(decoder, optimizer, total, stats, ranks)
     return groups, stats
 
 
-def _size(group: RatedGroup | ScoredGroup) -> tuple[int, int]:
+def _size(group: RewardedGroup | TrainingGroup) -> tuple[int, int]:
     """(completions, tokens)."""
     return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
 
 
 def _first_minibatch(
-    stages: Stages,
+    decoder: Decoder,
     total: "_MinibatchSum",
-    groups: Sequence[RatedGroup],
+    groups: Sequence[RewardedGroup],
     shaping: Shaping,
     safe_point: SafePoint,
-) -> list[ScoredGroup]:
+) -> list[TrainingGroup]:
     """Forward, score, backward, group by group: the traces of one group at a time are held."""
     scored = []
     for group in groups:
         safe_point()
         buckets = _buckets(group, 0)
         temperature = total.settings.temperature
-        ahead = [forward_pass(stages, rows_of(group, b), temperature) for b in buckets]
+        ahead = [forward_pass(decoder, rows_of(group, b), temperature) for b in buckets]
         parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
         scored.append(score(group, joined(parts, group.mask_KT.shape), shaping))
         for rows in [] if is_dead(scored[-1]) else buckets:
-            total.add(stages, rows_of(scored[-1], rows), ahead.pop(0))
+            total.add(decoder, rows_of(scored[-1], rows), ahead.pop(0))
     return scored
 
 
 def _minibatch(
-    stages: Stages, total: "_MinibatchSum", groups: Sequence[ScoredGroup], safe_point: SafePoint
+    decoder: Decoder, total: "_MinibatchSum", groups: Sequence[TrainingGroup], safe_point: SafePoint
 ) -> None:
     """Forward and backward of the groups that are not dead."""
     for group in groups:
         for rows in [] if is_dead(group) else _buckets(group, total.settings.rows_per_pass):
             safe_point()
             part = rows_of(group, rows)
-            total.add(stages, part, forward_pass(stages, part, total.settings.temperature))
+            total.add(decoder, part, forward_pass(decoder, part, total.settings.temperature))
 
 
-def _buckets(group: RatedGroup | ScoredGroup, rows: int) -> list[list[int]]:
+def _buckets(group: RewardedGroup | TrainingGroup, rows: int) -> list[list[int]]:
     return length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
 
 
@@ -185,7 +185,7 @@ class _MinibatchSum:
         whole = zip(*ranks.gather(mine), strict=True)
         self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
 
-    def add(self, stages: Stages, part: ScoredGroup, ahead: "ForwardPass") -> None:
+    def add(self, decoder: Decoder, part: TrainingGroup, ahead: "ForwardPass") -> None:
         """Run the backward of a pass and add what it gives."""
         s = self.settings
         weights_KT = token_weights(
@@ -196,7 +196,7 @@ class _MinibatchSum:
         self.clipped += clipped_tokens(*arguments, s.clip).item()
         self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
         self.seen += int(part.mask_KT.sum().item())
-        self.gradients = backward_pass(stages, part, ahead, weights_KT, s.clip, self.gradients)
+        self.gradients = backward_pass(decoder, part, ahead, weights_KT, s.clip, self.gradients)
 
     def note(self, stats: UpdateStats) -> None:
         """Add the figures to those of the iteration."""
@@ -216,20 +216,20 @@ class ForwardPass:
 
 
 def forward_pass(
-    stages: Stages, group: RatedGroup | ScoredGroup, temperature: float
+    decoder: Decoder, group: RewardedGroup | TrainingGroup, temperature: float
 ) -> ForwardPass:
     """Forward and head of a group, once."""
-    trace = backward.forward(stages, mx.array([group.prompt_ids]), group.tokens_KT)
+    trace = backward.forward(decoder, mx.array([group.prompt_ids]), group.tokens_KT)
     hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
     logp_KT, dlogp_KTD = logps_with_gradient(
-        stages, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
+        decoder, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
     )
     return ForwardPass(trace, logp_KT, dlogp_KTD)
 
 
 def backward_pass(
-    stages: Stages,
-    group: ScoredGroup,
+    decoder: Decoder,
+    group: TrainingGroup,
     ahead: ForwardPass,
     weights_KT: mx.array,
     clip: Clip,
@@ -241,11 +241,11 @@ def backward_pass(
     dloss_KT = mx.grad(lambda logp_KT: clipped_surrogate(logp_KT, *fixed))(ahead.logp_KT)
     grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
     g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    return backward.backward(stages, ahead.trace, g_prompt, g_rows, total)
+    return backward.backward(decoder, ahead.trace, g_prompt, g_rows, total)
 
 
 def _step(
-    stages: Stages,
+    decoder: Decoder,
     optimizer: optim.AdamW,
     total: _MinibatchSum,
     stats: UpdateStats,
@@ -258,14 +258,14 @@ def _step(
     if not math.isfinite(total.loss):
         stats.skips.append(Skip("loss", total.positions, (total.loss,)))
         return
-    current = lora_parameters(stages.model)
+    current = lora_parameters(decoder.model)
     gradients = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
     max_norm = total.settings.max_grad_norm
     updated, norm = adamw_step(optimizer, ranks.sum(gradients), current, max_norm)
     if not math.isfinite(norm):
         stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return
-    set_parameters(stages.model, updated)
+    set_parameters(decoder.model, updated)
     stats.loss += total.loss
     stats.grad_norm += norm
     stats.steps += 1

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy, choose_policy
+from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.data.chat import load_chat_tokenizer
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import (
@@ -23,13 +23,13 @@ from mlx_grpo.models.directory import (
 
 @dataclass(frozen=True)
 class Backbone:
-    """Frozen weights with their tokenizer; the model itself serves as the reference policy."""
+    """Frozen weights with their tokenizer; the model itself serves as the reference precision."""
 
     path: Path
     model: nn.Module
     tokenizer: Any
     config: dict[str, Any]
-    policy: ComputePolicy
+    precision: Precision
     stamps: Stamps = ()
     """Of the weight files, as they were read."""
 
@@ -47,8 +47,8 @@ class Backbone:
         return load_unchanged(self.path, self.stamps)
 
 
-def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
-    """Load an mlx-lm directory, frozen and in the form of the compute policy.
+def load_backbone(path: Path, precision: Precision | None = None) -> Backbone:
+    """Load an mlx-lm directory, frozen and in the form of the compute precision.
 
     Raises:
         InputError: no such directory, damaged or unreadable weights, or a tokenizer without a chat
@@ -58,24 +58,24 @@ def load_backbone(path: Path, policy: ComputePolicy | None = None) -> Backbone:
     stamps = weight_stamps(path)
     # the configuration that comes back has the stop tokens of generation_config.json
     model, config = load_lazily(path)
-    policy = policy or choose_policy(parameter_count(path))
+    precision = precision or choose_precision(parameter_count(path))
     with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
         reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"))
-        _in_form(model, policy)
+        _in_form(model, precision)
         tokenizer = reading.result()
-    return Backbone(path, model, tokenizer, config, policy, stamps)
+    return Backbone(path, model, tokenizer, config, precision, stamps)
 
 
-def load_alone(path: Path, policy: ComputePolicy | None = None) -> nn.Module:
+def load_alone(path: Path, precision: Precision | None = None) -> nn.Module:
     """As `load_backbone`, without the tokenizer."""
     verify_manifest(path)
     model, _ = load_lazily(path)
-    _in_form(model, policy or choose_policy(parameter_count(path)))
+    _in_form(model, precision or choose_precision(parameter_count(path)))
     return model
 
 
-def _in_form(model: nn.Module, policy: ComputePolicy) -> None:
-    apply_policy(model, policy)
+def _in_form(model: nn.Module, precision: Precision) -> None:
+    apply_precision(model, precision)
     model.freeze()
     model.eval()
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.decoder import Embedded, Stages
+from mlx_grpo.models.decoder import Decoder, Embedded
 from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 
 
@@ -32,21 +32,21 @@ class Trace:
     h_rows: mx.array
 
 
-def forward(stages: Stages, prompt_1S: mx.array, rows_KT: mx.array) -> Trace:
+def forward(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Trace:
     """Run a prompt, int [1, S], and its completions, int [K, T] padded on the right; keep the input
     of each block."""
-    embedded = stages.embed(prompt_1S, rows_KT)
+    embedded = decoder.embed(prompt_1S, rows_KT)
     h_prompt, h_rows = embedded.h_prompt, embedded.h_rows
     inputs = []
-    for i in range(len(stages.blocks)):
+    for i in range(len(decoder.blocks)):
         inputs.append((h_prompt, h_rows))
-        h_prompt, h_rows = stages.run_block(embedded, i, h_prompt, h_rows)
+        h_prompt, h_rows = decoder.run_block(embedded, i, h_prompt, h_rows)
         mx.eval(h_prompt, h_rows)
     return Trace(embedded, inputs, h_prompt, h_rows)
 
 
 def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]:
-    """Transpose of `stages.shift_right`: gradient of predicting states -> gradients of prompt and
+    """Transpose of `decoder.shift_right`: gradient of predicting states -> gradients of prompt and
     rows."""
     first_11D = grad_KTD[:, :1].sum(axis=0, keepdims=True)
     g_prompt = mx.pad(first_11D, [(0, 0), (prompt_length - 1, 0), (0, 0)])
@@ -55,7 +55,7 @@ def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]
 
 
 def backward(
-    stages: Stages,
+    decoder: Decoder,
     trace: Trace,
     g_prompt: mx.array,
     g_rows: mx.array,
@@ -68,11 +68,11 @@ def backward(
         total: gradients to which these are added, block by block, so that one set is alive.
     """
     total = {} if total is None else total
-    trainable = [bool(tree_flatten(block.trainable_parameters())) for block in stages.blocks]
+    trainable = [bool(tree_flatten(block.trainable_parameters())) for block in decoder.blocks]
     first = trainable.index(True)
-    for i in reversed(range(first, len(stages.blocks))):
-        g_prompt, g_rows, found = _block_vjp(stages, trace, i, g_prompt, g_rows)
-        prefix = stages.block_names[i]
+    for i in reversed(range(first, len(decoder.blocks))):
+        g_prompt, g_rows, found = _block_vjp(decoder, trace, i, g_prompt, g_rows)
+        prefix = decoder.block_names[i]
         for name in [n for n in found if f"{prefix}.{n}" in total]:
             found[name] = total.pop(f"{prefix}.{name}") + found[name]
         mx.eval(found)
@@ -82,15 +82,15 @@ def backward(
 
 
 def _block_vjp(
-    stages: Stages, trace: Trace, i: int, g_prompt: mx.array, g_rows: mx.array
+    decoder: Decoder, trace: Trace, i: int, g_prompt: mx.array, g_rows: mx.array
 ) -> tuple[mx.array, mx.array, Parameters]:
     """Gradients of the block's inputs and of its trainable parameters by name within the block."""
-    block, inputs = stages.blocks[i], trace.inputs.pop()
-    tokens = stages.sizes.mlp_tokens
+    block, inputs = decoder.blocks[i], trace.inputs.pop()
+    tokens = decoder.sizes.mlp_tokens
     if MLP in block and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs):
 
         def call(h_prompt: mx.array, h_rows: mx.array) -> tuple[mx.array, mx.array]:
-            return stages.call_block(trace.embedded, i, h_prompt, h_rows)
+            return decoder.call_block(trace.embedded, i, h_prompt, h_rows)
 
         g_inputs, found = vjp_in_chunks(block, call, inputs, (g_prompt, g_rows), tokens)
         return *g_inputs, found
@@ -99,7 +99,7 @@ def _block_vjp(
 
     def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
         block.update(tree_unflatten(list(zip(names, values, strict=True))))
-        return list(stages.call_block(trace.embedded, i, h_prompt, h_rows))
+        return list(decoder.call_block(trace.embedded, i, h_prompt, h_rows))
 
     try:
         values = [*inputs, *current.values()]

@@ -132,7 +132,7 @@ class Embedded:
     row_calls: list[BlockCall]
 
 
-class Stages:
+class Decoder:
     """A decoder taken apart.
 
     Args:

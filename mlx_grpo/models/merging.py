@@ -19,14 +19,14 @@ from mlx_grpo.models.lora import lora_modules
 
 
 @contextmanager
-def sampler(backbone: Backbone, policy: nn.Module) -> Iterator[nn.Module]:
+def merged_for_rollout(backbone: Backbone, policy: nn.Module) -> Iterator[nn.Module]:
     """A policy on `backbone` in the form that samples fastest; for the time of a rollout only.
 
     Raises:
         InputError: the files of the backbone have changed; nothing else has then.
     """
     layers = lora_modules(policy)
-    if not (backbone.policy.merge_lora and layers):
+    if not (backbone.precision.merge_lora and layers):
         yield policy
     elif not any(mx.any(layer.lora_b).item() for _, layer in layers):
         yield backbone.model  # a LoRA that has not been trained adds nothing

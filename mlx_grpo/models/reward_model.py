@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.backend.precision import ComputePolicy
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.types import Group
@@ -20,7 +20,7 @@ from mlx_grpo.data.chat import conversation_tokens, load_chat_tokenizer
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.safetensors import load_arrays
 from mlx_grpo.models.backbone import Backbone, load_alone
-from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
+from mlx_grpo.models.decoder import WHOLE, Decoder, Sizes
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import load_adapter
 
@@ -41,7 +41,7 @@ class RewardModel:
     not the padding token, even where that is the end-of-sequence token too.
     """
 
-    stages: Stages
+    decoder: Decoder
     weight_1D: mx.array
     bias: mx.array | None
     tokenizer: Any | None
@@ -59,12 +59,12 @@ class RewardModel:
     def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
         scores = [0.0] * len(rows)
-        most = self.stages.sizes.rows
+        most = self.decoder.sizes.rows
         for bucket in length_buckets(list(map(len, rows)), len(prompt_ids), most):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
-            _, h_KTD = self.stages.forward(mx.array([prompt_ids]), rows_KT)
+            _, h_KTD = self.decoder.forward(mx.array([prompt_ids]), rows_KT)
             last_KD = h_KTD[mx.arange(len(bucket)), mx.array(lengths) - 1]
-            found_K = reward_head(self.stages, last_KD, self.weight_1D, self.bias)
+            found_K = reward_head(self.decoder, last_KD, self.weight_1D, self.bias)
             for i, score in zip(bucket, found_K.tolist(), strict=True):
                 scores[i] = float(score)
         return scores
@@ -83,10 +83,10 @@ def reward_inputs(group: Group, tokenizer: Any | None, padding: int | None) -> T
 
 
 def reward_head(
-    stages: Stages, last_KD: mx.array, weight_1D: mx.array, bias: mx.array | None
+    decoder: Decoder, last_KD: mx.array, weight_1D: mx.array, bias: mx.array | None
 ) -> mx.array:
     """Scores [K], fp32, from hidden states after the last block [K, D]."""
-    normed_KD = stages.norm(last_KD[:, None])[:, 0].astype(mx.float32)
+    normed_KD = decoder.norm(last_KD[:, None])[:, 0].astype(mx.float32)
     scores_K = (normed_KD @ weight_1D.T)[:, 0]
     return scores_K if bias is None else scores_K + bias
 
@@ -129,7 +129,7 @@ def load_reward_model(
     path: Path,
     backbone: Backbone,
     sizes: Sizes = WHOLE,
-    policy: ComputePolicy | None = None,
+    precision: Precision | None = None,
 ) -> RewardModel:
     """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
 
@@ -137,7 +137,7 @@ def load_reward_model(
 
     Args:
         sizes: how much to work on at a time.
-        policy: of a model of kind `full`; what this machine does by default.
+        precision: of a model of kind `full`; what this machine does by default.
 
     Raises:
         InputError: missing or unfitting files, or an adapter made for another backbone.
@@ -145,12 +145,12 @@ def load_reward_model(
     config = reward_config(path)
     if config["kind"] == "adapter":
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
-        stages = Stages(load_adapter(backbone.model, path), sizes)
+        decoder = Decoder(load_adapter(backbone.model, path), sizes)
     else:
-        stages = Stages(load_alone(path, policy), sizes)
+        decoder = Decoder(load_alone(path, precision), sizes)
     tokenizer = input_tokenizer(path, config)
-    weight_1D, bias = load_head(path / REWARD_HEAD, stages.hidden_size)
-    return RewardModel(stages, weight_1D, bias, tokenizer, config.get("padding_token_id"))
+    weight_1D, bias = load_head(path / REWARD_HEAD, decoder.hidden_size)
+    return RewardModel(decoder, weight_1D, bias, tokenizer, config.get("padding_token_id"))
 
 
 def input_tokenizer(path: Path, config: dict[str, Any]) -> Any | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import WHOLE, Sizes, Stages
+from mlx_grpo.models.decoder import WHOLE, Decoder, Sizes
 from mlx_grpo.models.lora import add_lora
 
 
@@ -15,14 +15,14 @@ class Roles:
     """
 
     backbone: Backbone
-    actor: Stages
-    reference: Stages
+    actor: Decoder
+    reference: Decoder
 
 
 def new_actor(
     backbone: Backbone, rank: int, scale: float, seed: int, sizes: Sizes = WHOLE
-) -> Stages:
+) -> Decoder:
     """The backbone with a fresh LoRA, which starts as the backbone itself."""
     actor = add_lora(backbone.model, rank, scale, seed)
     actor.train()  # some model families have kernels without a gradient in eval mode
-    return Stages(actor, sizes)
+    return Decoder(actor, sizes)

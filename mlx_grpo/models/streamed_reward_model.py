@@ -14,12 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlx_grpo.backend.precision import ComputePolicy, apply_policy
+from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.decoder import Embedded, Sizes, Stages
+from mlx_grpo.models.decoder import Decoder, Embedded, Sizes
 from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
@@ -49,7 +49,7 @@ class StreamedRewardModel:
 
     path: Path
     stamps: Stamps
-    policy: ComputePolicy
+    precision: Precision
     sizes: Sizes
     hidden_bytes: int
     """Of hidden states worked on at a time: the blocks are read once for as many groups."""
@@ -86,34 +86,34 @@ class StreamedRewardModel:
             yield wave
 
     def _embedded(self, index: int, group: Group) -> Iterator[_Bucket]:
-        stages = self._open()  # anew: what is read of the embedding goes with it
+        decoder = self._open()  # anew: what is read of the embedding goes with it
         prompt, rows = reward_inputs(group, self.tokenizer, self.padding)
         for bucket in length_buckets(list(map(len, rows)), len(prompt), self.sizes.rows):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
-            e = stages.embed(mx.array([prompt]), rows_KT)
+            e = decoder.embed(mx.array([prompt]), rows_KT)
             mx.eval(e.h_prompt, e.h_rows)
             yield _Bucket(index, bucket, lengths, e, e.h_prompt, e.h_rows)
 
     def _run(self, buckets: Sequence[_Bucket]) -> Iterator[list[float]]:
-        stages = self._open()
-        for i, block in enumerate(stages.blocks):
-            apply_policy(block, self.policy)
+        decoder = self._open()
+        for i, block in enumerate(decoder.blocks):
+            apply_precision(block, self.precision)
             for b in buckets:
-                b.h_prompt, b.h_rows = stages.run_block(b.embedded, i, b.h_prompt, b.h_rows)
+                b.h_prompt, b.h_rows = decoder.run_block(b.embedded, i, b.h_prompt, b.h_rows)
                 mx.eval(b.h_prompt, b.h_rows)
             block.update(tree_map(lambda _: mx.zeros((0,)), block.parameters()))
         for b in buckets:
             last_KD = b.h_rows[mx.arange(len(b.rows)), mx.array(b.lengths) - 1]
-            yield reward_head(stages, last_KD, self.weight_1D, self.bias).tolist()
+            yield reward_head(decoder, last_KD, self.weight_1D, self.bias).tolist()
 
-    def _open(self) -> Stages:
+    def _open(self) -> Decoder:
         """The model with nothing read yet."""
         model = load_unchanged(self.path, self.stamps)
-        if self.policy.dense:
-            _in_dtype(model, self.policy.dtype)
+        if self.precision.dense:
+            _in_dtype(model, self.precision.dtype)
         model.freeze()
         model.eval()
-        return Stages(model, self.sizes)
+        return Decoder(model, self.sizes)
 
 
 def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
@@ -127,7 +127,7 @@ def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def open_streamed(
-    path: Path, policy: ComputePolicy, sizes: Sizes, hidden_bytes: int
+    path: Path, precision: Precision, sizes: Sizes, hidden_bytes: int
 ) -> StreamedRewardModel:
     """A reward model of kind `full` that stays on disk; its files are checked here, once.
 
@@ -137,7 +137,7 @@ def open_streamed(
     config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
     tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
-    hidden = Stages(load_lazily(path)[0]).hidden_size
+    hidden = Decoder(load_lazily(path)[0]).hidden_size
     weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
-    arguments = (path, stamps, policy, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
+    arguments = (path, stamps, precision, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
     return StreamedRewardModel(*arguments)

@@ -42,7 +42,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Judge:
+class RewardFootprint:
     """A reward model: a LoRA of some bytes on the policy's weights, or a model of its own."""
 
     adapter_bytes: int = 0
@@ -91,19 +91,21 @@ def weight_bytes(model: Footprint, dense: bool) -> int:
     return 4 * model.parameters if dense else model.packed_bytes
 
 
-def predict(model: Footprint, judge: Judge, work: Workload, choice: Choice, limit: int) -> Plan:
+def predict(
+    model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice, limit: int
+) -> Plan:
     """What a choice needs."""
     weights = weight_bytes(model, choice.dense)
-    kept = judge.adapter_bytes
-    if judge.model and not choice.swap:
-        kept += weight_bytes(judge.model, choice.dense)
+    kept = reward.adapter_bytes
+    if reward.model and not choice.swap:
+        kept += weight_bytes(reward.model, choice.dense)
     adapter = model.lora_bytes(work.lora_rank)
     base = weights + kept + 3 * adapter
     # gradients; and from the first step on adapter and moments as they were, to go back to
     backward = adapter + _update(model, work, choice) + (3 * adapter if work.steps > 1 else 0)
     stages = {
         "rollout": base + _rollout(model, work, choice),
-        "reward": base + _reward(model, judge, work, choice),
+        "reward": base + _reward(model, reward, work, choice),
         "logprob": base + _logprob(model, work, choice),
         "update": base + max(backward, 4 * adapter),
     }
@@ -112,7 +114,7 @@ def predict(model: Footprint, judge: Judge, work: Workload, choice: Choice, limi
 
 def choose(
     model: Footprint,
-    judge: Judge,
+    reward: RewardFootprint,
     work: Workload,
     limit: int,
     given: Choice,
@@ -126,26 +128,28 @@ def choose(
         residency: `resident`, `swap` or `auto` for a reward model of its own.
     """
     swaps = {"resident": (False,), "swap": (True,), "auto": (False, True)}[residency]
-    swaps = swaps if judge.model else (False,)
+    swaps = swaps if reward.model else (False,)
     choices = [
         replace(given, dense=dense, swap=swap)
         for dense, swap in product((True, False) if given.dense else (False,), swaps)
     ]
     for choice in choices:
-        plan = _sized(model, judge, work, limit, choice)
+        plan = _sized(model, reward, work, limit, choice)
         if plan.fits:
             break
     return plan
 
 
-def _sized(model: Footprint, judge: Judge, work: Workload, limit: int, given: Choice) -> Plan:
+def _sized(
+    model: Footprint, reward: RewardFootprint, work: Workload, limit: int, given: Choice
+) -> Plan:
     """With the widest rollout that fits, and the largest sizes for the other stages."""
     for rows in _widths(work) if not given.decode_rows else (given.decode_rows,):
-        wide = predict(model, judge, work, replace(given, decode_rows=rows), limit)
+        wide = predict(model, reward, work, replace(given, decode_rows=rows), limit)
         if wide.stages["rollout"] <= limit:
             break
     for sizes in _ladder(work.k, given.sizes.rows):
-        plan = predict(model, judge, work, replace(wide.choice, sizes=sizes), limit)
+        plan = predict(model, reward, work, replace(wide.choice, sizes=sizes), limit)
         if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
             break
     return plan
@@ -217,12 +221,12 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
 
 
-def _reward(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> int:
-    if not judge.model and not judge.adapter_bytes:
+def _reward(model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice) -> int:
+    if not reward.model and not reward.adapter_bytes:
         return 0
-    scorer, tokens = judge.model or model, _pass_tokens(work, choice)
+    scorer, tokens = reward.model or model, _pass_tokens(work, choice)
     forward, _ = _block(scorer, work, choice, tokens)
-    if not (judge.model and choice.swap):
+    if not (reward.model and choice.swap):
         return int(forward + 3 * _hidden(scorer, tokens, choice))
     inner = scorer.packed_bytes - scorer.embedding_bytes
     if choice.dense:

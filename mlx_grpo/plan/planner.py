@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_grpo.backend.device import recommended_memory
-from mlx_grpo.backend.precision import choose_policy, policy_for
+from mlx_grpo.backend.precision import choose_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.plan.devices import Device, device
 from mlx_grpo.plan.footprint import Footprint, adapter_bytes, footprint
-from mlx_grpo.plan.memory import Choice, Judge, Plan, Workload, choose
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
 from mlx_grpo.plan.scaling import Scaled, exchange
 from mlx_grpo.plan.timing import StageTime, estimate, stage_costs
 
@@ -22,7 +22,7 @@ class Planner:
 
     config: TrainConfig
     model: Footprint
-    judge: Judge
+    reward: RewardFootprint
     here: bool
     """On this machine; otherwise on a Mac, whose GPU takes the weights as they are stored."""
     ranks: int
@@ -45,14 +45,14 @@ class Planner:
     def plan(self) -> Plan:
         """What fits into the run's memory limit, or the leanest if nothing does."""
         config = self.config
-        dense = self.here and choose_policy(self.model.parameters).dense
+        dense = self.here and choose_precision(self.model.parameters).dense
         given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
         limit = parse_bytes(config.memory_limit) or recommended_memory()
-        return choose(self.model, self.judge, self.work, limit, given, config.rm_residency)
+        return choose(self.model, self.reward, self.work, limit, given, config.rm_residency)
 
     def times(self, plan: Plan, machine: Device) -> dict[str, StageTime]:
         """Seconds of each stage of an iteration, without those that there are not."""
-        costs = stage_costs(self.model, self.judge, self.work, plan.choice)
+        costs = stage_costs(self.model, self.reward, self.work, plan.choice)
         return {stage: t for stage, t in estimate(costs, machine).items() if t.at_least}
 
     def scaled(self, machine: Device, bytes_per_second: float) -> list[Scaled]:
@@ -75,21 +75,23 @@ def planner(config: TrainConfig, here: bool = True, ranks: int = 1) -> Planner:
     Raises:
         InputError: a model is missing or cannot be loaded.
     """
-    return Planner(config, footprint(Path(config.actor_model)), _judge(config), here, ranks)
+    return Planner(
+        config, footprint(Path(config.actor_model)), reward_footprint(config), here, ranks
+    )
 
 
-def _judge(config: TrainConfig) -> Judge:
+def reward_footprint(config: TrainConfig) -> RewardFootprint:
     if config.rm_model == "none":
-        return Judge()
+        return RewardFootprint()
     path = Path(config.rm_model)
     if reward_config(path)["kind"] == "full":
-        return Judge(model=footprint(path))
-    return Judge(adapter_bytes(path))
+        return RewardFootprint(model=footprint(path))
+    return RewardFootprint(adapter_bytes(path))
 
 
 def machine_of(name: str, plan: Plan) -> Device:
     """A named device, or `this`, which is measured."""
-    return device(name, policy_for(plan.choice.dense).dtype)
+    return device(name, precision_for(plan.choice.dense).dtype)
 
 
 def way_out(planned: Planner) -> str:

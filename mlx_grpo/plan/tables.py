@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -63,7 +63,7 @@ def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
     """
     if plan.fits:
         ui.say(summary(plan))
-        if planned.here and policy_for(plan.choice.dense).slow:
+        if planned.here and precision_for(plan.choice.dense).slow:
             ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
         return
     show(plan, ui)

@@ -11,13 +11,13 @@ from typing import Literal
 
 from mlx_grpo.plan.devices import Device
 from mlx_grpo.plan.footprint import Footprint
-from mlx_grpo.plan.memory import Choice, Judge, Workload, weight_bytes
+from mlx_grpo.plan.memory import Choice, RewardFootprint, Workload, weight_bytes
 
 REACHED = {"rollout": 0.25, "reward": 0.5, "logprob": 0.5, "update": 0.4}
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """What a stage cannot do without."""
 
     bytes: float
@@ -36,7 +36,9 @@ class StageTime:
     """Which of the two limits it is."""
 
 
-def stage_costs(model: Footprint, judge: Judge, work: Workload, choice: Choice) -> dict[str, Cost]:
+def stage_costs(
+    model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice
+) -> dict[str, StageCost]:
     """Bytes and FLOPs of one iteration by stage, prompts and answers as long as they may be.
 
     Attention's scores and elementwise work are left out.
@@ -54,33 +56,33 @@ def stage_costs(model: Footprint, judge: Judge, work: Workload, choice: Choice) 
     kept = answered * context * model.cache_values * (4 if choice.dense else 2)
     decoded = work.prompts * work.prompt_tokens + answered
 
-    scorer = judge.model or model
-    scoring = judge.model is not None or judge.adapter_bytes > 0
+    scorer = reward.model or model
+    scoring = reward.model is not None or reward.adapter_bytes > 0
     blocks = 2.0 * model.block_weights * seen
     again = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps  # see `reused_groups`
     return {
-        "rollout": Cost(
+        "rollout": StageCost(
             steps * weights + kept, 2.0 * (model.block_weights + adapter) * decoded + head
         ),
-        "reward": Cost(
+        "reward": StageCost(
             scoring * passes * weight_bytes(scorer, choice.dense),
             scoring * 2.0 * scorer.block_weights * seen,
         ),
-        "logprob": Cost((1 + again) * passes * weights, (1 + again) * (blocks + head)),
+        "logprob": StageCost((1 + again) * passes * weights, (1 + again) * (blocks + head)),
         # forward, the same again block by block, gradients of the inputs and of A and B
-        "update": Cost(
+        "update": StageCost(
             work.epochs * 3 * passes * weights,
             work.epochs * (3 * blocks + 8.0 * adapter * seen + 2 * head),
         ),
     }
 
 
-def estimate(costs: dict[str, Cost], device: Device) -> dict[str, StageTime]:
+def estimate(costs: dict[str, StageCost], device: Device) -> dict[str, StageTime]:
     """Seconds of each stage."""
     return {stage: _time(cost, device, REACHED[stage]) for stage, cost in costs.items()}
 
 
-def _time(cost: Cost, device: Device, reached: float) -> StageTime:
+def _time(cost: StageCost, device: Device, reached: float) -> StageTime:
     moving, computing = cost.bytes / device.bandwidth, cost.flops / device.arithmetic
     least = max(moving, computing)
     return StageTime(least, least / reached, "bandwidth" if moving > computing else "arithmetic")

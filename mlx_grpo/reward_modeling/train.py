@@ -29,7 +29,7 @@ from mlx_grpo.files.manifest import sha256, write_manifest
 from mlx_grpo.files.safetensors import save_arrays
 from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
@@ -66,36 +66,38 @@ def bradley_terry_loss(scores_K: mx.array, pairs: Sequence[tuple[int, int]]) -> 
 
 
 def group_gradients(
-    stages: Stages, weight_1D: mx.array, group: PairGroup, weight: float
+    decoder: Decoder, weight_1D: mx.array, group: PairGroup, weight: float
 ) -> tuple[Parameters, float]:
     """Gradients of LoRA and head for one prompt's pairs, each pair weighted by `weight`, and the
     summed loss."""
     rows_KT, lengths = pad_right(list(group.answers))
-    trace = backward.forward(stages, mx.array([group.prompt_ids]), rows_KT)
+    trace = backward.forward(decoder, mx.array([group.prompt_ids]), rows_KT)
     ends = (mx.arange(len(lengths)), mx.array(lengths) - 1)
 
     def loss(last_KD: mx.array, head_1D: mx.array) -> mx.array:
-        return weight * bradley_terry_loss(reward_head(stages, last_KD, head_1D, None), group.pairs)
+        return weight * bradley_terry_loss(
+            reward_head(decoder, last_KD, head_1D, None), group.pairs
+        )
 
     value, (g_last_KD, g_head_1D) = mx.value_and_grad(loss, argnums=(0, 1))(
         trace.h_rows[ends], weight_1D
     )
     g_rows = mx.zeros_like(trace.h_rows)
     g_rows[ends] = g_last_KD
-    gradients = backward.backward(stages, trace, mx.zeros_like(trace.h_prompt), g_rows)
+    gradients = backward.backward(decoder, trace, mx.zeros_like(trace.h_prompt), g_rows)
     mx.eval(g_head_1D)
     return {**gradients, HEAD: g_head_1D}, value.item() / weight
 
 
 def batch_gradients(
-    stages: Stages, weight_1D: mx.array, batch: Sequence[PairGroup]
+    decoder: Decoder, weight_1D: mx.array, batch: Sequence[PairGroup]
 ) -> tuple[Parameters, float]:
     """Gradients of the mean loss over the pairs of several prompts, and the summed loss."""
     weight = 1 / pair_count(batch)
     total: Parameters = {}
     loss = 0.0
     for group in batch:
-        gradients, group_loss = group_gradients(stages, weight_1D, group, weight)
+        gradients, group_loss = group_gradients(decoder, weight_1D, group, weight)
         total = {n: total[n] + g for n, g in gradients.items()} if total else gradients
         mx.eval(total)
         loss += group_loss
@@ -126,7 +128,7 @@ def train_rm(
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
         model, curve = _fit(config, backbone, split, say)
         measured = quality(judged_pairs(model, split.test))
-        save_adapter(directory, model.stages.model, mx.bfloat16)
+        save_adapter(directory, model.decoder.model, mx.bfloat16)
         save_arrays(directory / REWARD_HEAD, {"weight": model.weight_1D})
         lines = (json.dumps(asdict(point)) + "\n" for point in curve)
         write_text(directory / LEARNING_CURVE, "".join(lines))
@@ -159,15 +161,15 @@ def _fit(
         backbone.model, config.lora_rank, config.lora_scale, config.seed, config.lora_blocks
     )
     adapted.train()
-    stages = Stages(adapted)
+    decoder = Decoder(adapted)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    weights = {**lora_parameters(adapted), HEAD: mx.zeros((1, stages.hidden_size))}
+    weights = {**lora_parameters(adapted), HEAD: mx.zeros((1, decoder.hidden_size))}
     best, lowest, best_step = weights, math.inf, 0
     curve: list[CurvePoint] = []
     batches = list(_batches(config, split.train))
     loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
     for step, batch in enumerate(batches, 1):
-        gradients, batch_loss = batch_gradients(stages, weights[HEAD], batch)
+        gradients, batch_loss = batch_gradients(decoder, weights[HEAD], batch)
         done = (step - 1) * config.batch_size / (config.epochs * len(split.train))
         optimizer.learning_rate = config.learning_rate * (1 - done)
         weights, norm = adamw_step(optimizer, gradients, weights, config.max_grad_norm)
@@ -180,7 +182,7 @@ def _fit(
         seen += pairs
         point = CurvePoint(step, seen, loss / pairs)
         if split.valid:
-            judged = judged_pairs(RewardModel(stages, weights[HEAD], None, None), split.valid)
+            judged = judged_pairs(RewardModel(decoder, weights[HEAD], None, None), split.valid)
             point = replace(
                 point,
                 valid_loss=pair_loss([p.difference for p in judged]),
@@ -196,7 +198,7 @@ def _fit(
             say(f"no lower held-out loss for {config.patience} evaluations; the best are kept")
             break
     _set_adapter(adapted, best)
-    return RewardModel(stages, best[HEAD], None, None), curve
+    return RewardModel(decoder, best[HEAD], None, None), curve
 
 
 def _batches(config: RewardTrainConfig, groups: list[PairGroup]) -> Iterator[list[PairGroup]]:

@@ -5,12 +5,12 @@ from dataclasses import replace
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import StopRequested, stop_signals
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import RunParts, first_state, policy_at
+from mlx_grpo.grpo.learner import Learner, first_state, policy_at
 from mlx_grpo.training.agreement import check_inputs, share_state
 from mlx_grpo.training.setup import check_skips, evaluation_due, provenance_of
 
 
-def follow(parts: RunParts, ui: Console) -> bool:
+def follow(parts: Learner, ui: Console) -> bool:
     """Work until the run of rank 0 ends; False if a signal ended it early."""
     config, ranks = parts.config, parts.ranks
     check_inputs(ranks, provenance_of(parts))

@@ -15,7 +15,7 @@ from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.files.lock import locked
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import RunParts, first_state, policy_at, target_at
+from mlx_grpo.grpo.learner import Learner, first_state, policy_at, target_at
 from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.report.health import new_findings
@@ -26,14 +26,14 @@ from mlx_grpo.run.directory import REPORT, Snapshot
 from mlx_grpo.training.agreement import check_inputs, share_state
 from mlx_grpo.training.follow import follow
 from mlx_grpo.training.setup import (
-    LoadWeights,
+    LoadModels,
     check_skips,
     evaluation_due,
+    load_models,
     load_parts,
-    load_weights,
     provenance_of,
 )
-from mlx_grpo.training.trackers import Sink, check_installed, opened
+from mlx_grpo.training.trackers import Tracker, check_installed, open_trackers
 
 GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
 
@@ -44,7 +44,7 @@ def train(
     resume: bool = False,
     dry_run: bool = False,
     allow_change: bool = False,
-    load: LoadWeights = load_weights,
+    load: LoadModels = load_models,
     ranks: Ranks = ALONE,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
@@ -77,9 +77,7 @@ def train(
 
 
 @contextmanager
-def _loaded(
-    config: TrainConfig, ui: Console, load: LoadWeights, ranks: Ranks
-) -> Iterator[RunParts]:
+def _loaded(config: TrainConfig, ui: Console, load: LoadModels, ranks: Ranks) -> Iterator[Learner]:
     names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
@@ -90,7 +88,7 @@ def _loaded(
         parts.evaluator.rewards.close()
 
 
-def _dry_run(parts: RunParts, ui: Console) -> None:
+def _dry_run(parts: Learner, ui: Console) -> None:
     config = parts.config
     done = iterate(parts, first_state(config), ui)
     if done.skips and "kl" not in done.metrics:
@@ -103,7 +101,7 @@ def _dry_run(parts: RunParts, ui: Console) -> None:
     ui.say(f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}")
 
 
-def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
+def _run(parts: Learner, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
     config, actor = parts.config, parts.roles.actor.model
     about, state = provenance_of(parts), first_state(config)
     check_inputs(parts.ranks, about)
@@ -120,11 +118,11 @@ def _run(parts: RunParts, run: Path, ui: Console, resume: bool, allow_change: bo
     with (
         _telling_how_to_go_on(run, ui, (BaseException,)),
         ui.training(config.num_iterations),
-        opened(config, run, state.iteration, ui.warn) as sink,
+        open_trackers(config, run, state.iteration, ui.warn) as tracker,
         stop_signals() as safe_point,
     ):
         safe_point = parts.ranks.watching(safe_point)
-        return _loop(parts, state, run, ui, about, sink, safe_point)
+        return _loop(parts, state, run, ui, about, tracker, safe_point)
 
 
 @contextmanager
@@ -140,12 +138,12 @@ def _telling_how_to_go_on(
 
 
 def _loop(
-    parts: RunParts,
+    parts: Learner,
     state: RunState,
     run: Path,
     ui: Console,
     about: dict[str, Any],
-    sink: Sink,
+    tracker: Tracker,
     safe_point: SafePoint,
 ) -> bool:
     """Evaluate, save, iterate; False if a stop was asked for.
@@ -160,7 +158,7 @@ def _loop(
         done = state.iteration == config.num_iterations
         try:
             if evaluation_due(state, config):
-                state = _evaluate(parts, state, run, ui, sink, safe_point)
+                state = _evaluate(parts, state, run, ui, tracker, safe_point)
                 try_report([run], ui.warn, running=True)
             elif state != saved and _save_due(state, config):
                 saved = state
@@ -170,7 +168,7 @@ def _loop(
             else:
                 safe_point()
                 check_skips(state, config)
-                state = _iterate_and_log(parts, state, run, ui, sink, safe_point)
+                state = _iterate_and_log(parts, state, run, ui, tracker, safe_point)
         except Exception as reason:
             before.put_back(actor, optimizer)
             if state.iteration and state != saved:
@@ -198,12 +196,12 @@ def _save_due(state: RunState, config: TrainConfig) -> bool:
 
 
 def _iterate_and_log(
-    parts: RunParts, state: RunState, run: Path, ui: Console, sink: Sink, safe_point: SafePoint
+    parts: Learner, state: RunState, run: Path, ui: Console, tracker: Tracker, safe_point: SafePoint
 ) -> RunState:
     done = iterate(parts, state, ui, safe_point)
     step = done.state.iteration
     log.append(run / log.METRICS, done.metrics)
-    sink(done.metrics)
+    tracker(done.metrics)
     run_directory.log_completions(run, step, done.groups, done.raw_PK)
     run_directory.log_skips(run, step, done.groups, done.skips)
     if "skipped" not in done.metrics:
@@ -216,7 +214,7 @@ def _iterate_and_log(
 
 
 def _evaluate(
-    parts: RunParts, state: RunState, run: Path, ui: Console, sink: Sink, safe_point: SafePoint
+    parts: Learner, state: RunState, run: Path, ui: Console, tracker: Tracker, safe_point: SafePoint
 ) -> RunState:
     """Evaluate on held-out prompts, log, and keep the adapter if it is the best so far."""
     config, roles, step = parts.config, parts.roles, state.iteration
@@ -236,7 +234,7 @@ def _evaluate(
         run_directory.save_named_adapter(run, "best", roles.actor.model)
     metrics = {"step": step, **evaluation.metrics(), "eval_best": passed, **clock.metrics()}
     log.append(run / log.METRICS, metrics)
-    sink(metrics)
+    tracker(metrics)
     run_directory.log_evaluation(run, step, evaluation)
     above = (
         f"KL above its gate of {target:g}" if evaluation.kl >= target else "perplexity not better"

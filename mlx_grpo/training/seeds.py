@@ -14,27 +14,27 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.report.write import comparison, try_report
 from mlx_grpo.run.directory import check_vacant
 from mlx_grpo.training.loop import train
-from mlx_grpo.training.setup import SharedWeights
+from mlx_grpo.training.setup import SharedModels
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run to be trained."""
 
     config: TrainConfig
     resume: bool = False
 
 
-def planned_by_leader(ranks: Ranks, runs: Sequence[Planned]) -> list[Planned]:
+def planned_by_leader(ranks: Ranks, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The runs that rank 0 has planned, on every rank: only rank 0 sees the run directories."""
     plain = ranks.gather([(asdict(r.config), r.resume) for r in runs])[0]
     if ranks.leads:
         return list(runs)
-    return [Planned(TrainConfig(**typed_flags(TrainConfig, c)), resume) for c, resume in plain]
+    return [PlannedRun(TrainConfig(**typed_flags(TrainConfig, c)), resume) for c, resume in plain]
 
 
 def train_all(
-    runs: Sequence[Planned],
+    runs: Sequence[PlannedRun],
     ui: Console,
     dry_run: bool = False,
     allow_change: bool = False,
@@ -51,7 +51,7 @@ def train_all(
         check(run.config)
         if not dry_run and ranks.leads:
             check_vacant(run.config.run_directory, run.resume)
-    load = SharedWeights()
+    load = SharedModels()
     done = all(train(r.config, ui, r.resume, dry_run, allow_change, load, ranks) for r in runs)
     if done and len(runs) > 1 and not dry_run and ranks.leads:
         _compare([r.config.run_directory for r in runs], ui)

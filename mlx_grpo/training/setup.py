@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.backend.device import limit_memory
-from mlx_grpo.backend.precision import policy_for
+from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -14,11 +14,11 @@ from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
-from mlx_grpo.grpo.learner import RunParts, sampling
+from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.backbone import Backbone, load_backbone
-from mlx_grpo.models.decoder import Stages
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
@@ -36,52 +36,52 @@ RESERVED = frozenset({"reward", "reward_model", "judge"})
 
 
 @dataclass(frozen=True)
-class Weights:
+class FrozenModels:
     """What no run changes, so that several can share it."""
 
     backbone: Backbone
     reward_model: RewardModel | StreamedRewardModel | None
 
 
-LoadWeights = Callable[[TrainConfig, Plan], Weights]
+LoadModels = Callable[[TrainConfig, Plan], FrozenModels]
 
 
-def load_weights(config: TrainConfig, plan: Plan) -> Weights:
+def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
     """Load the SFT model and the reward model, within the limits of the plan.
 
     Raises:
         InputError: one is missing or wrong.
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
-    policy, sizes = policy_for(plan.choice.dense), plan.choice.sizes
-    backbone = load_backbone(Path(config.actor_model), policy)
+    precision, sizes = precision_for(plan.choice.dense), plan.choice.sizes
+    backbone = load_backbone(Path(config.actor_model), precision)
     if config.rm_model == "none":
-        return Weights(backbone, None)
+        return FrozenModels(backbone, None)
     path = Path(config.rm_model)
     if plan.choice.swap:
-        return Weights(backbone, open_streamed(path, policy, sizes, STREAMED_HIDDEN))
-    return Weights(backbone, load_reward_model(path, backbone, sizes, policy))
+        return FrozenModels(backbone, open_streamed(path, precision, sizes, STREAMED_HIDDEN))
+    return FrozenModels(backbone, load_reward_model(path, backbone, sizes, precision))
 
 
-class SharedWeights:
-    """`load_weights` for several runs in turn: what the last one has loaded serves the next, where
+class SharedModels:
+    """`load_models` for several runs in turn: what the last one has loaded serves the next, where
     models and plan are the same."""
 
     def __init__(self) -> None:
         self._of: tuple[str, str, Plan] | None = None
-        self._weights: Weights | None = None
+        self._weights: FrozenModels | None = None
 
-    def __call__(self, config: TrainConfig, plan: Plan) -> Weights:
+    def __call__(self, config: TrainConfig, plan: Plan) -> FrozenModels:
         wanted = (config.actor_model, config.rm_model, plan)
         if self._weights is None or self._of != wanted:
             self._weights = None  # not both at once
-            self._of, self._weights = wanted, load_weights(config, plan)
+            self._of, self._weights = wanted, load_models(config, plan)
         return self._weights
 
 
 def load_parts(
-    config: TrainConfig, ui: Console, load: LoadWeights = load_weights, ranks: Ranks = ALONE
-) -> RunParts:
+    config: TrainConfig, ui: Console, load: LoadModels = load_models, ranks: Ranks = ALONE
+) -> Learner:
     """Build everything a run needs.
 
     Args:
@@ -101,11 +101,11 @@ def load_parts(
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return RunParts(config, plan, roles, prompts, evaluator, optimizer, ranks)
+    return Learner(config, plan, roles, prompts, evaluator, optimizer, ranks)
 
 
 def load_evaluator(
-    config: TrainConfig, ui: Console, load: LoadWeights = load_weights, plan: Plan | None = None
+    config: TrainConfig, ui: Console, load: LoadModels = load_models, plan: Plan | None = None
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
@@ -126,7 +126,7 @@ def load_evaluator(
     prompts = held_out[: config.eval_limit or None]
     return Evaluator(
         backbone=backbone,
-        reference=Stages(backbone.model, plan.choice.sizes),
+        reference=Decoder(backbone.model, plan.choice.sizes),
         prompts=tuple(prompts),
         answers=reference_answers(backbone.tokenizer, prompts, ask),
         rewards=RewardMix(weights.reward_model, config.rm_weight, custom),
@@ -176,7 +176,7 @@ def check_skips(state: RunState, config: TrainConfig) -> None:
         )
 
 
-def provenance_of(parts: RunParts) -> dict[str, Any]:
+def provenance_of(parts: Learner) -> dict[str, Any]:
     """What the run's numbers come from, see `provenance.recorded`."""
     digests = input_digests(parts.config, parts.evaluator.rewards.custom)
     return recorded(parts.config, digests, parts.plan.choice.dense, parts.ranks.size)

@@ -1,6 +1,6 @@
-"""Where the figures go beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases.
+"""Where the figures go beside metrics.jsonl: TensorBoard, Trackio, FrozenModels & Biases.
 
-Each is an extra that is imported only when asked for. A sink that fails while the run goes on is
+Each is an extra that is imported only when asked for. A tracker that fails while the run goes on is
 told of once and left out: metrics.jsonl has everything.
 """
 
@@ -13,51 +13,51 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import SinkName, TrainConfig
+from mlx_grpo.config.settings import TrackerName, TrainConfig
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import write_text
 
-MODULES: dict[SinkName, str] = {
+MODULES: dict[TrackerName, str] = {
     "tensorboard": "tensorboardX",
     "trackio": "trackio",
     "wandb": "wandb",
 }
 PROJECT = "mlx-grpo"
 
-Sink = Callable[[dict[str, Any]], None]
+Tracker = Callable[[dict[str, Any]], None]
 """Given a row of metrics.jsonl."""
-Opened = tuple[Sink, Callable[[], None]]
+OpenTracker = tuple[Tracker, Callable[[], None]]
 """(write a row, close)."""
 Warn = Callable[[str], None]
 
 
-def check_installed(sinks: Sequence[SinkName]) -> None:
-    """Raise InputError with what to type if a sink's library is missing."""
-    for sink in sinks:
-        spec = importlib.util.find_spec(MODULES[sink])
+def check_installed(trackers: Sequence[TrackerName]) -> None:
+    """Raise InputError with what to type if a tracker's library is missing."""
+    for tracker in trackers:
+        spec = importlib.util.find_spec(MODULES[tracker])
         if spec is None or spec.origin is None:  # none: a directory of that name, as wandb makes
             raise InputError(
-                f"--log {sink}: {MODULES[sink]} is not installed; type: pip install "
-                f"'mlx-grpo[{sink}]'"
+                f"--log {tracker}: {MODULES[tracker]} is not installed; type: pip install "
+                f"'mlx-grpo[{tracker}]'"
             )
 
 
 @contextmanager
-def opened(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iterator[Sink]:
-    """A function that hands a row to every sink of `config.log`.
+def open_trackers(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iterator[Tracker]:
+    """A function that hands a row to every tracker of `config.log`.
 
     Args:
         step: iterations done; a resumed run goes on where it was.
-        warn: told, in a line, that a sink has failed.
+        warn: told, in a line, that a tracker has failed.
     """
-    sinks: dict[SinkName, Opened] = {}
+    trackers: dict[TrackerName, OpenTracker] = {}
     to_open = list(config.log)
 
-    def attempt(name: SinkName, act: Callable[..., Any], *arguments: Any) -> Any:
+    def attempt(name: TrackerName, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return act(*arguments)
         except Exception as e:  # another library and its network: a run must not end for them
-            sinks.pop(name, None)
+            trackers.pop(name, None)
             warn(f"--log {name} failed ({one_line(e)}); the run goes on without it")
 
     def log(row: dict[str, Any]) -> None:
@@ -65,19 +65,19 @@ def opened(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iterator[Si
             name = to_open.pop(0)
             open_sink = _tensorboard if name == "tensorboard" else _tracker
             if now_open := attempt(name, open_sink, name, config, run, step):
-                sinks[name] = now_open
+                trackers[name] = now_open
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
-        for name, (write, _) in list(sinks.items()):
+        for name, (write, _) in list(trackers.items()):
             attempt(name, write, numbers)
 
     try:
         yield log
     finally:
-        for name, (_, close) in list(sinks.items()):
+        for name, (_, close) in list(trackers.items()):
             attempt(name, close)
 
 
-def _tensorboard(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
+def _tensorboard(name: TrackerName, config: TrainConfig, run: Path, step: int) -> OpenTracker:
     library = importlib.import_module(MODULES[name])
     writer = library.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
     if not step:
@@ -91,8 +91,8 @@ def _tensorboard(name: SinkName, config: TrainConfig, run: Path, step: int) -> O
     return write, writer.close
 
 
-def _tracker(name: SinkName, config: TrainConfig, run: Path, step: int) -> Opened:
-    """Trackio and Weights & Biases, which share their interface."""
+def _tracker(name: TrackerName, config: TrainConfig, run: Path, step: int) -> OpenTracker:
+    """Trackio and FrozenModels & Biases, which share their interface."""
     library = importlib.import_module(MODULES[name])
     title = _title(run, run / f"{name}.txt", begins=not step)
     identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name
