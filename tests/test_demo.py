@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
-from test_convert_gguf import write_tiny
 
 from mlx_grpo import demo
 from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
@@ -17,6 +15,8 @@ from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.reward_modeling.train import train_rm
 from mlx_grpo.run.directory import open_new
+from tests.helpers.gguf_writer import write_tiny
+from tests.helpers.tiny import write_jsonl
 
 Demo = Callable[[], bool]
 

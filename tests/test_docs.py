@@ -18,10 +18,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import write_jsonl, write_model
 
 from docs.generate import PAGES, commands, page
 from mlx_grpo import cli
+from tests.helpers.tiny import write_jsonl, write_model
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])

@@ -125,7 +125,7 @@ class TrainConfig:
     """First weight of the KL penalty of --kl-control reward, in normalised score per (nat per
     token)."""
     kl_gain: float = 1.0
-    """Gain of the controller: 1 is what was tuned (bench/kl_simulation.py)."""
+    """Gain of the controller: 1 is what was tuned (bench/learning/kl_simulation.py)."""
     kl_beta_min: float = 0.1
     """Smallest penalty weight."""
     kl_beta_max: float = 1000.0

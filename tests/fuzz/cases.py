@@ -24,7 +24,7 @@ from mlx_grpo.data.pairs import load_pairs
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.worker import call
-from tests.conftest import write_tokenizer
+from tests.helpers.tiny import write_tokenizer
 
 ANY_TEXT = st.text(st.characters(), max_size=20)  # halves of surrogate pairs, too: JSON spells them
 JSON = st.recursive(

@@ -1,0 +1,57 @@
+"""The largest shape that the planner accepts on Macs of some sizes; nothing is measured.
+
+usage: python bench/memory/macs.py
+
+The run's defaults: 16 prompts x 6 answers of 256 tokens behind prompts of 256, LoRA rank 16, a
+reward adapter of rank 8 or a reward model of the policy's own size. What Metal recommends a program
+to stay below is taken as two thirds of the memory, three quarters from 48 GB on.
+"""
+
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
+
+from bench.memory.measure.measure import sizes_of
+
+from bench.shapes import SHAPES
+from mlx_grpo.models.decoder import Sizes
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
+
+WORK = Workload(16, 6, 256, 256, 16, steps=4)
+MACS = (8, 16, 24, 32, 48, 64)
+
+
+def limit_of(gib: int) -> int:
+    """Bytes that Metal recommends on a Mac of so many GiB."""
+    return (gib << 30) * 3 // 4 if gib >= 48 else (gib << 30) * 2 // 3
+
+
+def describe(plan: Plan) -> str:
+    """The choice in a few words."""
+    sizes = plan.choice.sizes
+    parts = [f"{plan.choice.decode_rows} rows"]
+    parts += [f"{sizes.rows} a pass"] if sizes.rows else []
+    parts += [f"MLP {sizes.mlp_tokens}"] if sizes.mlp_tokens else []
+    parts += ["swapped"] if plan.choice.swap else []
+    return ", ".join(parts)
+
+
+def main() -> None:
+    models = {shape: sizes_of(shape, 0) for shape in SHAPES if shape != "tiny"}
+    ordered = sorted(models.items(), key=lambda item: item[1].parameters)
+    for gib in MACS:
+        for kind in ("adapter", "full"):
+            best = "none"
+            for shape, model in ordered:
+                reward = (
+                    RewardFootprint(model.lora_bytes(8))
+                    if kind == "adapter"
+                    else RewardFootprint(model=model)
+                )
+                given = Choice(dense=False, decode_rows=0, sizes=Sizes())
+                plan = choose(model, reward, WORK, limit_of(gib), given)
+                if plan.fits:
+                    best = f"{shape}: {plan.peak / 1e9:.2f} GB ({describe(plan)})"
+            print(f"{gib:3} GB, limit {limit_of(gib) / 1e9:5.2f} GB, {kind:7}  {best}")
+
+
+if __name__ == "__main__":
+    main()

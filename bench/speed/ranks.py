@@ -1,0 +1,243 @@
+"""What several ranks cost and keep, on loopback and tiny models (one BLAS thread a rank):
+
+- `same`: 2 and 3 ranks against 1 after 20 iterations: relative difference of the adapters, and
+  whether the samples of the first iteration, and of all, are the same;
+- `kill`: one rank is killed at random times after loading: seconds until the others have ended,
+  whether one line names the rank, and whether the resumed run is the uninterrupted one bit for bit;
+- `stop`: one rank is told to stop, and the run goes on with another number of ranks;
+- `speed`: iterations per second of 2 ranks against 1.
+
+usage: OPENBLAS_NUM_THREADS=1 python -m bench.speed.ranks [same stop kill speed] [--json FILE]
+
+A real model, on an idle machine: `mlx.launch -n 2 mlx-grpo train ...` against `mlx-grpo train ...`
+with OPENBLAS_NUM_THREADS=1, `time/iteration` in metrics.jsonl.
+"""
+
+from tests.crash import without_torch  # noqa: F401  isort: skip
+import mlx_grpo  # noqa: F401  isort: skip  (before MLX: it loads OpenBLAS)
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+from tests.ports import free_ports
+
+from mlx_grpo.console.output import Console
+from mlx_grpo.distributed import launch  # noqa: F401  (imported before the forks)
+from mlx_grpo.run import log
+from mlx_grpo.training import seeds  # noqa: F401  (imported before the forks)
+from tests.crash.harness import Child, World, make_world, training
+
+SECONDS = ("time/iteration", "time/evaluate")
+LONGEST = 30.0
+"""Seconds within which the others must have ended."""
+
+
+def start(config: Path, run: Path, size: int, *more: str) -> list[Child]:
+    """`mlx-grpo train` in some ranks, as `mlx.launch --backend ring` starts them."""
+    hosts = run.with_suffix(".hosts")
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    act = training(config, run, *more)
+
+    def ranked(rank: int) -> int:
+        os.environ.update(MLX_RANK=str(rank), MLX_HOSTFILE=str(hosts))
+        return act() or 0
+
+    return [
+        Child(lambda rank=rank: ranked(rank), run.with_suffix(f".{rank}.txt"))  # type: ignore[misc]
+        for rank in range(size)
+    ]
+
+
+def train(config: Path, run: Path, size: int, *more: str) -> Path:
+    """To the end.
+
+    Raises:
+        RuntimeError: a rank does not end well; with what all said.
+    """
+    children = start(config, run, size, *more)
+    statuses = [child.wait() for child in children]
+    if any(statuses):
+        raise RuntimeError("\n".join(child.output.read_text() for child in children))
+    return run
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """Of a log, without times and memory."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+        for row in log.read(run / name)
+    ]
+
+
+def adapter(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "final" / "adapters.safetensors")
+
+
+def apart(one: Path, other: Path) -> float:
+    """Norm of the difference of two adapters over the norm of the first."""
+    a, b = (
+        np.concatenate([v.ravel() for _, v in sorted(adapter(r).items())]) for r in (one, other)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def same(world: World, iterations: int, ui: Console) -> dict[str, Any]:
+    """2 and 3 ranks against 1: with uneven shares, and with fewer prompts than ranks."""
+    found: dict[str, Any] = {}
+    for name, settings in {
+        "5 prompts, minibatches of 2": {"batch_size": 5, "minibatch_size": 2},
+        "2 prompts, 2 epochs": {"batch_size": 2, "minibatch_size": 1, "epochs": 2},
+    }.items():
+        every = {"checkpoint_every": iterations, "eval_every": iterations}
+        config = world.config(num_iterations=iterations, **every, **settings)
+        runs = [train(config, world.root / f"same-{len(found)}-{n}", n) for n in (1, 2, 3)]
+        samples = [log.read(run / log.COMPLETIONS) for run in runs]
+        first = [[row for row in answers if row["step"] == 1] for answers in samples]
+        found[name] = {
+            "relative_difference": {n: apart(runs[0], runs[n - 1]) for n in (2, 3)},
+            "first_samples_equal": first[0] == first[1] == first[2],
+            "all_texts_equal": _texts(runs[0]) == _texts(runs[1]) == _texts(runs[2]),
+        }
+        ui.say(f"{name}: {json.dumps(found[name])}")
+    return found
+
+
+def stop(world: World, ui: Console) -> dict[str, Any]:
+    """Tell the last of 2 ranks to stop, go on with 3, and compare with 1."""
+    config, run = world.config(), world.root / "stopped"
+    whole = train(config, world.root / "never-stopped", 1)
+    children = start(config, run, 2)
+    while not (run / log.COMPLETIONS).exists():
+        time.sleep(0.001)
+    children[1].send(signal.SIGTERM)
+    statuses = [child.wait() for child in children]
+    train(config, run, 3)
+    found = {
+        "statuses": statuses,
+        "relative_difference": apart(whole, run),
+        "samples_equal": _texts(whole) == _texts(run),
+    }
+    ui.say(f"stop: {json.dumps(found)}")
+    return found
+
+
+def _texts(run: Path) -> list[str]:
+    return [row["completion"] for row in log.read(run / log.COMPLETIONS)]
+
+
+def kill(world: World, count: int, ui: Console) -> dict[str, Any]:
+    """Kill one of 2 or 3 ranks at a random time; resume with as many."""
+    rng, config = random.Random(9), world.config()
+    whole, seconds = {}, {}
+    for size in (2, 3):
+        whole[size] = train(config, world.root / f"whole-{size}", size)
+        seconds[size] = _seconds(whole[size])
+    kills: list[dict[str, Any]] = []
+    while len(kills) < count:
+        size = 2 + len(kills) % 2
+        killed = _killed(config, world.root / "killed", size, rng.uniform(0, seconds[size]), rng)
+        if killed is None:  # it had ended before
+            continue
+        run = train(config, world.root / "killed", size)
+        logs = all(rows(run, n) == rows(whole[size], n) for n in log.LOGS[:3])
+        killed["equal"] = logs and apart(whole[size], run) == 0.0
+        kills.append(killed)
+        ui.say(f"{len(kills)}: {json.dumps(killed)}")
+    return {
+        "kills": len(kills),
+        "others_ended_within_30_s": sum(k["seconds"] < LONGEST for k in kills),
+        "slowest_seconds": max(k["seconds"] for k in kills),
+        "one_line_names_the_rank": sum(k["named"] for k in kills),
+        "resumed_equal": sum(k["equal"] for k in kills),
+        "each": kills,
+    }
+
+
+def _seconds(run: Path) -> float:
+    """Of all stages of a run."""
+    figures = log.read(run / log.METRICS)
+    return sum(v for row in figures for k, v in row.items() if k in SECONDS)
+
+
+def _killed(
+    config: Path, run: Path, size: int, after: float, rng: random.Random
+) -> dict[str, Any] | None:
+    """One kill, and how the others ended; None if all was over by then."""
+    shutil.rmtree(run, ignore_errors=True)
+    children, dead = start(config, run, size), rng.randrange(size)
+    while not children[0].stage[0]:
+        time.sleep(0.001)
+    time.sleep(after)
+    stage = children[dead].send(signal.SIGKILL)
+    begun = time.monotonic()
+    statuses = [child.wait() for child in children]
+    seconds = time.monotonic() - begun
+    if statuses[dead] == 0:
+        return None
+    said = [child.output.read_text() for child in children]
+    # MLX writes "[ring] " and the rest of its own lines apart, so that may stand before ours
+    errors = re.findall(r"^(?:\[ring\] )?(error: .*)", "\n".join(said), re.MULTILINE)
+    named = [e.startswith(f"error: rank {dead} on ") for e in errors] == [True]
+    return {
+        "rank": dead,
+        "of": size,
+        "stage": stage,
+        "seconds": round(seconds, 2),
+        "named": named,
+        "statuses": statuses,
+        **({} if named else {"said": said}),
+    }
+
+
+def speed(world: World, ui: Console) -> dict[str, Any]:
+    """Longer answers and more of them, so that there is something to share."""
+    work = {"batch_size": 8, "minibatch_size": 4, "K": 8, "max_completion_length": 128}
+    config = world.config(num_iterations=8, checkpoint_every=100, eval_every=100, **work)
+    per_second = {}
+    for size in (1, 2):
+        run = train(config, world.root / f"speed-{size}", size)
+        times = [row["time/iteration"] for row in log.read(run / log.METRICS) if "kl" in row][1:]
+        per_second[size] = len(times) / sum(times)
+    efficiency = per_second[2] / (2 * per_second[1])
+    found = {"iterations_per_second": per_second, "efficiency": efficiency}
+    ui.say(f"speed: {json.dumps(found)}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("parts", nargs="*", default=["same", "stop", "kill", "speed"])
+    parser.add_argument("--iterations", type=int, default=20, help="of `same`")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    ui, found = Console(), {}
+    with tempfile.TemporaryDirectory() as place:
+        world = make_world(Path(place))
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "same": lambda: same(world, args.iterations, ui),
+            "stop": lambda: stop(world, ui),
+            "kill": lambda: kill(world, args.kills, ui),
+            "speed": lambda: speed(world, ui),
+        }
+        for part in args.parts:
+            found[part] = measures[part]()
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What is shown: a live view on a terminal, lines elsewhere, and nothing that breaks either."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console as RichConsole
+
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.live import LiveView, duration, sparks, trend
+from mlx_grpo.console.output import Console
+from mlx_grpo.training.loop import train
+from tests.helpers.runs import iteration
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOURS = re.compile(r"\x1b\[[0-9;]*3[0-7][0-9;]*m")
+
+
+def terminal(width: int = 80, **named: Any) -> Console:
+    """A console that writes to a terminal of our own."""
+    ui = Console()
+    ui.out = RichConsole(
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        soft_wrap=True,
+        highlight=False,
+        **named,
+    )
+    return ui
+
+
+def written(ui: Console) -> str:
+    assert isinstance(ui.out.file, io.StringIO)
+    return ui.out.file.getvalue()
+
+
+def picture(view: LiveView, width: int = 80) -> str:
+    """The view as text."""
+    console = RichConsole(file=io.StringIO(), width=width, force_terminal=True)
+    with console.capture() as captured:
+        console.print(view)
+    return ESCAPES.sub("", captured.get())
+
+
+@pytest.fixture
+def view() -> LiveView:
+    view = LiveView(60)
+    view.history += [iteration(step) for step in range(1, 31)]
+    return view
+
+
+def test_the_view_shows_every_figure_of_the_last_iteration(view: LiveView) -> None:
+    with view.stage(31, "update"):
+        seen = picture(view)
+    for text in (
+        *("30/60", "11 min 00 s left", "31: rollout", "+3.000", "+1.00 in 10 iterations"),
+        *("0.0180", "target 0.02", "beta", "8", "clip fraction", "0.020", "37 tokens", "30%"),
+        *("10%", "120 tok/s", "80 tok/s", "1.10 GB", "22 s"),
+    ):
+        assert text in seen, text
+
+
+def test_stages_that_are_done_are_full_and_those_to_come_are_empty(view: LiveView) -> None:
+    with view.stage(31, "logprob"):
+        line = next(line for line in picture(view).splitlines() if "rollout ━" in line)
+    done, now, to_come = re.split("logprob|update", line)
+    assert "━" in done and "┄" not in done
+    assert "┄" in now and "┄" in to_come and "━" not in to_come
+
+
+def test_between_iterations_it_says_what_is_being_done(view: LiveView) -> None:
+    view.doing = "held-out answers 3/12"
+    assert "held-out answers 3/12" in picture(view)
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_it_never_wraps(view: LiveView, width: int) -> None:
+    with view.stage(31, "reward"):
+        lines = picture(view, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == len(picture(view, 120).splitlines())
+
+
+def test_before_the_first_iteration_there_is_a_view_too() -> None:
+    view = LiveView(60)
+    with view.stage(1, "rollout"):
+        assert "0/60" in picture(view) and "1: rollout" in picture(view)
+
+
+def test_a_stage_that_ends_while_it_is_drawn_is_drawn_to_the_end(
+    view: LiveView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich draws from a thread of its own; an error there ends the live view."""
+    stage, took = view.stage(31, "update"), view._took()
+    monkeypatch.setattr(view, "_took", lambda: (stage.__exit__(None, None, None), took)[1])
+    stage.__enter__()
+    assert "31: rollout" in picture(view)
+
+
+def test_a_resumed_run_shows_what_was_done_before() -> None:
+    view = LiveView(60)
+    with view.stage(31, "rollout"):
+        assert "30/60" in picture(view)
+
+
+def test_sparks_go_from_the_lowest_to_the_highest_value() -> None:
+    assert sparks([0.0, 1.0, 2.0]) == "▁▅█"
+    assert sparks([1.0, 1.0]) == "▁▁"
+    assert sparks([1.0]) == ""
+
+
+def test_a_trend_compares_as_many_iterations_as_before() -> None:
+    assert trend([0.0] * 10 + [0.5] * 10) == "+0.50 in 10 iterations"
+    assert trend([0.0] * 19) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5 s"), (65, "1 min 05 s"), (7500, "2 h 05 min"), (float("nan"), "?")]
+)
+def test_durations_are_said_as_people_do(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_run_on_a_terminal_is_followed_live_with_tables_of_answers(
+    train_arguments: dict[str, Any],
+) -> None:
+    ui = terminal()
+    assert train(TrainConfig(**{**train_arguments, "show_every": 2}), ui)
+    seen = ESCAPES.sub("", written(ui))
+    assert "4/4" in seen and "dead groups" in seen
+    assert "Answers of iteration 2" in seen and "Answers of iteration 3" not in seen
+    assert "held-out: reward" in seen
+    assert not re.search(r"^ *1/4  reward", seen, re.MULTILINE)  # the lines of a log
+
+
+def test_without_a_terminal_there_is_a_line_for_each_iteration(
+    train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(TrainConfig(**{**train_arguments, "show_every": 1}), Console())
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d/4  reward [+-]\d", out, re.MULTILINE)) == 4
+    assert "\x1b" not in out and "Answers of" not in out
+
+
+def test_quiet_says_nothing_but_warnings(
+    train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ui = terminal(quiet=True)
+    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), ui)
+    assert written(ui) == ""
+
+
+def test_no_color_is_heeded(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = TrainConfig(**{**train_arguments, "num_iterations": 1})
+    colourful = terminal(color_system="standard")
+    train(short, colourful)
+    assert COLOURS.search(written(colourful))
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = terminal(color_system="standard")
+    train(TrainConfig(**{**vars(short), "output": f"{short.output}-plain"}), plain)
+    assert not COLOURS.search(written(plain))
+
+
+def test_a_terminal_that_cannot_draw_gets_lines(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    ui = terminal()
+    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), ui)
+    assert "   1/1  reward" in written(ui)
+
+
+def test_a_failure_leaves_the_terminal_as_it_was(
+    train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_grpo.training import loop as trainer
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(trainer, "iterate", fails)
+    ui = terminal()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(TrainConfig(**train_arguments), ui)
+    hidden, shown = (written(ui).count(f"\x1b[?25{c}") for c in "lh")
+    assert hidden == shown > 0  # the cursor is back
+    ui.say("and now a line")
+    assert written(ui).endswith("and now a line\n")

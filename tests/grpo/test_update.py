@@ -1,0 +1,202 @@
+"""The update: early stop, finite guard, gradient clipping, passes of fewer rows."""
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from mlx_grpo.backend.precision import Precision, apply_precision
+from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
+from mlx_grpo.grpo.advantages import Shaping, advantages_under
+from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, reused_groups, update
+from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.optimizer import adamw_step, new_optimizer
+from tests.helpers.groups import actor_of, group_of
+
+SETTINGS = UpdateSettings(
+    clip=Clip(),
+    aggregation="sequence",
+    temperature=1.0,
+    max_tokens=16,
+    max_grad_norm=0.5,
+    minibatch_size=1,
+    epochs=1,
+    kl_stop=math.inf,
+)
+
+
+def on_policy(decoder: Decoder, seed: int) -> TrainingGroup:
+    """A group whose old log-probs are the policy's own."""
+    group = group_of(seed)
+    old = token_logps(decoder, mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
+    return replace(group, old_logp_KT=old)
+
+
+def snapshot(decoder: Decoder) -> dict[str, list]:
+    return {n: v.tolist() for n, v in lora_parameters(decoder.model).items()}
+
+
+def updated_by(
+    decoder: Decoder, optimizer: optim.AdamW, groups: list[TrainingGroup], settings: UpdateSettings
+) -> UpdateStats:
+    """Update on groups that are scored already."""
+    return update(decoder, optimizer, [], groups, Shaping(0.0), settings)[1]
+
+
+def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
+    decoder = Decoder(actor_of("llama"))
+    scored = [on_policy(decoder, seed) for seed in range(groups)]
+    stats = updated_by(decoder, new_optimizer(1e-2, 0.0), scored, settings)
+    return lora_parameters(decoder.model), stats
+
+
+def test_one_row_a_pass_gives_the_update_of_whole_groups() -> None:
+    whole, stats = updated(SETTINGS)
+    rows, row_stats = updated(replace(SETTINGS, rows_per_pass=1))
+    assert max(mx.abs(whole[n] - rows[n]).max().item() for n in whole) < 1e-5
+    assert stats.tokens == row_stats.tokens == 28  # type: ignore[attr-defined]
+    assert stats.loss == pytest.approx(row_stats.loss, abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_the_ratio_moves_away_from_one_within_an_iteration_and_the_clip_works() -> None:
+    _, first = updated(replace(SETTINGS, minibatch_size=2))
+    _, later = updated(replace(SETTINGS, minibatch_size=2, epochs=4))
+    assert first.approx_kl == pytest.approx(0, abs=1e-6)  # type: ignore[attr-defined]
+    assert first.clipped == 0  # type: ignore[attr-defined]
+    assert later.steps == 4 and later.clipped > 0  # type: ignore[attr-defined]
+
+
+def test_the_rest_of_an_iteration_is_skipped_once_the_kl_passes_its_limit() -> None:
+    _, stats = updated(replace(SETTINGS, kl_stop=1e-5, epochs=5))
+    assert stats.stopped_early  # type: ignore[attr-defined]
+    assert 0 < stats.steps < 10  # type: ignore[attr-defined]
+
+
+def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -> None:
+    decoder = Decoder(actor_of("llama"))
+    live = on_policy(decoder, 1)
+    dead = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
+    before = snapshot(decoder)
+    assert updated_by(decoder, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
+    assert snapshot(decoder) == before
+    both = updated_by(
+        decoder, new_optimizer(1e-2, 0.0), [live, dead], replace(SETTINGS, minibatch_size=2)
+    )
+    alone = updated_by(
+        Decoder(actor_of("llama")), new_optimizer(1e-2, 0.0), [live], replace(SETTINGS)
+    )
+    assert both.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-4)
+
+
+def rated(seed: int, scores: list[float]) -> RewardedGroup:
+    """A group before its log-probs under the actor are known."""
+    g = group_of(seed)
+    ids, ref = g.prompt_ids, g.ref_logp_KT
+    return RewardedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
+
+
+@pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("prompt", [2, 11])  # a short prompt makes the rows fall into two buckets
+def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
+    minibatch: int, epochs: int, level: str, prompt: int
+) -> None:
+    clip = Clip(level=level)  # type: ignore[arg-type]
+    settings = replace(SETTINGS, minibatch_size=minibatch, epochs=epochs, clip=clip)
+    scores = ([1.0, -1.0, 0.0], [0.3, 0.1, 2.0], [0.0, 5.0, 1.0])
+    whole = [rated(seed, list(s)) for seed, s in enumerate(scores, 1)]
+    groups = [replace(g, prompt_ids=g.prompt_ids[:prompt]) for g in whole]
+    shaping, count = Shaping(0.5, "std"), reused_groups(settings)
+    results = []
+    for reused in (0, count):
+        decoder = Decoder(actor_of("llama"))
+        later = advantages_under(decoder, groups[reused:], shaping, 1.0)
+        scored, stats = update(
+            decoder, new_optimizer(1e-2, 0.0), groups[:reused], later, shaping, settings
+        )
+        advantages = [g.advantages_K.tolist() for g in scored]
+        results.append((snapshot(decoder), stats, advantages))
+    assert results[0] == results[1]
+    assert results[0][1].steps == epochs * -(-3 // minibatch)
+
+
+def test_groups_in_several_passes_are_scored_before_the_update() -> None:
+    assert reused_groups(replace(SETTINGS, rows_per_pass=2, minibatch_size=4)) == 0
+
+
+def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_grpo.grpo import update as module
+
+    def never(*args: object) -> None:
+        raise AssertionError("a dead group went through a backward pass")
+
+    monkeypatch.setattr(module, "backward_pass", never)
+    decoder = Decoder(actor_of("llama"))
+    before = snapshot(decoder)
+    first = rated(1, [1.0, 1.0, 1.0])
+    later = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
+    arguments = (Shaping(0.0), SETTINGS)
+    scored, stats = update(decoder, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
+    assert stats.steps == 0 and len(scored) == 2
+    assert snapshot(decoder) == before
+
+
+def test_values_that_are_not_finite_never_reach_the_weights() -> None:
+    decoder = Decoder(actor_of("llama"))
+    group = on_policy(decoder, 1)
+    poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
+    before, optimizer = snapshot(decoder), new_optimizer(1e-2, 0.0)
+    stats = updated_by(decoder, optimizer, [poisoned], SETTINGS)
+    assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]
+    assert stats.steps == 0
+    assert snapshot(decoder) == before
+
+
+def test_the_gradient_is_clipped_to_the_global_norm() -> None:
+    parameters = {"layers.0.a": mx.zeros((2,)), "layers.0.b": mx.zeros((1,))}
+    gradients = {"layers.0.a": mx.array([3.0, 0.0]), "layers.0.b": mx.array([4.0])}
+    optimizer = new_optimizer(1.0, 0.0)
+    _, norm = adamw_step(optimizer, gradients, parameters, 0.5)
+    assert norm == pytest.approx(5.0)
+    moments = optimizer.state["layers"][0]
+    # Adam's first moment after one step is (1 - beta1) times the clipped gradient
+    assert moments["a"]["m"].tolist() == pytest.approx([0.1 * 0.3, 0.0], rel=1e-4)
+    assert moments["b"]["m"].tolist() == pytest.approx([0.1 * 0.4], rel=1e-4)
+
+
+def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
+    import mlx.nn as nn
+
+    from tests.helpers.tiny import tiny_model
+
+    def stages_with(policy: Precision) -> Decoder:
+        model = tiny_model("llama")
+        model.set_dtype(mx.bfloat16)
+        nn.quantize(model, group_size=32, bits=4)
+        apply_precision(model, policy)
+        model.freeze()
+        actor = add_lora(model, rank=4, scale=2.0, seed=1)
+        moved = {n: v + 0.05 for n, v in lora_parameters(actor).items()}
+        set_parameters(actor, moved)
+        return Decoder(actor)
+
+    packed = stages_with(Precision("cpu", dense=False, dtype=mx.bfloat16))
+    dense = stages_with(Precision("cpu", dense=True, dtype=mx.float32))
+    quantized = packed.model.layers[0].mlp.up_proj.linear
+    assert quantized.scales.dtype == mx.bfloat16 and quantized.weight.dtype == mx.uint32
+    group = on_policy(dense, 1)
+    prompt = mx.array([group.prompt_ids])
+    logps = token_logps(packed, prompt, group.tokens_KT, group.mask_KT)
+    assert logps.dtype == mx.float32
+    assert mx.abs(logps - group.old_logp_KT).max().item() < 0.1
+    stats = [
+        updated_by(decoder, new_optimizer(1e-3, 0.0), [on_policy(decoder, 1)], SETTINGS)
+        for decoder in (packed, dense)
+    ]
+    assert stats[0].steps == 1
+    assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=0.1)

@@ -1,0 +1,77 @@
+"""The estimate of time: what a stage must move and do, and which limit binds it."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.models.decoder import Sizes
+from mlx_grpo.plan.devices import MACS, THIS, Device, check_name, device
+from mlx_grpo.plan.footprint import footprint_of
+from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.timing import REACHED, StageCost, estimate, stage_costs
+from tests.helpers.shapes import GEMMA_2B, PACKED, WORK
+
+ADAPTER = RewardFootprint(adapter_bytes=GEMMA_2B.lora_bytes(8))
+CHOICE = replace(PACKED, decode_rows=96)
+
+
+def test_gemma_2b_has_the_weights_of_its_linear_layers() -> None:
+    attention, mlp = 2 * 2048 * 2048 + 2 * 2048 * 256, 3 * 2048 * 16384
+    assert GEMMA_2B.block_weights == 18 * (attention + mlp)
+
+
+def test_block_weights_are_counted_by_layer(backbone: Backbone) -> None:
+    dense = footprint_of(backbone.model, 1)
+    expected = sum(
+        m.weight.shape[0] * m.weight.shape[1]
+        for layer in backbone.model.layers
+        for n, m in layer.named_modules()
+        if n.endswith("_proj")
+    )
+    assert dense.block_weights == expected > 0
+
+
+def test_a_rollout_reads_the_weights_once_a_token_of_all_rows() -> None:
+    wide = stage_costs(GEMMA_2B, ADAPTER, WORK, CHOICE)["rollout"]
+    narrow = stage_costs(GEMMA_2B, ADAPTER, WORK, replace(CHOICE, decode_rows=6))["rollout"]
+    weights = WORK.completion_tokens * GEMMA_2B.packed_bytes
+    assert narrow.bytes - wide.bytes == 15 * weights
+    assert narrow.flops == wide.flops
+
+
+def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
+    whole, cut = (
+        stage_costs(GEMMA_2B, ADAPTER, WORK, replace(CHOICE, sizes=Sizes(rows=rows)))
+        for rows in (0, 3)
+    )
+    extra = WORK.prompts * WORK.prompt_tokens
+    assert cut["reward"].flops - whole["reward"].flops == 2 * GEMMA_2B.block_weights * extra
+    assert cut["update"].bytes == 2 * whole["update"].bytes
+
+
+def test_without_a_reward_model_its_stage_costs_nothing() -> None:
+    assert stage_costs(GEMMA_2B, RewardFootprint(), WORK, CHOICE)["reward"] == StageCost(0, 0)
+
+
+def test_the_binding_limit_sets_the_time() -> None:
+    slow_memory = Device("a", bandwidth=10.0, arithmetic=1e9)
+    slow_units = Device("b", bandwidth=1e9, arithmetic=10.0)
+    cost = {"rollout": StageCost(bytes=20.0, flops=40.0)}
+    moving, computing = (estimate(cost, d)["rollout"] for d in (slow_memory, slow_units))
+    assert (moving.at_least, moving.bound) == (2.0, "bandwidth")
+    assert (computing.at_least, computing.bound) == (4.0, "arithmetic")
+    assert moving.expected == 2.0 / REACHED["rollout"]
+
+
+def test_this_machine_is_measured_and_a_mac_is_looked_up() -> None:
+    here = device(THIS, mx.float32)
+    assert here.measured and here.bandwidth > 0 and here.arithmetic > 0
+    assert device("m2-pro", mx.bfloat16) is MACS["m2-pro"]
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"--device: must be this or one of m1, .*, not 'm9'"):
+        check_name("m9")

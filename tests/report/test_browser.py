@@ -1,0 +1,78 @@
+"""The report in a real browser: charts drawn, nothing complained of, readable on a phone, and the
+screenshots kept in $REPORT_SCREENSHOTS."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo.report.write import write_report
+from tests.helpers.runs import write_run
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
+MACOS = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+DESKTOP, PHONE = (1280, 900), (390, 844)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium or Chrome, as installed; else the one that `playwright install chromium` brings."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    found = found or (str(MACOS) if MACOS.exists() else None)
+    with sync_api.sync_playwright() as p:
+        try:
+            launched = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except sync_api.Error as e:
+            pytest.skip(f"no browser here; type: playwright install chromium ({e.message[:80]})")
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    given = os.environ.get("REPORT_SCREENSHOTS")
+    directory = Path(given) if given else tmp_path_factory.mktemp("screenshots")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_the_page_draws_its_charts_and_fits(
+    runs: int,
+    size: tuple[int, int],
+    scheme: Any,
+    browser: Any,
+    screenshots: Path,
+    tmp_path: Path,
+) -> None:
+    report = write_report([write_run(tmp_path / f"seed-{s}", seed=s) for s in range(42, 42 + runs)])
+    page = browser.new_page(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, offline=True
+    )
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(report.as_uri())
+    page.screenshot(path=screenshots / f"report-{runs}-{size[0]}-{scheme}.png", full_page=True)
+
+    assert complaints == []
+    assert "42" in page.title()  # a model's answer tried to change it
+    charts = page.locator("figure > svg")
+    assert charts.count() >= 8
+    for chart in charts.all():
+        box = chart.bounding_box()
+        assert box["width"] > 250 and box["height"] > 100
+        assert chart.locator("polyline").count() >= 1
+        assert "nan" not in chart.inner_html().lower()
+    assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(background.split("(")[1].split(",")[0]) < 128) == (scheme == "dark")
+    assert page.locator("svg[role=img]:not([aria-label])").count() == 0
+    page.close()

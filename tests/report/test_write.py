@@ -1,0 +1,264 @@
+"""The report says what the run's files say, for one run or several, and nothing from outside runs
+in it."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.lock import locked
+from mlx_grpo.report import page
+from mlx_grpo.report import write as report
+from mlx_grpo.report.record import read
+from mlx_grpo.report.write import write_report
+from mlx_grpo.training.loop import train
+from tests.helpers.runs import HOSTILE, evaluation, write_run
+from tests.helpers.tiny import write_jsonl
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "runs" / "seed-42")
+
+
+def words(html: str) -> str:
+    """What a reader reads."""
+    body = re.sub(r"<(style|title)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def test_the_summary_gives_the_figures_of_the_best_evaluation_and_of_the_first(run: Path) -> None:
+    said = words(write_report([run]).read_text())
+    assert "At the best checkpoint, after 30 iterations" in said
+    assert "reward on held-out prompts is +3.00; the SFT model has +0.00" in said
+    # of 12 prompts, four lose and eight win: Wilson's interval
+    assert "higher reward on 67% (95 % interval 39% to 86%)" in said
+    assert "The gold judge gold gives 0.610 (SFT model: 0.700)" in said
+    assert "0.0150 nats per token" in said
+
+
+def test_each_evaluation_is_decided_on_with_its_reason(run: Path) -> None:
+    decided = {row["step"]: (gate, why) for row, gate, why in read(run, False).decisions()}
+    assert decided[0] == (0.05, "SFT model")
+    assert decided[30] == (0.02, "best so far")
+    assert decided[40] == (0.02, "KL too high")
+    rows = [evaluation(0), {**evaluation(10), "eval_kl": 0.001, "eval_best": False}]
+    write_jsonl(run / "metrics.jsonl", rows)
+    assert read(run, False).decisions()[1][2] == "perplexity not better"
+
+
+def test_answers_are_shown_from_the_largest_gain_to_the_largest_loss(run: Path) -> None:
+    pairs = page.examples(read(run, False))
+    gains = [after["reward"] - before["reward"] for before, after in pairs]
+    assert len(pairs) == page.EXAMPLES
+    assert gains == sorted(gains, reverse=True)
+    assert all(before["step"] == 0 and after["step"] == 30 for before, after in pairs)
+    assert {before["id"] == after["id"] for before, after in pairs} == {True}
+
+
+def test_warnings_stand_on_the_page_with_what_to_try(run: Path) -> None:
+    said = words(write_report([run]).read_text())
+    assert "The reward rises while the gold judge falls" in said
+    assert "The reward is being fooled" in said
+
+
+def test_what_a_model_writes_stays_text(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert "<script" not in html and "<img" not in html
+    assert HOSTILE.split("&")[0].strip() in unescape(html)
+
+
+def test_the_page_needs_nothing_from_outside(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    assert "@import" not in html and "url(" not in html
+
+
+def test_the_command_on_the_page_is_the_run_again(run: Path, tmp_path: Path) -> None:
+    record = read(write_run(tmp_path / "other", kl_targets=(0.1, 0.05), K=8), False)
+    typed = page.command(record).split()
+    assert typed[:2] == ["mlx-grpo", "train"]
+    flags = dict(zip(typed[2::2], typed[3::2], strict=True))
+    names = {f.removeprefix("--").replace("-", "_"): v for f, v in flags.items()}
+    again = build_config(flags={**names, "eval_reward": [names["eval_reward"]]})
+    assert again == TrainConfig(
+        **{**vars(record.config), "output": f"{record.config.output}-again"}
+    )
+
+
+def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "runs" / "seed-43", seed=43)
+    target = write_report([run, other])
+    assert target == tmp_path / "runs" / "report.html"
+    said = words(target.read_text())
+    # rewards 3.0 and 3.1: sample standard deviation 0.0707
+    assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 +3.100" in said
+    assert said.count("Best checkpoint") == 2
+
+
+def test_a_judge_of_some_of_the_runs_is_shown_for_those(run: Path, tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", seed=43, eval_reward=())
+    rows = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    write_jsonl(
+        plain / "metrics.jsonl",
+        [{k: v for k, v in row.items() if "rewards/gold" not in k} for row in rows],
+    )
+    for runs in ([run, plain], [plain, run]):
+        said = words(write_report(runs, tmp_path / "both.html").read_text())
+        assert "gold judge: gold 0.700 ± 0.000 0.610 ± 0.000" in said
+        assert "Gold judge: gold held-out, by iteration" in said
+
+
+def test_a_run_that_is_given_twice_counts_once(run: Path) -> None:
+    assert "<title>seed-42 " in write_report([run, run.parent]).read_text()
+
+
+def test_a_directory_of_runs_stands_for_them(run: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "seed-43", seed=43)
+    assert "2 runs: seed-42, seed-43" in write_report([tmp_path / "runs"]).read_text()
+
+
+def test_a_run_at_work_is_followed_and_a_stopped_one_is_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=30)
+    with locked(run):
+        html = write_report([run]).read_text()
+        assert 'http-equiv="refresh"' in html
+        assert "running, iteration 30 of 60" in words(html)
+    html = write_report([run]).read_text()
+    assert 'http-equiv="refresh"' not in html
+    assert "stopped at iteration 30 of 60" in words(html)
+
+
+def test_a_page_says_how_old_it_may_be_and_how_to_go_on(tmp_path: Path) -> None:
+    """A run that is killed cannot say so itself."""
+    run = write_run(tmp_path / "a run", steps=30)
+    go_on = f"Go on with mlx-grpo train --resume --output '{run}'"
+    said = words(write_report([run], running=True).read_text())
+    # ten iterations of 22 s and an evaluation of 30 s
+    assert "anew at each evaluation, about every 4 min 10 s" in said
+    assert f"much older than that, the run has died. {go_on}" in said
+    said = words(write_report([run], running=False).read_text())
+    assert go_on in said and "has died" not in said
+    assert "Go on with" not in words(write_report([write_run(tmp_path / "done")]).read_text())
+
+
+def test_a_run_without_its_last_evaluation_has_not_finished(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert read(run, False).finished
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert "stopped at iteration 60 of 60" in words(write_report([run]).read_text())
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=0)
+    assert "the first evaluation of what it learns is still to come" in words(
+        write_report([run]).read_text()
+    )
+
+
+def test_a_run_of_an_older_version_has_a_page_without_answers(run: Path) -> None:
+    (run / "eval_completions.jsonl").unlink()
+    said = words(write_report([run]).read_text())
+    assert "At the best checkpoint" in said
+    assert "Answers before and after" not in said
+
+
+def test_figures_that_are_not_finite_are_said_to_be(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[-1] |= {"eval_kl": None, "eval_perplexity": None, "eval_reward": None}
+    write_jsonl(run / "metrics.jsonl", rows)
+    assert "60 not finite 0.01 not finite KL too high" in words(write_report([run]).read_text())
+
+
+def test_a_gate_between_two_targets_is_rounded(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=10, kl_schedule="linear", kl_targets=(0.05, 0.01))
+    assert "10 0.0050 0.044 19.50 best so far" in words(write_report([run]).read_text())
+
+
+def test_the_learning_curve_of_the_reward_model_is_drawn(tmp_path: Path) -> None:
+    curve = [
+        {"step": s, "train_loss": 0.7, "valid_loss": 0.69, "valid_accuracy": 0.5} for s in (1, 2)
+    ]
+    (tmp_path / "rm").mkdir()
+    write_jsonl(tmp_path / "rm" / "learning_curve.jsonl", curve)
+    run = write_run(tmp_path / "run", rm_model=str(tmp_path / "rm"))
+    html = write_report([run]).read_text()
+    assert "Reward model: accuracy share of held-out pairs, by optimizer step" in words(html)
+    assert "optimizer step 2\nheld-out: 0.5" in html
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda run: (run / "config.toml").unlink(), r"no run here"),
+        (lambda run: (run / "metrics.jsonl").unlink(), r"nothing to report before"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics.jsonl: not valid JSON"),
+    ],
+)
+def test_a_directory_without_a_report_in_it_gets_one_line(
+    damage: Any, complaint: str, run: Path
+) -> None:
+    damage(run)
+    with pytest.raises(InputError, match=complaint):
+        write_report([run])
+    assert not (run / "report.html").exists()
+
+
+def test_a_directory_in_the_place_of_the_page_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a directory; name a file, as .*report\.html"):
+        write_report([run], tmp_path)
+
+
+def test_training_writes_it_at_each_evaluation_and_once_more_at_the_end(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, bool]] = []
+
+    def watched(runs: list[Path], running: bool) -> Path:
+        target = write_report(runs, running=running)
+        written.append((read(runs[0], running).step, running))
+        return target
+
+    monkeypatch.setattr(report, "write_report", watched)
+    config = TrainConfig(**train_arguments)
+    train(config, Console(quiet=True))
+    assert written == [(0, True), (2, True), (4, True), (4, False)]
+    assert "finished" in words((config.run_directory / "report.html").read_text())
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_training_goes_on(
+    train_arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: Any, **__: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_report", fails)
+    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), Console(quiet=True))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
+    assert len(lines) == 3 and all("No space left" in line for line in lines)
+
+
+def test_a_run_that_fails_does_not_leave_a_page_that_says_it_goes_on(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_grpo.training import loop as trainer
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(trainer, "iterate", fails)
+    config = TrainConfig(**train_arguments)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(config, Console(quiet=True))
+    html = (config.run_directory / "report.html").read_text()
+    assert "stopped at iteration 0 of 4" in words(html) and "refresh" not in html
