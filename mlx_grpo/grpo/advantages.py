@@ -6,20 +6,14 @@ Shao et al. 2024, arXiv:2402.03300, section 4.1.2. A_i is not divided by std(s) 
 al. 2025, arXiv:2503.20783).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
 from mlx_grpo.core.finite import check_finite
-from mlx_grpo.core.padding import completion_arrays
-from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group, RewardedGroup, TrainingGroup
+from mlx_grpo.core.types import RewardedGroup, TrainingGroup
 from mlx_grpo.grpo.kl_estimators import kl_k1
-from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 AdvantageScale = Literal["none", "std"]
 STD_EPSILON = 1e-4
@@ -52,29 +46,10 @@ class Shaping:
     scale: AdvantageScale = "none"
 
 
-def rate(
-    groups: Sequence[Group],
-    raw_PK: Sequence[Sequence[float]],
-    reference: Decoder,
-    normalizer: ScoreNormalizer,
-    temperature: float,
-    safe_point: SafePoint = never_stop,
-    share: slice = slice(None),
-) -> list[RewardedGroup]:
-    """Normalise raw scores and take log-probs under the reference, of the groups of the share."""
-    rated = []
-    for position, (group, raw_K) in list(enumerate(zip(groups, raw_PK, strict=True)))[share]:
-        safe_point()
-        ids = group.prompt.token_ids
-        tokens_KT, mask_KT = completion_arrays(group)
-        ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
-        scores_K = mx.array([normalizer(r) for r in raw_K])
-        rated.append(RewardedGroup(position, ids, tokens_KT, mask_KT, ref_KT, scores_K))
-    return rated
-
-
-def score(group: RewardedGroup, old_logp_KT: mx.array, shaping: Shaping) -> TrainingGroup:
-    """Shape the scores, z - penalty * KL, and take advantages.
+def compute_advantages(
+    group: RewardedGroup, old_logp_KT: mx.array, shaping: Shaping
+) -> TrainingGroup:
+    """Shape the scores, s = z - beta * KL, and subtract the group's mean.
 
     Raises:
         NotFinite: a log-prob is not finite.
@@ -90,27 +65,6 @@ def score(group: RewardedGroup, old_logp_KT: mx.array, shaping: Shaping) -> Trai
         ref_logp_KT=group.ref_logp_KT,
         advantages_K=group_advantages(shaped_K[None], shaping.scale)[0],
     )
-
-
-def advantages_under(
-    actor: Decoder,
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
-    temperature: float,
-    safe_point: SafePoint = never_stop,
-) -> list[TrainingGroup]:
-    """Take log-probs under the actor and score with them.
-
-    Raises:
-        NotFinite: a log-prob is not finite.
-    """
-    scored = []
-    for g in groups:
-        safe_point()
-        prompt_1S = mx.array([g.prompt_ids])
-        logp_KT = token_logps(actor, prompt_1S, g.tokens_KT, g.mask_KT, temperature)
-        scored.append(score(g, logp_KT, shaping))
-    return scored
 
 
 def is_dead(group: TrainingGroup) -> bool:

@@ -4,14 +4,16 @@ logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evalu
 one is built; one graph over all chunks would have them all alive at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
-from mlx_grpo.core.padding import joined, length_buckets, row_lengths
-from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.core.padding import completion_arrays, joined, length_buckets, row_lengths
+from mlx_grpo.core.stopping import SafePoint, never_stop
+from mlx_grpo.core.types import Group, RewardedGroup
+from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 
 
 def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -21,11 +23,6 @@ def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, m
     exp_NV, top_N1 = exp_rows(z_NV)
     sum_N1 = exp_NV.sum(axis=-1, keepdims=True)
     return (picked_N1 - top_N1 - mx.log(sum_N1))[:, 0], exp_NV, sum_N1
-
-
-def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
-    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 def _logits(decoder: Decoder, hidden_ND: mx.array, temperature: float) -> mx.array:
@@ -59,6 +56,25 @@ def token_logps(
         hidden = shift_right(*decoder.forward(prompt_1S, tokens))
         parts.append((rows, hidden_logps(decoder, hidden, tokens, mask, temperature)))
     return joined(parts, mask_KT.shape)
+
+
+def rewarded_groups(
+    groups: Sequence[Group],
+    scores_PK: Sequence[Sequence[float]],
+    reference: Decoder,
+    temperature: float,
+    safe_point: SafePoint = never_stop,
+    share: slice = slice(None),
+) -> list[RewardedGroup]:
+    """The groups of the share, with their normalised scores and their reference log-probs."""
+    found = []
+    for position, (group, scores_K) in list(enumerate(zip(groups, scores_PK, strict=True)))[share]:
+        safe_point()
+        ids = group.prompt.token_ids
+        tokens_KT, mask_KT = completion_arrays(group)
+        ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
+        found.append(RewardedGroup(position, ids, tokens_KT, mask_KT, ref_KT, mx.array(scores_K)))
+    return found
 
 
 def hidden_logps(

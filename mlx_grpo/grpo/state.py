@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.kl_controller import KLController
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
@@ -16,9 +15,19 @@ class Best:
     step: int | None = None
     perplexity: float = math.inf
 
-    def passed_by(self, evaluation: Evaluation, target: float) -> bool:
-        """The KL gate, then the perplexity."""
-        return evaluation.kl < target and evaluation.perplexity < self.perplexity
+    def refusal(self, kl: float, perplexity: float, gate: float) -> str:
+        """Why a later evaluation is not the best one: the KL gate first, then the perplexity.
+
+        Args:
+            kl: of its policy to the reference, nats per token.
+            gate: the KL target at that time.
+
+        Returns:
+            The reason, or nothing if it is the best so far.
+        """
+        if not kl < gate:
+            return f"KL above its gate of {gate:g}"
+        return "" if perplexity < self.perplexity else "perplexity not better"
 
 
 @dataclass(frozen=True)

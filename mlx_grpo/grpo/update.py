@@ -1,5 +1,5 @@
-"""The update: staged gradients of the clipped surrogate, clipped by global norm, guarded, and one
-AdamW step a minibatch."""
+"""The update: old log-probs, staged gradients of the clipped surrogate, and one AdamW step for each
+minibatch, clipped by global norm and guarded against NaN and infinity."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,9 @@ from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.advantages import Shaping, is_dead, score
-from mlx_grpo.grpo.kl_estimators import kl_k3_sum
-from mlx_grpo.grpo.logprob import logps_with_gradient
-from mlx_grpo.grpo.loss import Aggregation, Clip, clipped_surrogate, clipped_tokens, token_weights
+from mlx_grpo.grpo.advantages import Shaping, compute_advantages, is_dead
+from mlx_grpo.grpo.logprob import logps_with_gradient, token_logps
+from mlx_grpo.grpo.loss import Aggregation, Clip, LossInputs, clipped_surrogate, token_weights
 from mlx_grpo.models import backward
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.lora import lora_parameters, set_parameters
@@ -56,20 +55,10 @@ class UpdateStats:
     stopped_early: bool = False
 
 
-def reused_groups(settings: UpdateSettings) -> int:
-    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
-
-    There the actor has not moved yet: the first forward of the update gives the old log-probs, the
-    same numbers. A group in several passes is scored before; its advantages need all of its rows.
-    """
-    return 0 if settings.rows_per_pass else settings.minibatch_size
-
-
 def update(
-    decoder: Decoder,
+    actor: Decoder,
     optimizer: optim.AdamW,
-    first: Sequence[RewardedGroup],
-    later: Sequence[TrainingGroup],
+    groups: Sequence[RewardedGroup],
     shaping: Shaping,
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
@@ -77,41 +66,69 @@ def update(
 ) -> tuple[list[TrainingGroup], UpdateStats]:
     """All optimizer steps of one iteration, in the order the groups come in.
 
+    Old log-probs are the actor's before its first step. They are computed beforehand, except for
+    the first minibatch: there the forward pass of its own gradient gives the same numbers.
+
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
     preference weighs as zero and does not make the others heavier. With several ranks each gives
     its own groups; minibatches are those of the whole batch, and all ranks take the same steps.
 
     Args:
-        first: the first minibatch, scored on the way (see `reused_groups`), or nothing.
-        later: the groups after it.
+        groups: this rank's share of the iteration.
         safe_point: called before each pass; it may stop the update halfway.
 
     Returns:
-        This rank's groups, scored, and the sums over the minibatches.
+        This rank's groups with their advantages, and the sums over the minibatches.
 
     Raises:
-        NotFinite: a log-prob of the first minibatch is not finite; nothing has moved by then.
+        NotFinite: a log-prob is not finite; nothing has moved by then.
     """
-    stats = UpdateStats()
-    sizes = ranks.merged([*map(_size, first), *map(_size, later)])
-    groups: list[TrainingGroup] = list(later)
+    stats, sizes = UpdateStats(), ranks.merged([*map(_size, groups)])
+    own_first = ranks.own(range(_reused(settings))).stop
+    with ranks.failing_together():
+        later = _advantages_beforehand(actor, groups[own_first:], shaping, settings, safe_point)
+    training: list[TrainingGroup] = []
     for epoch in range(settings.epochs):
         for start in range(0, len(sizes), settings.minibatch_size):
             positions = range(len(sizes))[start : start + settings.minibatch_size]
             total = _MinibatchSum.over(positions, sizes, settings)
             if epoch == start == 0:
                 with ranks.failing_together():
-                    scored = _first_minibatch(decoder, total, first, shaping, safe_point)
-                    groups = [*scored, *later]
-            if epoch or start or not first:
-                _minibatch(decoder, total, groups[ranks.own(positions)], safe_point)
+                    first = _first_minibatch(actor, total, groups[:own_first], shaping, safe_point)
+                training = [*first, *later]
+            if epoch or start or not own_first:
+                _minibatch(actor, total, training[ranks.own(positions)], safe_point)
             total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
-                return groups, stats
-            _step(decoder, optimizer, total, stats, ranks)
-    return groups, stats
+                return training, stats
+            _step(actor, optimizer, total, stats, ranks)
+    return training, stats
+
+
+def _reused(settings: UpdateSettings) -> int:
+    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
+
+    A group in several passes does: its advantages need the log-probs of all its rows.
+    """
+    return 0 if settings.rows_per_pass else settings.minibatch_size
+
+
+def _advantages_beforehand(
+    actor: Decoder,
+    groups: Sequence[RewardedGroup],
+    shaping: Shaping,
+    settings: UpdateSettings,
+    safe_point: SafePoint,
+) -> list[TrainingGroup]:
+    training = []
+    for g in groups:
+        safe_point()
+        prompt_1S = mx.array([g.prompt_ids])
+        old_KT = token_logps(actor, prompt_1S, g.tokens_KT, g.mask_KT, settings.temperature)
+        training.append(compute_advantages(g, old_KT, shaping))
+    return training
 
 
 def _size(group: RewardedGroup | TrainingGroup) -> tuple[int, int]:
@@ -120,35 +137,36 @@ def _size(group: RewardedGroup | TrainingGroup) -> tuple[int, int]:
 
 
 def _first_minibatch(
-    decoder: Decoder,
+    actor: Decoder,
     total: "_MinibatchSum",
     groups: Sequence[RewardedGroup],
     shaping: Shaping,
     safe_point: SafePoint,
 ) -> list[TrainingGroup]:
-    """Forward, score, backward, group by group: the traces of one group at a time are held."""
-    scored = []
+    """Forward, advantages, backward, group by group: the traces of one group at a time are held."""
+    training = []
     for group in groups:
         safe_point()
         buckets = _buckets(group, 0)
         temperature = total.settings.temperature
-        ahead = [forward_pass(decoder, rows_of(group, b), temperature) for b in buckets]
+        ahead = [forward_pass(actor, rows_of(group, b), temperature) for b in buckets]
         parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
-        scored.append(score(group, joined(parts, group.mask_KT.shape), shaping))
-        for rows in [] if is_dead(scored[-1]) else buckets:
-            total.add(decoder, rows_of(scored[-1], rows), ahead.pop(0))
-    return scored
+        old_logp_KT = joined(parts, group.mask_KT.shape)
+        training.append(compute_advantages(group, old_logp_KT, shaping))
+        for rows in [] if is_dead(training[-1]) else buckets:
+            total.add(actor, rows_of(training[-1], rows), ahead.pop(0))
+    return training
 
 
 def _minibatch(
-    decoder: Decoder, total: "_MinibatchSum", groups: Sequence[TrainingGroup], safe_point: SafePoint
+    actor: Decoder, total: "_MinibatchSum", groups: Sequence[TrainingGroup], safe_point: SafePoint
 ) -> None:
     """Forward and backward of the groups that are not dead."""
     for group in groups:
         for rows in [] if is_dead(group) else _buckets(group, total.settings.rows_per_pass):
             safe_point()
             part = rows_of(group, rows)
-            total.add(decoder, part, forward_pass(decoder, part, total.settings.temperature))
+            total.add(actor, part, forward_pass(actor, part, total.settings.temperature))
 
 
 def _buckets(group: RewardedGroup | TrainingGroup, rows: int) -> list[list[int]]:
@@ -185,18 +203,19 @@ class _MinibatchSum:
         whole = zip(*ranks.gather(mine), strict=True)
         self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
 
-    def add(self, decoder: Decoder, part: TrainingGroup, ahead: "ForwardPass") -> None:
+    def add(self, actor: Decoder, part: TrainingGroup, ahead: "ForwardPass") -> None:
         """Run the backward of a pass and add what it gives."""
         s = self.settings
         weights_KT = token_weights(
             part.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens
         )
-        arguments = (ahead.logp_KT, part.old_logp_KT, part.advantages_K, part.mask_KT)
-        self.loss += clipped_surrogate(*arguments, weights_KT, s.clip).item()
-        self.clipped += clipped_tokens(*arguments, s.clip).item()
-        self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
-        self.seen += int(part.mask_KT.sum().item())
-        self.gradients = backward_pass(decoder, part, ahead, weights_KT, s.clip, self.gradients)
+        loss, metrics, self.gradients = backward_pass(
+            actor, part, ahead, weights_KT, s.clip, self.gradients
+        )
+        self.loss += loss
+        self.clipped += metrics["clipped"]
+        self.kl += metrics["kl"]
+        self.seen += int(metrics["tokens"])
 
     def note(self, stats: UpdateStats) -> None:
         """Add the figures to those of the iteration."""
@@ -216,36 +235,37 @@ class ForwardPass:
 
 
 def forward_pass(
-    decoder: Decoder, group: RewardedGroup | TrainingGroup, temperature: float
+    actor: Decoder, group: RewardedGroup | TrainingGroup, temperature: float
 ) -> ForwardPass:
     """Forward and head of a group, once."""
-    trace = backward.forward(decoder, mx.array([group.prompt_ids]), group.tokens_KT)
+    trace = backward.forward(actor, mx.array([group.prompt_ids]), group.tokens_KT)
     hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
     logp_KT, dlogp_KTD = logps_with_gradient(
-        decoder, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
+        actor, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
     )
     return ForwardPass(trace, logp_KT, dlogp_KTD)
 
 
 def backward_pass(
-    decoder: Decoder,
+    actor: Decoder,
     group: TrainingGroup,
     ahead: ForwardPass,
     weights_KT: mx.array,
     clip: Clip,
     total: Parameters | None = None,
-) -> Parameters:
-    """Gradient of a group's weighted clipped surrogate by adapter name, added to `total`; uses up
-    `ahead`."""
-    fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, clip)
-    dloss_KT = mx.grad(lambda logp_KT: clipped_surrogate(logp_KT, *fixed))(ahead.logp_KT)
+) -> tuple[float, dict[str, float], Parameters]:
+    """Loss and metrics of a group's completions, and the gradient by adapter name, added to
+    `total`; uses up `ahead`."""
+    inputs = LossInputs(group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT)
+    (loss, metrics), dloss_KT = mx.value_and_grad(clipped_surrogate)(ahead.logp_KT, inputs, clip)
     grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
     g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    return backward.backward(decoder, ahead.trace, g_prompt, g_rows, total)
+    gradients = backward.backward(actor, ahead.trace, g_prompt, g_rows, total)
+    return loss.item(), {name: value.item() for name, value in metrics.items()}, gradients
 
 
 def _step(
-    decoder: Decoder,
+    actor: Decoder,
     optimizer: optim.AdamW,
     total: _MinibatchSum,
     stats: UpdateStats,
@@ -258,14 +278,14 @@ def _step(
     if not math.isfinite(total.loss):
         stats.skips.append(Skip("loss", total.positions, (total.loss,)))
         return
-    current = lora_parameters(decoder.model)
+    current = lora_parameters(actor.model)
     gradients = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
     max_norm = total.settings.max_grad_norm
     updated, norm = adamw_step(optimizer, ranks.sum(gradients), current, max_norm)
     if not math.isfinite(norm):
         stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return
-    set_parameters(decoder.model, updated)
+    set_parameters(actor.model, updated)
     stats.loss += total.loss
     stats.grad_norm += norm
     stats.steps += 1

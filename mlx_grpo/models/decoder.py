@@ -37,6 +37,13 @@ class Sizes:
 
 
 WHOLE = Sizes()
+PREFILL_TOKENS = 512
+"""Of a prompt at a time, where its keys and values are computed for a rollout."""
+
+
+def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
+    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
+    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 class _Prefix:

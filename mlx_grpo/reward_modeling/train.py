@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_grpo.config.checks import check_ranges
+from mlx_grpo.config.checks import check_reward_training
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import pad_right
@@ -114,7 +114,7 @@ def train_rm(
     Raises:
         InputError: any of the inputs is missing or wrong, or the output directory exists.
     """
-    check_ranges(config)
+    check_reward_training(config)
     with atomic_directory(Path(config.output)) as directory:
         backbone = backbone or load_backbone(Path(config.model))
         pairs, too_long = load_pairs(Path(config.pairs), backbone.tokenizer, config.max_length)

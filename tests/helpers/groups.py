@@ -37,4 +37,4 @@ def group_of(seed: int = 3) -> TrainingGroup:
 def staged_gradients(decoder, group, weights_KT, clip, temperature=1.0):  # type: ignore[no-untyped-def]
     """(gradients, log-probs [K, T]) of one group."""
     ahead = forward_pass(decoder, group, temperature)
-    return backward_pass(decoder, group, ahead, weights_KT, clip), ahead.logp_KT
+    return backward_pass(decoder, group, ahead, weights_KT, clip)[2], ahead.logp_KT

@@ -156,7 +156,7 @@ def test_lora_gradients_of_the_clipped_surrogate(
     )
     weights_KT = token_weights(case.mask_KT, aggregation, len(LENGTHS), sum(LENGTHS), MAX_TOKENS)
     ahead = forward_pass(decoder, group, temperature)
-    gradients = backward_pass(decoder, group, ahead, weights_KT, Clip(0.2, 0.2, level))
+    _, _, gradients = backward_pass(decoder, group, ahead, weights_KT, Clip(0.2, 0.2, level))
     logp_KT = ahead.logp_KT
     assert gradients.keys() == leaves.keys()
     assert relative_difference(logp_KT, padded(logps)) <= BOUND
