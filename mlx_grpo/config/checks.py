@@ -25,6 +25,8 @@ AT_LEAST_ZERO = {
     "weight_decay",
     "kl_stop_factor",
     "lora_blocks",
+    "lora_layers",
+    "update_rows",
     "clip_range_high",
     "show_every",
     "patience",
@@ -94,6 +96,8 @@ def check(config: TrainConfig) -> None:
 
     k = config.rollout.K
     must("K", k >= 2, "at least 2: an advantage compares the completions of a group")
+    rows = config.optimizer.update_rows
+    must("update_rows", rows == 0 or 2 <= rows <= k, "0, or from 2 to --K")
     must("clip_range", 0 < config.optimizer.clip_range < 1, "between 0 and 1")
     _check_reward(config, must)
     _check_kl(config, must)
@@ -113,6 +117,7 @@ def _check_kl(config: TrainConfig, must: Any) -> None:
     must("kl_targets", bool(kl.targets) and min(kl.targets) > 0, "one or more numbers above 0")
     must("kl_phases", len(kl.phases) in (0, len(kl.targets)), "as many numbers as --kl-targets")
     must("kl_phases", all(p > 0 for p in kl.phases), "numbers above 0")
+    must("kl_share", 0 < kl.share <= 1, "above 0 and at most 1")
     betas = 0 < kl.beta_min <= kl.beta <= kl.beta_max
     must("kl_beta_min", betas, "above 0, with --kl-beta-min <= --kl-beta <= --kl-beta-max")
     must("kl_lr_min", 0 < kl.lr_min <= kl.lr_max, "above 0 and at most --kl-lr-max")

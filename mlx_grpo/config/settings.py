@@ -45,6 +45,9 @@ class ModelSettings:
     """Rank of the LoRA on the linear layers of the blocks."""
     lora_scale: float = 2.0
     """Factor of the LoRA (absolute: what other libraries write as alpha / rank)."""
+    lora_layers: int = 0
+    """Last blocks that get a LoRA. Fewer cost less, because the backward pass ends there; 0 means
+    all."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class DataSettings:
     """Prompts longer than this many tokens, chat template included, are skipped and counted."""
     batch_size: int = 16
     """Prompts per iteration."""
+    prompt_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """Visit every prompt once per epoch, or prefer those whose completions differ in reward."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,9 @@ class KLSettings:
     """How the KL target moves over the run."""
     targets: tuple[float, ...] = named("kl_targets", (0.05, 0.02, 0.01))
     """KL targets in nats per token."""
+    share: float = named("kl_share", 1.0)
+    """Share of the completions on which the KL is measured, drawn at random. Under --kl-control
+    reward and in evaluations it is measured on all of them."""
     phases: tuple[float, ...] = named("kl_phases", ())
     """Relative lengths of the phases; empty means equal lengths."""
     beta: float = named("kl_beta", 10.0)
@@ -144,6 +152,9 @@ class OptimizerSettings:
     """Prompts per optimizer step."""
     epochs: int = 1
     """Passes over each rollout."""
+    update_rows: int = 0
+    """Completions per prompt that the update learns from: those whose rewards differ most; 0 means
+    all K."""
     rows_per_pass: int = 0
     """Completions per forward and backward pass. Fewer need less memory; 0 means all of similar
     length, or as many as fit in memory."""

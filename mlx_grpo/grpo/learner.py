@@ -7,7 +7,7 @@ import mlx.optimizers as optim
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.data.prompts import batch_indices
+from mlx_grpo.data.prompts import batch_indices, prompt_weights, weighted_indices
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.kl_controller import KLController, kl_target
@@ -34,10 +34,14 @@ class Learner:
     optimizer: optim.AdamW
     ranks: Ranks = ALONE
 
-    def batch(self, iteration: int) -> list[Prompt]:
-        """The prompts of an iteration, counted from 0."""
-        c = self.config
-        places = batch_indices(c.run.seed, iteration, c.data.batch_size, len(self.prompts))
+    def batch(self, state: RunState) -> list[Prompt]:
+        """The prompts of the next iteration."""
+        seed, size = self.config.run.seed, self.config.data.batch_size
+        if self.config.data.prompt_sampling == "adaptive":
+            weights = prompt_weights([p.id for p in self.prompts], state.spreads)
+            places = weighted_indices(seed, state.iteration, size, weights)
+        else:
+            places = batch_indices(seed, state.iteration, size, len(self.prompts))
         return [self.prompts[i] for i in places]
 
     def policy(self, iteration: int) -> Decoder:
@@ -71,6 +75,12 @@ def target_at(config: TrainConfig, iteration: int) -> float:
     """KL target of an iteration, counted from 0."""
     kl = config.kl
     return kl_target(iteration, config.run.num_iterations, kl.schedule, kl.targets, kl.phases)
+
+
+def kl_share(config: TrainConfig) -> float:
+    """The share of an iteration's completions that the KL is measured on; a penalty in the reward
+    needs it for all."""
+    return 1.0 if config.kl.control == "reward" else config.kl.share
 
 
 def update_settings(config: TrainConfig, target: float, choice: Choice) -> UpdateSettings:

@@ -4,15 +4,13 @@ logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evalu
 one is built; one graph over all chunks would have them all alive at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
-from mlx_grpo.core.padding import completion_arrays, joined, length_buckets, row_lengths
-from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group, RewardedGroup
+from mlx_grpo.core.padding import joined, length_buckets, row_lengths
 from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 
 
@@ -56,25 +54,6 @@ def token_logps(
         hidden = shift_right(*decoder.forward(prompt_1S, tokens))
         parts.append((rows, hidden_logps(decoder, hidden, tokens, mask, temperature)))
     return joined(parts, mask_KT.shape)
-
-
-def rewarded_groups(
-    groups: Sequence[Group],
-    scores_PK: Sequence[Sequence[float]],
-    reference: Decoder,
-    temperature: float,
-    safe_point: SafePoint = never_stop,
-    share: slice = slice(None),
-) -> list[RewardedGroup]:
-    """The groups of the share, with their normalised scores and their reference log-probs."""
-    found = []
-    for position, (group, scores_K) in list(enumerate(zip(groups, scores_PK, strict=True)))[share]:
-        safe_point()
-        ids = group.prompt.token_ids
-        tokens_KT, mask_KT = completion_arrays(group)
-        ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
-        found.append(RewardedGroup(position, ids, tokens_KT, mask_KT, ref_KT, mx.array(scores_K)))
-    return found
 
 
 def hidden_logps(

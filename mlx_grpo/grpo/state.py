@@ -45,6 +45,9 @@ class RunState:
     """Latest iterations that met a value that is not finite."""
     evaluated: int = -1
     """Iterations done at the last evaluation; -1 before the first."""
+    spreads: dict[str, float] = field(default_factory=dict)
+    """Standard deviation of the normalised scores of each prompt's completions, by its id, when it
+    was last visited."""
 
     def skipping(self, tokens: int) -> "RunState":
         """After an iteration that taught nothing: normaliser and controller stay as they are."""
@@ -73,6 +76,7 @@ class RunState:
             "tokens_seen": self.tokens_seen,
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated": self.evaluated,
+            "spreads": self.spreads,
         }
 
     def with_json(self, saved: dict[str, Any]) -> "RunState":
@@ -93,4 +97,5 @@ class RunState:
             tokens_seen=saved["tokens_seen"],
             skipped_in_a_row=saved["skipped_in_a_row"],
             evaluated=saved["evaluated"],
+            spreads=saved.get("spreads", {}),
         )

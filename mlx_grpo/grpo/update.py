@@ -1,23 +1,28 @@
-"""The update: old log-probs, staged gradients of the clipped surrogate, and one AdamW step for each
-minibatch, clipped by global norm and guarded against NaN and infinity."""
+"""The update: gradients of the clipped surrogate, and one AdamW step for each minibatch, clipped by
+global norm and guarded against NaN and infinity.
+
+Old log-probs are the actor's before its first step. They are computed beforehand, except for the
+first minibatch: there the forward pass of its own gradient gives the same numbers.
+"""
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.finite import Skip, check_finite
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
+from mlx_grpo.core.types import Parameters, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.advantages import Shaping, compute_advantages, is_dead
+from mlx_grpo.grpo.advantages import is_dead
 from mlx_grpo.grpo.logprob import logps_with_gradient, token_logps
 from mlx_grpo.grpo.loss import Aggregation, Clip, LossInputs, clipped_surrogate, token_weights
-from mlx_grpo.models import backward
-from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.models.backward import Pass, States, gradients
+from mlx_grpo.models.decoder import Decoder, shift_right, unshift
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.optimizer import adamw_step
 
@@ -53,21 +58,19 @@ class UpdateStats:
     skips: list[Skip] = field(default_factory=list)
     """Minibatches left out because their loss or gradient was not finite."""
     stopped_early: bool = False
+    logp_gap: float = 0.0
+    """Largest difference between a log-prob at rollout time and the recomputed one."""
 
 
 def update(
     actor: Decoder,
     optimizer: optim.AdamW,
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
+    groups: Sequence[TrainingGroup],
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
     ranks: Ranks = ALONE,
-) -> tuple[list[TrainingGroup], UpdateStats]:
+) -> UpdateStats:
     """All optimizer steps of one iteration, in the order the groups come in.
-
-    Old log-probs are the actor's before its first step. They are computed beforehand, except for
-    the first minibatch: there the forward pass of its own gradient gives the same numbers.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
     preference weighs as zero and does not make the others heavier. With several ranks each gives
@@ -77,100 +80,118 @@ def update(
         groups: this rank's share of the iteration.
         safe_point: called before each pass; it may stop the update halfway.
 
-    Returns:
-        This rank's groups with their advantages, and the sums over the minibatches.
-
     Raises:
         NotFinite: a log-prob is not finite; nothing has moved by then.
     """
     stats, sizes = UpdateStats(), ranks.merged([*map(_size, groups)])
+    live = [not is_dead(group) for group in groups]
     own_first = ranks.own(range(_reused(settings))).stop
     with ranks.failing_together():
-        later = _advantages_beforehand(actor, groups[own_first:], shaping, settings, safe_point)
-    training: list[TrainingGroup] = []
+        old = [
+            _old_logps(actor, g, settings, safe_point) if live[i] and i >= own_first else None
+            for i, g in enumerate(groups)
+        ]
     for epoch in range(settings.epochs):
         for start in range(0, len(sizes), settings.minibatch_size):
             positions = range(len(sizes))[start : start + settings.minibatch_size]
             total = _MinibatchSum.over(positions, sizes, settings)
-            if epoch == start == 0:
-                with ranks.failing_together():
-                    first = _first_minibatch(actor, total, groups[:own_first], shaping, safe_point)
-                training = [*first, *later]
-            if epoch or start or not own_first:
-                _minibatch(actor, total, training[ranks.own(positions)], safe_point)
+            first = epoch == start == 0
+            with ranks.failing_together() if first else nullcontext():
+                for i in range(len(groups))[ranks.own(positions)]:
+                    if live[i]:
+                        old[i] = total.add(actor, groups[i], old[i], safe_point)
+            if first:
+                stats.logp_gap = max(ranks.gather(_logp_gap(groups, old)))
             total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
-                return training, stats
+                return stats
             _step(actor, optimizer, total, stats, ranks)
-    return training, stats
+    return stats
 
 
-def _reused(settings: UpdateSettings) -> int:
-    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
-
-    A group in several passes does: its advantages need the log-probs of all its rows.
-    """
-    return 0 if settings.rows_per_pass else settings.minibatch_size
-
-
-def _advantages_beforehand(
-    actor: Decoder,
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
-    settings: UpdateSettings,
-    safe_point: SafePoint,
-) -> list[TrainingGroup]:
-    training = []
-    for g in groups:
-        safe_point()
-        prompt_1S = mx.array([g.prompt_ids])
-        old_KT = token_logps(actor, prompt_1S, g.tokens_KT, g.mask_KT, settings.temperature)
-        training.append(compute_advantages(g, old_KT, shaping))
-    return training
-
-
-def _size(group: RewardedGroup | TrainingGroup) -> tuple[int, int]:
+def _size(group: TrainingGroup) -> tuple[int, int]:
     """(completions, tokens)."""
     return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
 
 
-def _first_minibatch(
+def _reused(settings: UpdateSettings) -> int:
+    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's. In
+    several passes the old log-probs of a group would not all be there when its first one steps."""
+    return 0 if settings.rows_per_pass else settings.minibatch_size
+
+
+def _old_logps(
+    actor: Decoder, group: TrainingGroup, settings: UpdateSettings, safe_point: SafePoint
+) -> mx.array:
+    safe_point()
+    prompt_1S = mx.array([group.prompt_ids])
+    logp_KT = token_logps(actor, prompt_1S, group.tokens_KT, group.mask_KT, settings.temperature)
+    _check(group, logp_KT)
+    return logp_KT
+
+
+def _check(group: TrainingGroup, logp_KT: mx.array) -> None:
+    check_finite("logprob", {group.position: logp_KT.sum(axis=-1).tolist()})
+
+
+def _logp_gap(groups: Sequence[TrainingGroup], old: Sequence[mx.array | None]) -> float:
+    gaps = [
+        mx.abs((g.sampled_logp_KT - logp_KT) * g.mask_KT).max().item()
+        for g, logp_KT in zip(groups, old, strict=True)
+        if logp_KT is not None
+    ]
+    return max(gaps, default=0.0)
+
+
+def surrogate_gradients(
     actor: Decoder,
-    total: "_MinibatchSum",
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
-    safe_point: SafePoint,
-) -> list[TrainingGroup]:
-    """Forward, advantages, backward, group by group: the traces of one group at a time are held."""
-    training = []
-    for group in groups:
-        safe_point()
-        buckets = _buckets(group, 0)
-        temperature = total.settings.temperature
-        ahead = [forward_pass(actor, rows_of(group, b), temperature) for b in buckets]
-        parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
-        old_logp_KT = joined(parts, group.mask_KT.shape)
-        training.append(compute_advantages(group, old_logp_KT, shaping))
-        for rows in [] if is_dead(training[-1]) else buckets:
-            total.add(actor, rows_of(training[-1], rows), ahead.pop(0))
-    return training
+    parts: Sequence[TrainingGroup],
+    old: Sequence[mx.array | None],
+    weights: Sequence[mx.array],
+    settings: UpdateSettings,
+    total: Parameters | None = None,
+) -> tuple[float, dict[str, float], list[mx.array], Parameters]:
+    """The loss of some completions of one group, and its gradient.
 
+    Args:
+        parts: completions of similar length; a forward and backward pass each.
+        old: their old log-probs; None where they are those of this very forward pass.
+        weights: of their tokens in the loss, see `token_weights`.
+        total: gradients to which these are added.
 
-def _minibatch(
-    actor: Decoder, total: "_MinibatchSum", groups: Sequence[TrainingGroup], safe_point: SafePoint
-) -> None:
-    """Forward and backward of the groups that are not dead."""
-    for group in groups:
-        for rows in [] if is_dead(group) else _buckets(group, total.settings.rows_per_pass):
-            safe_point()
-            part = rows_of(group, rows)
-            total.add(actor, part, forward_pass(actor, part, total.settings.temperature))
+    Returns:
+        (loss, summed metrics of the loss, log-probs [K, T] of each part, gradients by name).
+    """
+    losses, metrics, logps = [], dict[str, float](), []
 
+    def cotangents(states: list[States]) -> list[States]:
+        found = []
+        for part, old_KT, weights_KT, (h_prompt, h_rows) in zip(
+            parts, old, weights, states, strict=True
+        ):
+            hidden_KTD = shift_right(h_prompt, h_rows)
+            logp_KT, dlogp_KTD = logps_with_gradient(
+                actor, hidden_KTD, part.tokens_KT, part.mask_KT, settings.temperature
+            )
+            logps.append(logp_KT)
+            before_KT = logp_KT if old_KT is None else old_KT
+            inputs = LossInputs(before_KT, part.advantages_K, part.mask_KT, weights_KT)
+            (loss, sums), dloss_KT = mx.value_and_grad(clipped_surrogate)(
+                logp_KT, inputs, settings.clip
+            )
+            losses.append(loss.item())
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, 0.0) + value.item()
+            grad_KTD = (dloss_KT[..., None] * dlogp_KTD).astype(hidden_KTD.dtype)
+            found.append(unshift(grad_KTD, len(part.prompt_ids)))
+        mx.eval(found)
+        return found
 
-def _buckets(group: RewardedGroup | TrainingGroup, rows: int) -> list[list[int]]:
-    return length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
+    passes = [Pass(mx.array([p.prompt_ids]), p.tokens_KT) for p in parts]
+    total = gradients(actor, passes, cotangents, total)
+    return sum(losses), metrics, logps, total
 
 
 @dataclass
@@ -197,25 +218,47 @@ class _MinibatchSum:
         completions, tokens = (sum(s) for s in zip(*(sizes[p] for p in positions), strict=True))
         return cls(settings, tuple(positions), completions, tokens)
 
-    def join(self, ranks: Ranks) -> None:
-        """Sum the figures over the ranks; the gradient is left to the step."""
-        mine = (self.loss, self.clipped, self.kl, self.seen, bool(self.gradients))
-        whole = zip(*ranks.gather(mine), strict=True)
-        self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
+    def add(
+        self, actor: Decoder, group: TrainingGroup, old_KT: mx.array | None, safe_point: SafePoint
+    ) -> mx.array:
+        """Add the gradient and figures of a group; returns its old log-probs."""
+        rows = self.settings.rows_per_pass
+        buckets = length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
+        found: list[tuple[list[int], mx.array]] = []
+        for together in [[b] for b in buckets] if rows else [buckets]:
+            safe_point()
+            parts = [rows_of(group, b) for b in together]
+            old = [_rows(old_KT, b, p) for b, p in zip(together, parts, strict=True)]
+            logps = self._add(actor, parts, old)
+            found += zip(together, logps, strict=True)
+        if old_KT is not None:
+            return old_KT
+        logp_KT = joined(found, group.mask_KT.shape)
+        _check(group, logp_KT)
+        return logp_KT
 
-    def add(self, actor: Decoder, part: TrainingGroup, ahead: "ForwardPass") -> None:
-        """Run the backward of a pass and add what it gives."""
+    def _add(
+        self, actor: Decoder, parts: Sequence[TrainingGroup], old: Sequence[mx.array | None]
+    ) -> list[mx.array]:
         s = self.settings
-        weights_KT = token_weights(
-            part.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens
-        )
-        loss, metrics, self.gradients = backward_pass(
-            actor, part, ahead, weights_KT, s.clip, self.gradients
+        weights = [
+            token_weights(p.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens)
+            for p in parts
+        ]
+        loss, metrics, logps, self.gradients = surrogate_gradients(
+            actor, parts, old, weights, s, self.gradients
         )
         self.loss += loss
         self.clipped += metrics["clipped"]
         self.kl += metrics["kl"]
         self.seen += int(metrics["tokens"])
+        return logps
+
+    def join(self, ranks: Ranks) -> None:
+        """Sum the figures over the ranks; the gradient is left to the step."""
+        mine = (self.loss, self.clipped, self.kl, self.seen, bool(self.gradients))
+        whole = zip(*ranks.gather(mine), strict=True)
+        self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
 
     def note(self, stats: UpdateStats) -> None:
         """Add the figures to those of the iteration."""
@@ -224,44 +267,9 @@ class _MinibatchSum:
         stats.approx_kl += self.kl
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """What a forward leaves: all that a backward needs but the loss."""
-
-    trace: backward.Trace
-    logp_KT: mx.array
-    dlogp_KTD: mx.array
-    """Gradient of each log-prob with respect to the hidden state that predicts its token."""
-
-
-def forward_pass(
-    actor: Decoder, group: RewardedGroup | TrainingGroup, temperature: float
-) -> ForwardPass:
-    """Forward and head of a group, once."""
-    trace = backward.forward(actor, mx.array([group.prompt_ids]), group.tokens_KT)
-    hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
-    logp_KT, dlogp_KTD = logps_with_gradient(
-        actor, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
-    )
-    return ForwardPass(trace, logp_KT, dlogp_KTD)
-
-
-def backward_pass(
-    actor: Decoder,
-    group: TrainingGroup,
-    ahead: ForwardPass,
-    weights_KT: mx.array,
-    clip: Clip,
-    total: Parameters | None = None,
-) -> tuple[float, dict[str, float], Parameters]:
-    """Loss and metrics of a group's completions, and the gradient by adapter name, added to
-    `total`; uses up `ahead`."""
-    inputs = LossInputs(group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT)
-    (loss, metrics), dloss_KT = mx.value_and_grad(clipped_surrogate)(ahead.logp_KT, inputs, clip)
-    grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
-    g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    gradients = backward.backward(actor, ahead.trace, g_prompt, g_rows, total)
-    return loss.item(), {name: value.item() for name, value in metrics.items()}, gradients
+def _rows(values_KT: mx.array | None, rows: Sequence[int], part: TrainingGroup) -> mx.array | None:
+    """Those of a part of a group, cut to its longest row."""
+    return None if values_KT is None else values_KT[mx.array(rows), : part.mask_KT.shape[1]]
 
 
 def _step(
@@ -279,9 +287,9 @@ def _step(
         stats.skips.append(Skip("loss", total.positions, (total.loss,)))
         return
     current = lora_parameters(actor.model)
-    gradients = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
+    own = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
     max_norm = total.settings.max_grad_norm
-    updated, norm = adamw_step(optimizer, ranks.sum(gradients), current, max_norm)
+    updated, norm = adamw_step(optimizer, ranks.sum(own), current, max_norm)
     if not math.isfinite(norm):
         stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return

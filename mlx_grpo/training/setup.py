@@ -102,6 +102,7 @@ def load_learner(
         config.model.lora_scale,
         config.run.seed,
         plan.choice.sizes,
+        config.model.lora_layers,
     )
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.grpo.evaluate import (
     Evaluator,
-    completion_arrays,
     perplexity,
     reference_answers,
 )
@@ -29,7 +29,7 @@ def prompt(text: str, response: str | None = None) -> Prompt:
 def test_completions_are_padded_on_the_right_and_masked() -> None:
     rows = ((5, 6, 7), (8,))
     answers = tuple(Completion(r, "", "stop", (0.0,) * len(r)) for r in rows)
-    tokens_KT, mask_KT = completion_arrays(Group(prompt("a"), answers))
+    tokens_KT, mask_KT = completion_arrays(answers)
     assert mask_KT.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (tokens_KT * mask_KT).tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask_KT.dtype == mx.float32

@@ -8,8 +8,8 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_grpo.backend.precision import Precision, apply_precision
-from mlx_grpo.core.types import Parameters, RewardedGroup
-from mlx_grpo.grpo.advantages import Shaping
+from mlx_grpo.core.types import Parameters, TrainingGroup
+from mlx_grpo.grpo.advantages import group_advantages
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, update
@@ -30,11 +30,9 @@ SETTINGS = UpdateSettings(
 )
 
 
-def rewarded(seed: int, scores: tuple[float, ...] = (1.0, -0.7, 0.2)) -> RewardedGroup:
-    """A group before its log-probs under the actor are known."""
-    g = group_of(seed)
-    ids, ref = g.prompt_ids, g.ref_logp_KT
-    return RewardedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
+def rewarded(seed: int, scores: tuple[float, ...] = (1.0, -0.7, 0.2)) -> TrainingGroup:
+    """A group with these scores."""
+    return replace(group_of(seed), advantages_K=group_advantages(mx.array([scores]))[0])
 
 
 def snapshot(decoder: Decoder) -> dict[str, list]:
@@ -42,9 +40,9 @@ def snapshot(decoder: Decoder) -> dict[str, list]:
 
 
 def updated_by(
-    decoder: Decoder, optimizer: optim.AdamW, groups: list[RewardedGroup], settings: UpdateSettings
+    decoder: Decoder, optimizer: optim.AdamW, groups: list[TrainingGroup], settings: UpdateSettings
 ) -> UpdateStats:
-    return update(decoder, optimizer, groups, Shaping(0.0), settings)[1]
+    return update(decoder, optimizer, groups, settings)
 
 
 def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
@@ -106,11 +104,8 @@ def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
     for rows in (3, 0):  # with a number of rows per pass nothing is reused
         decoder = Decoder(actor_of("llama"))
         each = replace(settings, rows_per_pass=rows)
-        training, stats = update(
-            decoder, new_optimizer(1e-2, 0.0), groups, Shaping(0.5, "std"), each
-        )
-        advantages = [g.advantages_K.tolist() for g in training]
-        results.append((snapshot(decoder), stats, advantages))
+        stats = update(decoder, new_optimizer(1e-2, 0.0), groups, each)
+        results.append((snapshot(decoder), stats))
     assert results[0] == results[1]
     assert results[0][1].steps == epochs * -(-3 // minibatch)
 
@@ -121,18 +116,18 @@ def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("a dead group went through a backward pass")
 
-    monkeypatch.setattr(module, "backward_pass", never)
+    monkeypatch.setattr(module, "surrogate_gradients", never)
     decoder = Decoder(actor_of("llama"))
     before = snapshot(decoder)
     dead = [rewarded(seed, (1.0, 1.0, 1.0)) for seed in (1, 2)]
-    training, stats = update(decoder, new_optimizer(1e-2, 0.0), dead, Shaping(0.0), SETTINGS)
-    assert stats.steps == 0 and len(training) == 2
+    stats = update(decoder, new_optimizer(1e-2, 0.0), dead, SETTINGS)
+    assert stats.steps == 0
     assert snapshot(decoder) == before
 
 
 def test_values_that_are_not_finite_never_reach_the_weights() -> None:
     decoder = Decoder(actor_of("llama"))
-    poisoned = rewarded(1, (math.nan, 0.0, 1.0))
+    poisoned = replace(group_of(1), advantages_K=mx.array([math.nan, 0.0, 1.0]))
     before, optimizer = snapshot(decoder), new_optimizer(1e-2, 0.0)
     stats = updated_by(decoder, optimizer, [poisoned], SETTINGS)
     assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]

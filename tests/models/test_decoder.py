@@ -47,7 +47,7 @@ def test_staged_gradients_equal_plain_value_and_grad(family: str, level: str) ->
     def loss(values: dict[str, mx.array]) -> mx.array:
         set_parameters(model, values)
         logp = plain_logps(model, group)
-        inputs = LossInputs(group.old_logp_KT, group.advantages_K, group.mask_KT, weights)
+        inputs = LossInputs(group.sampled_logp_KT, group.advantages_K, group.mask_KT, weights)
         return clipped_surrogate(logp, inputs, clip)[0]
 
     _, expected = mx.value_and_grad(loss)(parameters)

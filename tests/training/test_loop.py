@@ -119,7 +119,7 @@ def step_names(run: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "stage",
-    ["rollout", "rewarded_groups", "_advantages_beforehand", "update", "adamw_step", "_evaluate"],
+    ["rollout", "kl_to_reference", "_old_logps", "update", "adamw_step", "_evaluate"],
 )
 def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     stage: str,
@@ -131,10 +131,12 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     from mlx_grpo.grpo import iteration, update
     from mlx_grpo.training import loop as trainer
 
-    places = {"adamw_step": update, "_advantages_beforehand": update, "_evaluate": trainer}
+    places = {"adamw_step": update, "_old_logps": update, "_evaluate": trainer}
     place: Any = places.get(stage, iteration)
     real, calls = getattr(place, stage), []
-    nth = {"adamw_step": 5, "_evaluate": 2}.get(stage, 3)  # two optimizer steps an iteration
+    nth = {"adamw_step": 5, "_old_logps": 5, "_evaluate": 2}.get(
+        stage, 3
+    )  # two optimizer steps an iteration
 
     def is_told_to_stop(*args: Any, **named: Any) -> Any:
         calls.append(1)

@@ -13,7 +13,7 @@ from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
-from mlx_grpo.grpo import logprob, update
+from mlx_grpo.grpo import reference, update
 from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.rewards.mix import RewardMix
@@ -37,8 +37,8 @@ def poison_reward(patch: Patch, value: float) -> None:
 
 
 def poison_logprob(patch: Patch, value: float) -> None:
-    real = logprob.token_logps
-    patch.setattr(logprob, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))
+    real = reference.token_logps
+    patch.setattr(reference, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))
 
 
 def poison_loss(patch: Patch, value: float) -> None:
@@ -47,14 +47,14 @@ def poison_loss(patch: Patch, value: float) -> None:
 
 
 def poison_gradient(patch: Patch, value: float) -> None:
-    real = update.backward.backward
+    real = update.gradients
 
     def poisoned(*arguments: Any) -> Any:
         gradients = real(*arguments)
         first = min(gradients)
         return {**gradients, first: gradients[first] + value}
 
-    patch.setattr(update.backward, "backward", poisoned)
+    patch.setattr(update, "gradients", poisoned)
 
 
 POISONS = {
