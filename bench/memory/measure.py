@@ -34,11 +34,12 @@ from mlx_grpo.backend.precision import apply_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.grpo.advantages import Shaping, advantages_under, rate
+from mlx_grpo.grpo.advantages import training_group
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.metrics import Clock
+from mlx_grpo.grpo.reference import kl_to_reference
 from mlx_grpo.grpo.rollout import Sampling, rollout
-from mlx_grpo.grpo.update import UpdateSettings, reused_groups, update
+from mlx_grpo.grpo.update import UpdateSettings, update
 from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.merging import merged
@@ -55,7 +56,6 @@ from mlx_grpo.plan.memory import (
     choose,
     predict,
 )
-from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 EARLY = 20
 """The iteration whose peak the last one's is compared with."""
@@ -131,7 +131,7 @@ def judge_of(
 ) -> RewardModel | StreamedRewardModel | None:
     """The reward model that was asked for."""
     head_1D = mx.random.normal((1, SHAPES[args.shape]["hidden_size"]), key=key(2, "head"))
-    sizes, policy = plan.choice.sizes, precision_for(plan.choice.dense)
+    sizes, precision = plan.choice.sizes, precision_for(plan.choice.dense)
     if args.rm == "none":
         return None
     if args.rm == "adapter":
@@ -141,7 +141,7 @@ def judge_of(
         return RewardModel(Decoder(own, sizes), head_1D, None, None)
     write_model(place, args.shape, args.depth)
     mx.clear_cache()
-    return StreamedRewardModel(place, policy, sizes, STREAMED_HIDDEN, head_1D, None, None)
+    return StreamedRewardModel(place, precision, sizes, STREAMED_HIDDEN, head_1D, None, None)
 
 
 def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str, Figures]]:
@@ -191,7 +191,7 @@ def one(
     clock: Clock,
     stored: Path,
 ) -> None:
-    """An iteration, as `mlx_grpo/iteration.py` runs it."""
+    """An iteration, as `mlx_grpo/grpo/iteration.py` runs it."""
     drawn = mx.random.randint(0, reference.vocabulary, (args.prompts, args.prompt)).tolist()
     prompts = [Prompt(f"p{i}", (), tuple(ids)) for i, ids in enumerate(drawn)]
     sampling = Sampling(args.k, args.completion, 1.0, plan.choice.decode_rows)
@@ -215,16 +215,13 @@ def one(
         elif reward:
             for group in groups:
                 reward.score(group)
-    # random weights may score all answers the same, and the update is to have work
-    raw_PK = [list(range(args.k)) for _ in groups]
-    shaping = Shaping(0.0)
     with clock.stage("logprob"):
-        normalizer = ScoreNormalizer().observe([r for row in raw_PK for r in row])
-        rated = rate(groups, raw_PK, reference, normalizer, 1.0)
-        ahead = reused_groups(settings)
-        later = advantages_under(actor, rated[ahead:], shaping, 1.0)
+        kl_to_reference(groups, [range(args.k)] * len(groups), reference, 1.0)
+    # random weights may score all answers the same, and the update is to have work
+    scores_K = [float(i) for i in range(args.k)]
+    training = [training_group(i, g, range(args.k), scores_K) for i, g in enumerate(groups)]
     with clock.stage("update"):
-        update(actor, optimizer, rated[:ahead], later, shaping, settings)
+        update(actor, optimizer, training, settings)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.training.setup import load_learner
 
 
-def parts_for(args: argparse.Namespace, place: Path) -> Learner:
+def learner_for(args: argparse.Namespace, place: Path) -> Learner:
     """What a run on the model and prompts of the comparison works with."""
     rows = common.prompts(args.prompts)
     lines = [json.dumps({"id": str(i), "messages": r["messages"]}) for i, r in enumerate(rows)]
@@ -51,16 +51,16 @@ def parts_for(args: argparse.Namespace, place: Path) -> Learner:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
-        parts = parts_for(args, Path(place))
-    _train_a_little(parts)
-    state, console = first_state(parts.config), Console(quiet=True)
+        learner = learner_for(args, Path(place))
+    _train_a_little(learner)
+    state, console = first_state(learner.config), Console(quiet=True)
     rollouts, seconds, peaks = [], [], [peak_memory()]
     for iteration in range(1 + args.iterations):
         if args.rollout_only:
-            rollouts.append(_rollout_seconds(parts, iteration))
+            rollouts.append(_rollout_seconds(learner, iteration))
             peaks.append(peak_memory())
             continue
-        done = iterate(parts, state, console)
+        done = iterate(learner, state, console)
         state, metrics = done.state, done.metrics
         rollouts.append(metrics["time/rollout"])
         seconds.append(metrics["time/iteration"])
@@ -71,22 +71,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _train_a_little(parts: Learner) -> None:
+def _train_a_little(learner: Learner) -> None:
     """Rollouts with a LoRA that is still zero would leave it out."""
-    actor = parts.roles.actor.model
+    actor = learner.roles.actor.model
     arrays = {n: v + 1e-6 for n, v in lora_parameters(actor).items()}
     set_parameters(actor, arrays)
 
 
-def _rollout_seconds(parts: Learner, iteration: int) -> float:
-    start, backbone = time.perf_counter(), parts.roles.backbone
-    with merged_for_rollout(backbone, parts.roles.actor.model) as model:
+def _rollout_seconds(learner: Learner, iteration: int) -> float:
+    start, backbone = time.perf_counter(), learner.roles.backbone
+    with merged_for_rollout(backbone, learner.roles.actor.model) as model:
         rollout(
             model,
             backbone.tokenizer,
             backbone.stop_ids,
-            parts.prompts if iteration else parts.prompts[:1],
-            sampling(parts.config, K, parts.plan),
+            learner.prompts if iteration else learner.prompts[:1],
+            sampling(learner.config, K, learner.choice),
             SEED,
             "rollout",
             iteration,

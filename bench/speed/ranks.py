@@ -32,13 +32,13 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
-from tests.ports import free_ports
 
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed import launch  # noqa: F401  (imported before the forks)
 from mlx_grpo.run import log
-from mlx_grpo.training import seeds  # noqa: F401  (imported before the forks)
+from mlx_grpo.training import loop  # noqa: F401  (imported before the forks)
 from tests.crash.harness import Child, World, make_world, training
+from tests.helpers.ports import free_ports
 
 SECONDS = ("time/iteration", "time/evaluate")
 LONGEST = 30.0

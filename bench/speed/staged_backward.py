@@ -31,7 +31,7 @@ from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters, TrainingGroup
 from mlx_grpo.grpo.loss import Clip, LossInputs, clipped_surrogate, token_weights
-from mlx_grpo.grpo.update import backward_pass, forward_pass
+from mlx_grpo.grpo.update import UpdateSettings, surrogate_gradients
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 
@@ -61,7 +61,21 @@ def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> Train
     advantages_K = mx.random.normal((k,), key=key(2, "advantages"))
     mask_KT = mx.ones((k, completion))
     mx.eval(tokens_KT, old_KT, advantages_K, mask_KT)
-    return TrainingGroup(tuple(ids), tokens_KT, mask_KT, old_KT, old_KT, advantages_K)
+    return TrainingGroup(0, tuple(ids), tokens_KT, mask_KT, old_KT, advantages_K)
+
+
+def update_settings(max_tokens: int) -> UpdateSettings:
+    """The defaults of a run."""
+    return UpdateSettings(
+        clip=Clip(),
+        aggregation="sequence",
+        temperature=1.0,
+        max_tokens=max_tokens,
+        max_grad_norm=1.0,
+        minibatch_size=1,
+        epochs=1,
+        kl_stop=1.0,
+    )
 
 
 def plain_gradients(actor: nn.Module, group: TrainingGroup, weights_KT: mx.array) -> Parameters:
@@ -76,7 +90,7 @@ def plain_gradients(actor: nn.Module, group: TrainingGroup, weights_KT: mx.array
         logits = actor(whole[:, :-1])[:, prompt - 1 :].astype(mx.float32)
         picked = mx.take_along_axis(logits, group.tokens_KT[..., None], axis=-1)[..., 0]
         logp_KT = picked - mx.logsumexp(logits, axis=-1)
-        inputs = LossInputs(group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT)
+        inputs = LossInputs(group.sampled_logp_KT, group.advantages_K, group.mask_KT, weights_KT)
         return clipped_surrogate(logp_KT, inputs, Clip())[0]
 
     _, gradients = mx.value_and_grad(loss)(parameters)
@@ -136,14 +150,14 @@ def compare(name: str, config: dict[str, Any], args: argparse.Namespace) -> None
     group = random_group(args.K, args.prompt, args.completion, config["vocab_size"])
     tokens = args.K * args.completion
     weights_KT = token_weights(group.mask_KT, "sequence", args.K, tokens, args.completion)
-    decoder = Decoder(actor)
+    decoder, settings = Decoder(actor), update_settings(args.completion)
 
     def plain() -> Parameters:
         return plain_gradients(actor, group, weights_KT)
 
     def staged() -> Parameters:
-        ahead = forward_pass(decoder, group, 1.0)
-        return backward_pass(decoder, group, ahead, weights_KT, Clip())[2]
+        old = [group.sampled_logp_KT]
+        return surrogate_gradients(decoder, [group], old, [weights_KT], settings)[3]
 
     results: dict[str, Measured] = {}
     for run in range(1 + args.runs):

@@ -7,9 +7,9 @@ Rollout, reward, log-prob (one forward with the head) and update (forward, head,
 AdamW) in completion tokens per second and share of the time; groups of six rows, as in training.
 `--shape` needs no download: random weights of a model's shape (`bench/shapes.py`).
 
-The roofline: what a stage must move and do (`mlx_grpo/timing.py`), divided by the bandwidth and the
-FLOP/s this machine reached in the same run. `reached` is that bound over the time it took. A short
-warm-up is dropped.
+The roofline: what a stage must move and do (`mlx_grpo/plan/timing.py`), divided by the
+bandwidth and the FLOP/s this machine reached in the same run. `reached` is that bound over the time
+it took. A short warm-up is dropped.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -26,14 +26,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from bench.shapes import SHAPES, NoTokenizer, random_model
+from bench.speed.staged_backward import update_settings
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Group, Prompt, TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.loss import Clip, token_weights
+from mlx_grpo.grpo.loss import token_weights
 from mlx_grpo.grpo.rollout import Sampling, rollout
-from mlx_grpo.grpo.update import backward_pass, forward_pass
+from mlx_grpo.grpo.update import surrogate_gradients
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import WHOLE, Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
@@ -98,9 +99,9 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
         found = rollout(model, NoTokenizer(), frozenset(), prompts, sampling, 0, "bench")
     marks = [time.perf_counter()]
     for group in found:
-        bench.learning.reward_model.score(group)
+        bench.reward_model.score(group)
     marks.append(time.perf_counter())
-    scored = [_scored(bench, group) for group in found]
+    scored = [_scored(bench, i, group) for i, group in enumerate(found)]
     marks.append(time.perf_counter())
     _update(bench, scored)
     marks.append(time.perf_counter())
@@ -108,23 +109,20 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
     return {n: b - a for n, a, b in zip(stages, [start, *marks], marks, strict=False)}
 
 
-def _scored(bench: Bench, group: Group) -> TrainingGroup:
+def _scored(bench: Bench, position: int, group: Group) -> TrainingGroup:
     ids = group.prompt.token_ids
-    tokens_KT, mask_KT = completion_arrays(group)
+    tokens_KT, mask_KT = completion_arrays(group.completions)
     ref_KT = token_logps(bench.reference, mx.array([ids]), tokens_KT, mask_KT)
     advantages_K = mx.random.normal((len(group.completions),), key=key(5, group.prompt.id))
-    return TrainingGroup(ids, tokens_KT, mask_KT, ref_KT, ref_KT, advantages_K)
+    return TrainingGroup(position, ids, tokens_KT, mask_KT, ref_KT, advantages_K)
 
 
 def _update(bench: Bench, groups: list[TrainingGroup]) -> None:
-    rows = sum(g.mask_KT.shape[0] for g in groups)
+    rows, settings = sum(g.mask_KT.shape[0] for g in groups), update_settings(bench.completion)
     total: dict[str, mx.array] = {}
     for group in groups:
         weights_KT = token_weights(group.mask_KT, "sequence", rows, 1, 1)
-        ahead = forward_pass(bench.actor, group, 1.0)
-        _, _, found = backward_pass(bench.actor, group, ahead, weights_KT, Clip())
-        total = {n: total[n] + g if total else g for n, g in found.items()}
-        mx.eval(total)
+        total = surrogate_gradients(bench.actor, [group], [None], [weights_KT], settings, total)[3]
     adamw_step(new_optimizer(1e-4, 0.0), total, lora_parameters(bench.actor.model), 0.5)
 
 

@@ -38,7 +38,7 @@ class Completion:
     """Decoded without the stop token."""
     finish_reason: FinishReason
     logps: tuple[float, ...]
-    """Log-prob of each token as the merged_for_rollout saw it, at the sampling temperature."""
+    """Log-prob of each token as the sampler saw it, at the sampling temperature."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def test_a_finished_run_is_read_and_not_run_again(
     variant = Variant("tiny", {"kl_targets": (0.5,), "kl_schedule": "constant"})
     first = seed_run(variant, 3, tmp_path, Console(quiet=True))
     assert first["seed"] == 3 and first["before"]["kl"] == 0.0
-    assert len(first["iterations"]) == tiny.num_iterations
+    assert len(first["iterations"]) == tiny.run.num_iterations
     monkeypatch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "compare_run", lambda *_: pytest.fail("measured again"))
     assert seed_run(variant, 3, tmp_path, Console(quiet=True)) == first

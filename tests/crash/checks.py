@@ -156,7 +156,7 @@ def _adapter_gap(run: Path, reference: Path) -> float:
 
 def not_finite(world: World, count: int, rng: random.Random) -> dict[str, Any]:
     """NaN and both infinities at every guarded stage: weights, normaliser and controller stay."""
-    wanted = ["-k", "stay_as_they_are", "tests/test_guard.py"]
+    wanted = ["-k", "stay_as_they_are", "tests/training/test_nonfinite.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *wanted], cwd=REPOSITORY, capture_output=True, text=True
     )

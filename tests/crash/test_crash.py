@@ -59,7 +59,7 @@ def test_a_long_run_does_not_grow(tmp_path: Path) -> None:
 
 def test_the_harness_sees_a_resume_that_forgets_something() -> None:
     script = (
-        "import sys; from tests.crash import torture; from mlx_grpo import log\n"
+        "import sys; from tests.crash import torture; from mlx_grpo.run import log\n"
         "log.cut = lambda path, size: None\n"  # rows after the checkpoint would stay
         "sys.argv = ['torture', 'kill', '--count', '6']; sys.exit(torture.main())\n"
     )

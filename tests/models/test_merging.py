@@ -194,7 +194,13 @@ def test_nothing_but_a_rollout_sees_a_merged_weight(
     watch(type(learner.evaluator.rewards), "__call__")
     iterate(learner, first_state(learner.config), Console(quiet=True))
     learner.evaluator(learner.roles.actor)
-    assert {name for name, _ in seen} >= {"rollout", "kl_to_reference", "update", "__call__", "perplexity"}
+    assert {name for name, _ in seen} >= {
+        "rollout",
+        "kl_to_reference",
+        "update",
+        "__call__",
+        "perplexity",
+    }
     assert all(frozen == (name != "rollout") for name, frozen in seen)
     assert bits(backbone.model) == before
 

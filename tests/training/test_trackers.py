@@ -11,7 +11,7 @@ import pytest
 from mlx_grpo.config.settings import TrainConfig, train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.training import trackers as trackers
+from mlx_grpo.training import trackers
 from mlx_grpo.training.loop import train
 
 ROWS = [{"step": 1, "reward": 0.5, "policy/stopped_early": False, "a_word": "text", "kl": None}]
@@ -60,8 +60,8 @@ def test_a_tracker_gets_the_configuration_and_the_numbers(
 def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trackers, run = [Tracker("trackio"), Tracker("wandb")], tmp_path / "runs" / "seed-7"
-    for tracker in trackers:
+    both, run = [Tracker("trackio"), Tracker("wandb")], tmp_path / "runs" / "seed-7"
+    for tracker in both:
         monkeypatch.setitem(sys.modules, tracker.__name__, tracker)
     hours = iter("1234")  # each tracker takes its time to open
     monkeypatch.setattr(trackers.time, "strftime", lambda _: next(hours))
@@ -71,7 +71,7 @@ def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
     shutil.rmtree(run)
     run.mkdir()
     log_all(train_config(log=("trackio", "wandb")), run)
-    names = [[named["name"] for call, named in t.calls if call == "init"] for t in trackers]
+    names = [[named["name"] for call, named in t.calls if call == "init"] for t in both]
     assert names[0] == ["runs-seed-7-1", "runs-seed-7-1", "runs-seed-7-3"]
     assert names[1] == ["runs-seed-7-2", "runs-seed-7-2", "runs-seed-7-4"]
 
