@@ -137,6 +137,11 @@ class KLSettings:
     """Skip the remaining minibatches once the update's own KL passes this times the target; 0:
     never."""
 
+    @property
+    def measured_share(self) -> float:
+        """Of an iteration's completions, those whose KL is measured."""
+        return 1.0 if self.control == "reward" else self.share
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

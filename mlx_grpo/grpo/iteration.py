@@ -19,7 +19,7 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.gather import all_groups, all_rewards
 from mlx_grpo.grpo.advantages import is_dead, rows_that_teach, training_group
-from mlx_grpo.grpo.learner import Learner, kl_share, sampling, target_at, update_settings
+from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
 from mlx_grpo.grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
 from mlx_grpo.grpo.reference import GroupKL, kl_to_reference, mean_kl, measured_rows
 from mlx_grpo.grpo.rollout import rollout
@@ -82,7 +82,7 @@ def iterate(
         scores_PK = [[normalizer(r) for r in row] for row in raw_PK]
         with stage("logprob"), ranks.failing_together():
             measured = measured_rows(
-                config.run.seed, state.iteration, len(groups), k, kl_share(config)
+                config.run.seed, state.iteration, len(groups), k, config.kl.measured_share
             )
             kls = kl_to_reference(
                 groups, measured, roles.reference, temperature, safe_point, ranks.share

@@ -77,12 +77,6 @@ def target_at(config: TrainConfig, iteration: int) -> float:
     return kl_target(iteration, config.run.num_iterations, kl.schedule, kl.targets, kl.phases)
 
 
-def kl_share(config: TrainConfig) -> float:
-    """The share of an iteration's completions that the KL is measured on; a penalty in the reward
-    needs it for all."""
-    return 1.0 if config.kl.control == "reward" else config.kl.share
-
-
 def update_settings(config: TrainConfig, target: float, choice: Choice) -> UpdateSettings:
     """Constants of an iteration's update."""
     o = config.optimizer

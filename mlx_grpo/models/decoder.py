@@ -25,7 +25,7 @@ from mlx_grpo.models.mlp_chunks import mlp_in_chunks
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of a stage is worked on at a time; `plan.py` chooses what fits into memory."""
+    """How much of a stage is worked on at a time; the planner chooses what fits into memory."""
 
     rows: int = 0
     """Completions per pass; 0 means all of similar length."""

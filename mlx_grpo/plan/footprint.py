@@ -43,9 +43,13 @@ class Footprint:
     packed_block_bytes: int = 0
     """Of the quantized linear layers of all blocks."""
 
-    def lora_bytes(self, rank: int) -> int:
-        """A LoRA on every linear layer, fp32."""
-        return 4 * rank * self.lora_width
+    def trained_blocks(self, layers: int) -> int:
+        """Blocks with a LoRA, where the last `layers` get one; 0 means all."""
+        return min(layers or self.blocks, self.blocks)
+
+    def lora_bytes(self, rank: int, layers: int = 0) -> int:
+        """A LoRA on every linear layer of the last `layers` blocks (0: all), fp32."""
+        return 4 * rank * self.lora_width * self.trained_blocks(layers) // self.blocks
 
 
 def footprint(path: Path) -> Footprint:

@@ -38,6 +38,17 @@ class Workload:
     """Optimizer steps of an iteration."""
     epochs: int = 1
     """Passes over its rollout."""
+    update_rows: int = 0
+    """Completions per prompt that the update learns from; 0 means all."""
+    lora_layers: int = 0
+    """Last blocks with a LoRA; 0 means all."""
+    kl_share: float = 1.0
+    """Share of the completions on which the KL is measured."""
+
+    @property
+    def learned(self) -> "Workload":
+        """As the update sees it, whose groups are smaller."""
+        return replace(self, k=min(self.update_rows or self.k, self.k))
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,12 @@ def predict(
     kept = reward.adapter_bytes
     if reward.model and not choice.swap:
         kept += weight_bytes(reward.model, choice.dense)
-    adapter = model.lora_bytes(work.lora_rank)
+    adapter = model.lora_bytes(work.lora_rank, work.lora_layers)
     base = weights + kept + 3 * adapter
     # gradients; and from the first step on adapter and moments as they were, to go back to
-    backward = adapter + _update(model, work, choice) + (3 * adapter if work.steps > 1 else 0)
+    backward = (
+        adapter + _update(model, work.learned, choice) + (3 * adapter if work.steps > 1 else 0)
+    )
     stages = {
         "rollout": base + _rollout(model, work, choice),
         "reward": base + _reward(model, reward, work, choice),
@@ -150,8 +163,17 @@ def _sized(
     for sizes in _ladder(work.k, given.sizes.rows):
         plan = predict(model, reward, work, replace(wide.choice, sizes=sizes), limit)
         if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
-            break
+            return _keeping(model, reward, work, plan)
     return plan
+
+
+def _keeping(model: Footprint, reward: RewardFootprint, work: Workload, lean: Plan) -> Plan:
+    """The plan with as many blocks kept for their backward as there is room for."""
+    trained = model.trained_blocks(work.lora_layers)
+    one = _kept(model, work.learned, lean.choice)
+    count = min(trained, int((lean.limit - lean.stages["update"]) // one))
+    sizes = replace(lean.choice.sizes, kept_blocks=count)
+    return predict(model, reward, work, replace(lean.choice, sizes=sizes), lean.limit)
 
 
 def _widths(work: Workload) -> Iterator[int]:
@@ -244,5 +266,14 @@ def _logprob(model: Footprint, work: Workload, choice: Choice) -> int:
 def _update(model: Footprint, work: Workload, choice: Choice) -> int:
     tokens = _pass_tokens(work, choice)
     _, backward = _block(model, work, choice, tokens)
-    trace = (model.blocks + 3) * _hidden(model, tokens, choice)
-    return int(trace + max(backward, _head(model, work, choice)))
+    trace = (model.trained_blocks(work.lora_layers) + 3) * _hidden(model, tokens, choice)
+    kept = choice.sizes.kept_blocks * _kept(model, work, choice)
+    return int(trace + kept + max(backward, _head(model, work, choice)))
+
+
+def _kept(model: Footprint, work: Workload, choice: Choice) -> float:
+    """Arrays of a block that its backward reads."""
+    tokens = _pass_tokens(work, choice)
+    values = 3.0 * model.mlp + 5.0 * model.hidden + 1.0 * model.attention
+    part = 1.0 if choice.dense else BF16
+    return part * 4.0 * tokens * values + _scores(model, work, choice)

@@ -41,6 +41,9 @@ class Planner:
             steps=-(-config.data.batch_size // config.optimizer.minibatch_size)
             * config.optimizer.epochs,
             epochs=config.optimizer.epochs,
+            update_rows=config.optimizer.update_rows,
+            lora_layers=config.model.lora_layers,
+            kl_share=config.kl.measured_share,
         )
 
     def plan(self) -> Plan:

@@ -80,6 +80,7 @@ def summary(plan: Plan) -> str:
         f"{choice.decode_rows} answers decoded together",
         f"{sizes.rows} a pass" if sizes.rows else "",
         f"MLPs over {sizes.mlp_tokens} tokens" if sizes.mlp_tokens else "",
+        f"{sizes.kept_blocks} blocks kept for the update" if sizes.kept_blocks else "",
         "reward model read anew each time" if choice.swap else "",
     ]
     return (
@@ -107,7 +108,8 @@ def _how(stage: str, plan: Plan) -> str:
     if stage == "rollout":
         return f"{plan.choice.decode_rows} answers at a time"
     mlp = f", MLP {sizes.mlp_tokens} tokens" if sizes.mlp_tokens else ""
-    return f"{sizes.rows or 'all'} of a prompt a pass{mlp}"
+    kept = f", {sizes.kept_blocks} blocks kept" if sizes.kept_blocks and stage == "update" else ""
+    return f"{sizes.rows or 'all'} of a prompt a pass{mlp}{kept}"
 
 
 def gigabytes(size: int) -> str:

@@ -3,7 +3,8 @@
 
 Nothing is faster than its roofline; how near a stage comes to it depends on the machine. `REACHED`
 is what SmolLM2-135M in fp32 reached on a 2-core Linux CPU (bench/RESULTS.md, 4 prompts of 6 answers
-of 64 tokens). On Metal it has not been measured.
+of 64 tokens). For a Mac it is the share that others measured for 4-bit products (`devices.py`); this
+project has not been timed on Metal.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class StageTime:
     at_least: float
     """At the machine's limit."""
     expected: float
-    """At the share of it that was reached where this was measured."""
+    """At the share of it that was reached where that was measured."""
     bound: Literal["bandwidth", "arithmetic"]
     """Which of the two limits it is."""
 
@@ -45,11 +46,10 @@ def stage_costs(
     """
     rows = work.prompts * work.k
     answered = rows * work.completion_tokens
-    passes = work.prompts * -(-work.k // min(choice.sizes.rows or work.k, work.k))
-    seen = passes * work.prompt_tokens + answered
+    passes, seen = _passes(work, choice)
     adapter = work.lora_rank * model.lora_width
     weights = weight_bytes(model, choice.dense)
-    head = 2.0 * model.vocabulary * model.hidden * answered
+    head = 2.0 * model.vocabulary * model.hidden
 
     steps = -(-rows // max(work.k, min(choice.decode_rows or rows, rows))) * work.completion_tokens
     context = work.prompt_tokens + work.completion_tokens / 2
@@ -58,28 +58,61 @@ def stage_costs(
 
     scorer = reward.model or model
     scoring = reward.model is not None or reward.adapter_bytes > 0
-    blocks = 2.0 * model.block_weights * seen
-    again = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps  # see `reused_groups`
+    forward = 2.0 * model.block_weights
+    # the reference runs for a share of the completions, the prompt with each group
+    measured = work.kl_share * answered
     return {
         "rollout": StageCost(
-            steps * weights + kept, 2.0 * (model.block_weights + adapter) * decoded + head
+            steps * weights + kept,
+            2.0 * (model.block_weights + adapter) * decoded + head * answered,
         ),
         "reward": StageCost(
             scoring * passes * weight_bytes(scorer, choice.dense),
             scoring * 2.0 * scorer.block_weights * seen,
         ),
-        "logprob": StageCost((1 + again) * passes * weights, (1 + again) * (blocks + head)),
-        # forward, the same again block by block, gradients of the inputs and of A and B
-        "update": StageCost(
-            work.epochs * 3 * passes * weights,
-            work.epochs * (3 * blocks + 8.0 * adapter * seen + 2 * head),
+        "logprob": StageCost(
+            passes * weights, forward * (seen - answered + measured) + head * measured
         ),
+        "update": _update_cost(model, work.learned, choice),
     }
+
+
+def _passes(work: Workload, choice: Choice) -> tuple[int, int]:
+    """(passes, tokens that go through the blocks) of a forward over all groups."""
+    rows = min(choice.sizes.rows or work.k, work.k)
+    passes = work.prompts * -(-work.k // rows)
+    answered = work.prompts * work.k * work.completion_tokens
+    return passes, passes * work.prompt_tokens + answered
+
+
+def _update_cost(model: Footprint, work: Workload, choice: Choice) -> StageCost:
+    """Old log-probs of all minibatches but the first, then for each a forward, and from the last
+    block to the first that learns: what was not kept again, and the gradients of the inputs. Each
+    adapter costs a forward, both its gradients and its inputs' gradient. The head runs once, and
+    once more for its gradient."""
+    passes, seen = _passes(work, choice)
+    answered = work.prompts * work.k * work.completion_tokens
+    weights = weight_bytes(model, choice.dense)
+    learn = model.trained_blocks(work.lora_layers) / model.blocks
+    again = max(0.0, learn - choice.sizes.kept_blocks / model.blocks)
+    before = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps
+    runs = work.epochs * (1 + again + learn) + before
+    adapter = work.lora_rank * model.lora_width * learn
+    head = 2.0 * model.vocabulary * model.hidden * answered
+    return StageCost(
+        runs * passes * weights,
+        runs * 2.0 * model.block_weights * seen
+        + (work.epochs * 8.0 + before * 2.0) * adapter * seen
+        + (2 * work.epochs + before) * head,
+    )
 
 
 def estimate(costs: dict[str, StageCost], device: Device) -> dict[str, StageTime]:
     """Seconds of each stage."""
-    return {stage: _time(cost, device, REACHED[stage]) for stage, cost in costs.items()}
+    return {
+        stage: _time(cost, device, device.reached or REACHED[stage])
+        for stage, cost in costs.items()
+    }
 
 
 def _time(cost: StageCost, device: Device, reached: float) -> StageTime:

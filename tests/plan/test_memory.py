@@ -15,7 +15,7 @@ from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.plan.footprint import footprint, footprint_of
-from mlx_grpo.plan.memory import Plan, RewardFootprint, choose
+from mlx_grpo.plan.memory import Plan, RewardFootprint, choose, predict
 from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.training.loop import train
 from tests.helpers.shapes import GEMMA_2B, PACKED, WORK
@@ -41,7 +41,32 @@ def test_a_reward_model_of_its_own_stays_where_there_is_room() -> None:
 
 def test_with_room_enough_nothing_is_cut() -> None:
     plan = gemma(RewardFootprint(), 64e9)
-    assert plan.choice == replace(PACKED, decode_rows=96)
+    sizes = replace(PACKED.sizes, kept_blocks=GEMMA_2B.blocks)
+    assert plan.choice == replace(PACKED, decode_rows=96, sizes=sizes)
+
+
+def test_as_many_blocks_are_kept_as_there_is_room_for() -> None:
+    plan = gemma(RewardFootprint(), 6e9)
+    kept = plan.choice.sizes.kept_blocks
+    assert 0 < kept < GEMMA_2B.blocks and plan.fits
+    more = replace(plan.choice, sizes=replace(plan.choice.sizes, kept_blocks=kept + 1))
+    assert not predict(GEMMA_2B, RewardFootprint(), WORK, more, plan.limit).fits
+
+
+def test_blocks_without_a_lora_are_never_kept() -> None:
+    few = replace(WORK, lora_layers=4)
+    plan = choose(GEMMA_2B, RewardFootprint(), few, int(64e9), PACKED)
+    assert plan.choice.sizes.kept_blocks == 4
+    assert plan.adapter == 3 * GEMMA_2B.lora_bytes(16) * 4 // 18
+
+
+def test_an_update_of_fewer_rows_needs_less_memory() -> None:
+    all_rows, two = (
+        predict(GEMMA_2B, RewardFootprint(), replace(WORK, update_rows=m), PACKED, int(3e9))
+        for m in (0, 2)
+    )
+    assert two.stages["update"] < all_rows.stages["update"]
+    assert two.stages["rollout"] == all_rows.stages["rollout"]
 
 
 @pytest.mark.parametrize("limit", [2.0e9, 2.2e9, 2.4e9, 2.6e9, 3e9, 4e9, 6e9])

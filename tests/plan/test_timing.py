@@ -49,7 +49,34 @@ def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
     )
     extra = WORK.prompts * WORK.prompt_tokens
     assert cut["reward"].flops - whole["reward"].flops == 2 * GEMMA_2B.block_weights * extra
-    assert cut["update"].bytes == 2 * whole["update"].bytes
+    # 3 runs and the old log-probs of three minibatches of four; of all four, and all twice
+    assert whole["update"].bytes == 3.75 * WORK.prompts * GEMMA_2B.packed_bytes
+    assert cut["update"].bytes == 2 * 4 * WORK.prompts * GEMMA_2B.packed_bytes
+
+
+def flops(stage: str, kept_blocks: int = 0, **work: float) -> float:
+    """Of Gemma-2B, without the LoRA's own and the head's."""
+    bare = replace(GEMMA_2B, lora_width=0, vocabulary=0)
+    choice = replace(CHOICE, sizes=Sizes(kept_blocks=kept_blocks))
+    return stage_costs(bare, ADAPTER, replace(WORK, **work), choice)[stage].flops
+
+
+def test_what_the_settings_save_of_the_update() -> None:
+    rows = WORK.prompts * (WORK.prompt_tokens + WORK.k * WORK.completion_tokens)
+    once = 2.0 * GEMMA_2B.block_weights * rows
+    assert flops("update") == 3.75 * once
+    assert flops("update", kept_blocks=18) == 2.75 * once
+    assert flops("update", kept_blocks=9) == 3.25 * once
+    assert flops("update", lora_layers=9) == 2.75 * once
+    assert flops("update", lora_layers=9, kept_blocks=9) == 2.25 * once
+    shorter = (WORK.prompt_tokens + 2 * WORK.completion_tokens) / rows * WORK.prompts
+    assert flops("update", update_rows=2) == pytest.approx(3.75 * once * shorter)
+
+
+def test_a_share_of_the_kl_spares_its_completions() -> None:
+    saved = flops("logprob") - flops("logprob", kl_share=0.25)
+    answered = WORK.prompts * WORK.k * WORK.completion_tokens
+    assert saved == 0.75 * 2.0 * GEMMA_2B.block_weights * answered
 
 
 def test_without_a_reward_model_its_stage_costs_nothing() -> None:
@@ -64,6 +91,8 @@ def test_the_binding_limit_sets_the_time() -> None:
     assert (moving.at_least, moving.bound) == (2.0, "bandwidth")
     assert (computing.at_least, computing.bound) == (4.0, "arithmetic")
     assert moving.expected == 2.0 / REACHED["rollout"]
+    known = replace(slow_memory, reached=0.5)
+    assert estimate(cost, known)["rollout"].expected == 2.0 / 0.5
 
 
 def test_this_machine_is_measured_and_a_mac_is_looked_up() -> None:
