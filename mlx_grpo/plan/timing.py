@@ -3,8 +3,8 @@
 
 Nothing is faster than its roofline; how near a stage comes to it depends on the machine. `REACHED`
 is what SmolLM2-135M in fp32 reached on a 2-core Linux CPU (bench/RESULTS.md, 4 prompts of 6 answers
-of 64 tokens). For a Mac it is the share that others measured for 4-bit products (`devices.py`); this
-project has not been timed on Metal.
+of 64 tokens). For a Mac it is the share that others measured for 4-bit products (`devices.py`);
+this project has not been timed on Metal.
 """
 
 from dataclasses import dataclass
