@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,11 @@ from mlx_grpo.convert.cost import (
     check_pairs,
     check_texts,
     policy_cost,
+    policy_rows,
     reward_cost,
 )
+from mlx_grpo.convert.guard import check_source
+from mlx_grpo.convert.original import Agreement, check_agreement, compare_policy, compare_scores
 from mlx_grpo.convert.quantize import (
     Quantization,
     bits_per_weight,
@@ -48,6 +52,7 @@ from mlx_grpo.models.reward_model import (
     LEARNING_CURVE,
     REWARD_CONFIG,
     REWARD_HEAD,
+    TextForm,
     check_fingerprint,
 )
 
@@ -67,6 +72,19 @@ RewardForm = Literal["auto", "full", "adapter"]
 
 
 @dataclass(frozen=True)
+class Checks:
+    """What is looked at beside the files themselves."""
+
+    against_source: bool = False
+    """Run the source in PyTorch too, where that is installed, and compare."""
+    allow_mismatch: bool = False
+    """Write the model although mlx-lm computes another one."""
+
+
+FILES_ALONE = Checks()
+
+
+@dataclass(frozen=True)
 class Converted:
     """One line of the conversion table."""
 
@@ -78,6 +96,10 @@ class Converted:
     bytes: int
     cost: QuantizationCost
     """What quantization changed; or that the source's own values were kept."""
+    agreement: Agreement = field(default_factory=Agreement)
+    """The source in PyTorch against the source in MLX."""
+    notes: tuple[str, ...] = ()
+    """What to know before using it, a line each."""
 
 
 def convert_sft(
@@ -87,6 +109,7 @@ def convert_sft(
     texts: Path | None,
     base: str | None = None,
     replace: bool = False,
+    checks: Checks = FILES_ALONE,
 ) -> Converted:
     """Convert a causal language model to `out`, a directory `mlx_lm.load` reads.
 
@@ -95,17 +118,25 @@ def convert_sft(
         base: the model an adapter belongs to, where it does not say so itself.
 
     Raises:
-        InputError: the source is unreadable, of another kind, or `out` exists and `replace` is
-            false.
+        InputError: the source is unreadable, of another kind, another model under mlx-lm, or `out`
+            exists and `replace` is false.
     """
     with _opened(source, base) as opened, _writing(out, replace, source) as directory:
         _check_role(opened, wants_head=False)
-        _write_model(opened, directory, target)
+        findings = check_source(opened, checks.allow_mismatch)
+        notes = _write_about(opened, directory, target)
+        agreement = Agreement()
+        if texts and checks.against_source:
+            rows = policy_rows(load_chat_tokenizer(directory), texts)
+            agreement = compare_policy(opened, rows)
+            check_agreement(agreement, source.path, checks.allow_mismatch)
+        _write_model(opened, directory)
         cost = QuantizationCost(kept=_kept(opened, target))
         if texts and not cost.kept:
             tokenizer = load_chat_tokenizer(directory)
             cost = policy_cost(opened.model, _lazily(directory), tokenizer, texts)
-        return _finish(opened, directory, out, "model", cost, USE_SFT)
+        row = _finish(opened, directory, out, "model", cost, USE_SFT, agreement)
+        return replace_fields(row, notes=(*notes, *findings.notes(agreement.compared)))
 
 
 def convert_rm(
@@ -117,6 +148,7 @@ def convert_rm(
     form: RewardForm = "auto",
     base: str | None = None,
     replace: bool = False,
+    checks: Checks = FILES_ALONE,
 ) -> Converted:
     """Convert a reward model to `out`, a directory `load_reward_model` reads.
 
@@ -138,15 +170,23 @@ def convert_rm(
         base = str(sft)
     with _opened(source, base) as opened, _writing(out, replace, source) as directory:
         _check_role(opened, wants_head=True)
-        about = _about(opened, own)
+        findings = check_source(opened, checks.allow_mismatch)
         own_adapter = own.get("kind") == "adapter"
         as_adapter = form != "full" and (own_adapter or _shares(opened, sft, form == "adapter"))
         save_arrays(directory / REWARD_HEAD, opened.head)
+        notes = () if as_adapter else _write_about(opened, directory, target)
+        if as_adapter:
+            opened.write_tokenizer(directory)
+        about, agreement = _about(opened, own, directory), Agreement()
+        if pairs and checks.against_source:
+            tokenizer = load_chat_tokenizer(directory)
+            agreement = compare_scores(opened, tokenizer, TextForm.of(about), pairs)
+            check_agreement(agreement, source.path, checks.allow_mismatch)
         if as_adapter:
             _write_adapter(opened, directory, sft)
             about |= {"kind": "adapter", "backbone_fingerprint": fingerprint(sft)}
         else:
-            _write_model(opened, directory, target)
+            _write_model(opened, directory)
             about |= {"kind": "full"}
         write_json(directory / REWARD_CONFIG, about)
         if (source.path / LEARNING_CURVE).is_file():
@@ -156,14 +196,19 @@ def convert_rm(
         cost = QuantizationCost(kept=kept)
         if pairs and not kept:
             after = _lazily(sft, directory) if as_adapter else _lazily(directory)
-            tokenizer, padding = load_chat_tokenizer(directory), about.get("padding_token_id")
-            cost = reward_cost(opened.model, after, opened.head, tokenizer, padding, pairs)
+            tokenizer, text = load_chat_tokenizer(directory), TextForm.of(about)
+            cost = reward_cost(opened.model, after, opened.head, tokenizer, text, pairs)
         kind = "adapter" if as_adapter else "model"
-        return _finish(opened, directory, out, kind, cost, USE_RM)
+        row = _finish(opened, directory, out, kind, cost, USE_RM, agreement)
+        return replace_fields(row, notes=(*notes, *findings.notes(agreement.compared)))
 
 
 def check_sources(
-    sft: Source | None, rm: Source | None, bases: tuple[str | None, str | None], outs: list[Path]
+    sft: Source | None,
+    rm: Source | None,
+    bases: tuple[str | None, str | None],
+    outs: list[Path],
+    checks: Checks = FILES_ALONE,
 ) -> None:
     """Look at both sources, before the first is converted.
 
@@ -180,9 +225,11 @@ def check_sources(
     if sft:
         with _opened(sft, bases[0]) as opened:
             _check_role(opened, wants_head=False)
+            check_source(opened, checks.allow_mismatch)
     if rm and not (rm.path / REWARD_CONFIG).is_file():
         with _opened(rm, bases[1]) as opened:
             _check_role(opened, wants_head=True)
+            check_source(opened, checks.allow_mismatch)
 
 
 def _check_role(opened: OpenedSource, wants_head: bool) -> None:
@@ -222,13 +269,18 @@ def _kept(opened: OpenedSource, target: Quantization) -> bool:
     return opened.quantized or (target.bits == 16 and in_16_bits)
 
 
-def _write_model(opened: OpenedSource, directory: Path, target: Quantization) -> None:
+def _write_about(opened: OpenedSource, directory: Path, target: Quantization) -> tuple[str, ...]:
+    """Configuration and tokenizer, before the long work; returns what to know of them."""
     model = opened.model()
-    config = quantized_config(opened, model, target)
-    write_json(directory / "config.json", config)  # the tokenizer's class depends on it
+    # the tokenizer's class depends on the configuration
+    write_json(directory / "config.json", quantized_config(opened, model, target))
     opened.write_tokenizer(directory)
-    check_tokenizer(directory, _embedding_rows(model))  # before the long work
-    write_weights(directory, stream(model, config, opened))
+    return check_tokenizer(directory, _embedding_rows(model))
+
+
+def _write_model(opened: OpenedSource, directory: Path) -> None:
+    config = read_json(directory / "config.json")
+    write_weights(directory, stream(opened.model(), config, opened))
     _lazily(directory)()  # every tensor is in its place
 
 
@@ -238,7 +290,6 @@ def _write_adapter(opened: OpenedSource, directory: Path, sft: Path) -> None:
     values = lora_parameters(adapted).values()
     lossless = all((v.astype(mx.bfloat16) == v).all().item() for v in values)
     save_adapter(directory, adapted, mx.bfloat16 if lossless else None)
-    opened.write_tokenizer(directory)
     check_tokenizer(directory, _embedding_rows(model))
     load_adapter(model, directory)
 
@@ -258,16 +309,37 @@ def _lazily(directory: Path, adapter: Path | None = None) -> Callable[[], nn.Mod
     return open_model
 
 
-def _about(opened: OpenedSource, own: dict[str, Any]) -> dict[str, Any]:
-    """What reward_model.json says beside the kind."""
+def _about(opened: OpenedSource, own: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What reward_model.json says beside the kind.
+
+    Args:
+        directory: holds the tokenizer of the reward model.
+    """
     if own:
         return {n: v for n, v in own.items() if n not in ("kind", "backbone_fingerprint")}
-    padding = opened.config.get("pad_token_id")
-    return {
-        "input": "chat_template",
-        "pooling": "last_token" if padding is None else "last_token_that_is_not_padding",
-        **({} if padding is None else {"padding_token_id": padding}),
-    }
+    about: dict[str, Any] = {"input": "chat_template", "pooling": "last_token"}
+    about["chat_template_arguments"] = {}  # other trainers give the template no arguments
+    if token := opened.source.config.get("reward_token_id"):
+        return {**about, "pooling": "reward_token", "reward_token_id": token}
+    padding = _padding(opened, directory)
+    if padding is None:
+        return about
+    pooling = {"pooling": "last_token_that_is_not_padding", "padding_token_id": padding}
+    return about | pooling
+
+
+def _padding(opened: OpenedSource, directory: Path) -> int | None:
+    """The token that a classifier was trained not to look at.
+
+    A model says it in its configuration. An adapter has none: its trainer gave the model the
+    tokenizer's padding token, or where that has none the end-of-sequence token.
+    """
+    if opened.source.kind == "peft" and opened.own_tokenizer:
+        tokenizer = load_chat_tokenizer(directory)
+        padding = tokenizer.pad_token_id
+        return tokenizer.eos_token_id if padding is None else padding
+    found = opened.base.config.get("pad_token_id") if opened.base.config else None
+    return found if opened.pools_at_padding and isinstance(found, int) else None
 
 
 def _shares(opened: OpenedSource, sft: Path, insist: bool) -> bool:
@@ -288,7 +360,13 @@ def _shares(opened: OpenedSource, sft: Path, insist: bool) -> bool:
 
 
 def _finish(
-    opened: OpenedSource, directory: Path, out: Path, form: str, cost: QuantizationCost, usage: str
+    opened: OpenedSource,
+    directory: Path,
+    out: Path,
+    form: str,
+    cost: QuantizationCost,
+    usage: str,
+    agreement: Agreement,
 ) -> Converted:
     """Count, write the model card, return the row of the table."""
     if form == "model":
@@ -300,11 +378,12 @@ def _finish(
         count = sum(a.size for a in arrays)
         bits = 8 * sum(a.nbytes for a in arrays) / count
     size = sum(f.stat().st_size for f in files)
-    row = Converted(out, form, count, bits, size, cost)
+    row = Converted(out, form, count, bits, size, cost, agreement)
     table = [
         ("parameters", f"{count:,}"),
         ("bits per weight", f"{bits:.2f}"),
         ("size", f"{size / 1e6:,.2f} MB"),
+        *([("the source in PyTorch", agreement.describe())] if agreement.compared else []),
         ("what it cost", cost.describe()),
     ]
     write_manifest(directory)  # before the card, which people edit

@@ -221,6 +221,6 @@ def test_answers_are_those_of_the_lora_beside_the_weights(parts: Learner) -> Non
     start = lora_parameters(parts.roles.actor.model)
     with_merge = answers(parts)
     set_parameters(parts.roles.actor.model, start)
-    packed = replace(parts.roles.backbone.policy, dense=False)  # nothing else asks
+    packed = replace(parts.roles.backbone.precision, dense=False)  # nothing else asks
     roles = replace(parts.roles, backbone=replace(parts.roles.backbone, policy=packed))
     assert answers(replace(parts, roles=roles)) == with_merge
