@@ -186,7 +186,9 @@ def _same_activation(value: Any, usual: Any) -> bool:
 def _layers(translated: dict[str, Any], family: Family) -> list[str] | None:
     """The kinds of layers that mlx-lm makes of a period, where it knows no list of them."""
     period = translated.get("sliding_window_pattern")
-    if family.uses("layer_types") or not family.uses("sliding_window_pattern") or not period:
+    if family.uses("layer_types") or not family.uses("sliding_window_pattern"):
+        return None
+    if not isinstance(period, int) or not period:
         return None
     count = translated["num_hidden_layers"]
     return [f"{'full' if i % period == period - 1 else 'sliding'}_attention" for i in range(count)]

@@ -306,10 +306,12 @@ def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Mod
             arrays = model.sanitize(arrays)
         if quantization := config.get("quantization"):
             _make_quantized(model, quantization, arrays)
-    except (
-        Exception,
-        SystemExit,
-    ) as e:  # the model code of mlx-lm asserts and raises what it likes
+    except SystemExit:  # what a family does whose code wants another package
+        raise InputError(
+            f"{place}: mlx-lm's code for {config.get('model_type')} needs a package that is not "
+            "installed"
+        ) from None
+    except Exception as e:  # the model code of mlx-lm asserts and raises what it likes
         about = place / "config.json" if place.is_dir() else place
         raise InputError(f"{about}: no model can be built of this: {one_line(e)}") from e
     expected = dict(tree_flatten(model.parameters()))

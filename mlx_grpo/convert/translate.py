@@ -59,6 +59,8 @@ def _left_out(config: dict[str, Any], known: Any, family: Family) -> dict[str, A
             continue
         value = getattr(known, name, NONE_MEANS.get(name))
         value = NONE_MEANS.get(name) if value is None else value
+        if name == "head_dim" and value is None and family.needs(name):
+            value = known.hidden_size // known.num_attention_heads
         if value is not None or family.needs(name):
             found[name] = value
     needed = {n: None for n in ("rope_scaling",) if family.needs(n) and n not in config}
@@ -72,6 +74,9 @@ def _with_windows(config: dict[str, Any], known: Any, family: Family) -> dict[st
     if names and isinstance(config.get("layer_types"), list):
         return {**config, "layer_types": [names.get(k, k) for k in config["layer_types"]]}
     if layers and family.uses("sliding_window_pattern") and not family.uses("layer_types"):
+        if "str" in str(family.args.__dataclass_fields__["sliding_window_pattern"].type):
+            letters = ["L" if kind == "sliding_attention" else "G" for kind in layers]
+            return {**config, "sliding_window_pattern": "".join(letters)}
         period = next((p for p in range(1, len(layers) + 2) if layers == _periodic(p, layers)), 0)
         return {**config, "sliding_window_pattern": period} if period else config
     return config
