@@ -238,7 +238,8 @@ def _check_role(opened: OpenedSource, wants_head: bool) -> None:
         raise InputError(f"{path}: this is a reward model; give it as --rm")
     if wants_head and not opened.head:
         raise InputError(
-            f"{path}: not a reward model; give a *ForSequenceClassification with one label, a "
+            f"{path}: not a reward model; this is a language model without a reward head (a "
+            "generative judge is one too). Give a *ForSequenceClassification with one label, a "
             f"model or LoRA adapter with {REWARD_HEAD}, or the output of 'mlx-grpo train-rm'"
         )
 

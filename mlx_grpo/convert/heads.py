@@ -62,6 +62,8 @@ def in_one_form(head: dict[str, mx.array], config: dict[str, Any], place: Path) 
     Raises:
         InputError: more than one label, or an activation that no file tells.
     """
+    if any(name.split(".")[0] in ACTIVATIONS for name in head):  # in this form already
+        return {n.removeprefix("score."): v.astype(mx.float32) for n, v in head.items()}
     stems = sorted({name.rpartition(".")[0] for name in head})
     prefix = re.sub(r"\.(\d|dense|out_proj)$", "", stems[0])
     found = tuple(stem.removeprefix(prefix).removeprefix(".") for stem in stems)

@@ -22,7 +22,7 @@ from mlx_grpo.convert.translate import translated
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.reward_model import head_parts
+from mlx_grpo.models.reward_model import REWARD_HEAD, head_parts
 
 OUTPUT = "lm_head.weight"
 OUTPUTS = ("lm_head.", "language_model.lm_head.", "output.")
@@ -264,10 +264,12 @@ def _checked_head(
     source: Source, head: dict[str, mx.array], files: dict[str, Path], scratch: Path
 ) -> Parameters:
     """The reward head in one form, from the source's tensors or a file of its own."""
-    place = source.path
+    place, config = source.path, source.config
     if not head and (beside := head_beside(source.path, scratch)):
         head, files = beside[0], beside[1].files
         place = next(iter(files.values()), place)
+        if place.name == REWARD_HEAD:  # its scores are final, whatever config.json still says
+            config = {}
         if not head:
             raise InputError(f"{place}: tensor 'weight' is missing")
     for name, value in head.items():
@@ -275,7 +277,7 @@ def _checked_head(
         check_values(name, value, file)
         if name.endswith(("score.weight", "out_proj.weight")) and value.shape[:1] != (1,):
             raise _labels(file, name, value)
-    parts = in_one_form(head, source.config, place) if head else {}
+    parts = in_one_form(head, config, place) if head else {}
     for leaf, shape in (("weight", (1, -1)), ("bias", (1,))):
         value = parts.get(leaf)
         if value is not None and (value.ndim != len(shape) or value.shape[0] != 1):

@@ -67,7 +67,7 @@ REFUSALS = {
         "falcon_h1",
         "recurrent_gemma",
     ),
-    "no model can be built of this": ("gpt_bigcode", "exaone4", "lfm2"),
+    "no model can be built of this": ("gpt_bigcode", "lfm2"),
     "mlx-lm does not compute partial_rotary_factor 0.5 for": ("glm",),
     "mlx-lm does not compute tensor 'model.layers.1.mlp.moe_statics.e_score_correction_bias' for": (
         "ernie4_5_moe",
