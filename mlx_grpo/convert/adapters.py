@@ -164,10 +164,13 @@ def in_model(loras: dict[str, LoRA], model: nn.Module) -> dict[str, LoRA]:
     return placed
 
 
-def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> None:
+def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path, exact: bool = False) -> None:
     """Put W + scale * (a b)^T in the place of W, lazily, in fp32 with one rounding at the end.
 
     A quantized layer is quantized again as it was.
+
+    Args:
+        exact: leave the sum in fp32.
     """
     modules = dict(model.named_modules())
     replaced = []
@@ -176,10 +179,11 @@ def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> None:
         dense = dense_weight(module) + lora.scale * (lora.a @ lora.b).T
         linear = nn.Linear(1, 1, bias=False)
         packed = isinstance(module, nn.QuantizedLinear)
-        linear.weight = dense.astype(float_dtype(module) if packed else module.weight.dtype)
+        dtype = float_dtype(module) if packed else module.weight.dtype
+        linear.weight = dense if exact else dense.astype(dtype)
         if "bias" in module:
             linear.bias = module.bias
-        if packed:
+        if packed and not exact:
             linear = linear.to_quantized(module.group_size, module.bits, module.mode)
         replaced.append((name, linear))
     model.update_modules(tree_unflatten(replaced))

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,7 +116,8 @@ def compare_policy(opened: OpenedSource, rows: Sequence[PromptAndAnswer]) -> Agr
     if reason := why_not(opened):
         return Agreement(skipped=reason)
     # an mlx-lm adapter is nothing that transformers reads: its base is compared
-    open_model = opened.backbone if opened.source.kind == "mlx-lora" else opened.model
+    whole = partial(opened.model, exact=True)
+    open_model = opened.backbone if opened.source.kind == "mlx-lora" else whole
     kl = same = 0.0
     try:
         with _running(opened, "policy", rows) as answers:
@@ -149,7 +151,7 @@ def compare_scores(opened: OpenedSource, tokenizer: Any, form: TextForm, pairs: 
     rows, own = (reward_rows(tokenizer, f, pairs) for f in (whole, form))
     try:
         with _running(opened, kind, rows, form.padding) as answers:
-            found = reward_scores(opened.model, own, opened.head, _fp32())
+            found = reward_scores(partial(opened.model, exact=True), own, opened.head, _fp32())
             scores = [
                 _score(value, kind, opened.head) for _, value in zip(rows, answers, strict=False)
             ]

@@ -79,11 +79,11 @@ class OpenedSource:
             tensors = Tensors(arrays, tensors.files)
         return build_model(config, tensors, self.base.path)
 
-    def model(self) -> nn.Module:
-        """The model, its adapter fused into it."""
+    def model(self, exact: bool = False) -> nn.Module:
+        """The model, its adapter fused into it; `exact` spares the sum its rounding to 16 bits."""
         model = self.backbone()
         if self.loras:
-            fuse(model, self.loras, self.source.path)
+            fuse(model, self.loras, self.source.path, exact)
         return model
 
 
