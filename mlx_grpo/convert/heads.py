@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.convert.tensors import TensorFile, Tensors, read_tensors, safe_file
+from mlx_grpo.convert.tensors import TensorFile, Tensors, check_values, read_tensors, safe_file
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.reward_model import ACTIVATIONS, REWARD_HEAD
@@ -54,6 +54,47 @@ def prefixes_of(config: dict[str, Any]) -> tuple[str, ...]:
     """Prefixes to look for; OpenRLHF notes its own in the configuration."""
     named = config.get("value_head_prefix")
     return (named, *PREFIXES) if isinstance(named, str) and named else PREFIXES
+
+
+def checked_head(
+    place: Path,
+    config: dict[str, Any],
+    head: dict[str, mx.array],
+    files: dict[str, Path],
+    scratch: Path,
+) -> Parameters:
+    """The reward head in one form, from a source's tensors or a file of its own beside them.
+
+    Raises:
+        InputError: damaged values, or no head of one score.
+    """
+    if not head and (beside := head_beside(place, scratch)):
+        head, files = beside[0], beside[1].files
+        place = next(iter(files.values()), place)
+        if place.name == REWARD_HEAD:  # its scores are final, whatever config.json still says
+            config = {}
+        if not head:
+            raise InputError(f"{place}: tensor 'weight' is missing")
+    for name, value in head.items():
+        file = files.get(name, place)
+        check_values(name, value, file)
+        if name.endswith(("score.weight", "out_proj.weight")) and value.shape[:1] != (1,):
+            raise _labels(file, name, value)
+    parts = in_one_form(head, config, place) if head else {}
+    for leaf, shape in (("weight", (1, -1)), ("bias", (1,))):
+        value = parts.get(leaf)
+        if value is not None and (value.ndim != len(shape) or value.shape[0] != 1):
+            name = next((n for n in head if n.endswith(leaf)), leaf)
+            raise _labels(files.get(name, place), name, value)
+    return parts
+
+
+def _labels(file: Path, name: str, value: mx.array) -> InputError:
+    wanted = "[1]" if name.endswith("bias") else "[1, hidden_size]"
+    return InputError(
+        f"{file}: tensor '{name}' has shape {list(value.shape)}; the head of a reward model has "
+        f"one label: {wanted}"
+    )
 
 
 def in_one_form(head: dict[str, mx.array], config: dict[str, Any], place: Path) -> Parameters:

@@ -8,21 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
 from mlx_grpo.convert.adapters import LoRA, fuse, in_model, read_mlx_adapter, read_peft
+from mlx_grpo.convert.build import build_model
 from mlx_grpo.convert.families import plain_floats
 from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
-from mlx_grpo.convert.heads import head_beside, in_one_form, prefixes_of, split_head, what_else
+from mlx_grpo.convert.heads import checked_head, prefixes_of, split_head, what_else
 from mlx_grpo.convert.source import Source, licence, locate
-from mlx_grpo.convert.tensors import Tensors, check_values, read_tensors, tensor_files
+from mlx_grpo.convert.tensors import Tensors, read_tensors, tensor_files
 from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.convert.translate import translated
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.reward_model import REWARD_HEAD, head_parts
+from mlx_grpo.models.reward_model import head_parts
 
 OUTPUT = "lm_head.weight"
 OUTPUTS = ("lm_head.", "language_model.lm_head.", "output.")
@@ -118,7 +117,7 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
     files, prefixes = tensor_files(source.path, "model", scratch), prefixes_of(config)
     found = _plain_names(read_tensors(files))
     rest, stored, _ = split_head(found.arrays, prefixes)
-    head = _checked_head(source, stored, found.files, scratch)
+    head = checked_head(source.path, config, stored, found.files, scratch)
     if not head and (what := what_else(config, found.arrays)):
         raise InputError(f"{files[0].source}: this is {what}")
     if not head and str((config.get("architectures") or [""])[0]).endswith(
@@ -236,7 +235,7 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
     read = read_peft if source.kind == "peft" else read_mlx_adapter
     adapter = read(source.path, source.config, scratch)
     own = any((source.path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
-    head = _checked_head(source, adapter.head, {}, scratch)
+    head = checked_head(source.path, source.config, adapter.head, {}, scratch)
     if opened.head and not head:
         raise InputError(
             f"{source.path}: its base {opened.source.path} is a reward model; give the language "
@@ -258,93 +257,6 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
 def _with_head(config: dict[str, Any], head: Parameters) -> dict[str, Any]:
     """A reward model's language model head is not kept; for tied embeddings mlx-lm builds none."""
     return {**config, "tie_word_embeddings": True} if head else config
-
-
-def _checked_head(
-    source: Source, head: dict[str, mx.array], files: dict[str, Path], scratch: Path
-) -> Parameters:
-    """The reward head in one form, from the source's tensors or a file of its own."""
-    place, config = source.path, source.config
-    if not head and (beside := head_beside(source.path, scratch)):
-        head, files = beside[0], beside[1].files
-        place = next(iter(files.values()), place)
-        if place.name == REWARD_HEAD:  # its scores are final, whatever config.json still says
-            config = {}
-        if not head:
-            raise InputError(f"{place}: tensor 'weight' is missing")
-    for name, value in head.items():
-        file = files.get(name, place)
-        check_values(name, value, file)
-        if name.endswith(("score.weight", "out_proj.weight")) and value.shape[:1] != (1,):
-            raise _labels(file, name, value)
-    parts = in_one_form(head, config, place) if head else {}
-    for leaf, shape in (("weight", (1, -1)), ("bias", (1,))):
-        value = parts.get(leaf)
-        if value is not None and (value.ndim != len(shape) or value.shape[0] != 1):
-            name = next((n for n in head if n.endswith(leaf)), leaf)
-            raise _labels(files.get(name, place), name, value)
-    return parts
-
-
-def _labels(file: Path, name: str, value: mx.array) -> InputError:
-    wanted = "[1]" if name.endswith("bias") else "[1, hidden_size]"
-    return InputError(
-        f"{file}: tensor '{name}' has shape {list(value.shape)}; the head of a reward model has "
-        f"one label: {wanted}"
-    )
-
-
-def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Module:
-    """An mlx-lm model that holds the given arrays, lazily; each parameter must be there, and fit.
-
-    Raises:
-        InputError: an unknown architecture, a tensor that is missing, mis-shaped or unknown.
-    """
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-        arrays = dict(tensors.arrays)
-        if hasattr(model, "sanitize"):
-            arrays = model.sanitize(arrays)
-        if quantization := config.get("quantization"):
-            _make_quantized(model, quantization, arrays)
-    except SystemExit:  # what a family does whose code wants another package
-        raise InputError(
-            f"{place}: mlx-lm's code for {config.get('model_type')} needs a package that is not "
-            "installed"
-        ) from None
-    except Exception as e:  # the model code of mlx-lm asserts and raises what it likes
-        about = place / "config.json" if place.is_dir() else place
-        raise InputError(f"{about}: no model can be built of this: {one_line(e)}") from e
-    expected = dict(tree_flatten(model.parameters()))
-    for name in sorted(expected.keys() | arrays.keys()):
-        file = tensors.files.get(name, place)
-        if name not in arrays:
-            raise InputError(f"{file}: tensor '{name}' is missing")
-        if name not in expected:
-            raise InputError(f"{file}: tensor '{name}' has no place in this architecture")
-        if arrays[name].shape != expected[name].shape:
-            raise InputError(
-                f"{file}: tensor '{name}' has shape {list(arrays[name].shape)}, config.json wants "
-                f"{list(expected[name].shape)}"
-            )
-    model.load_weights(list(arrays.items()))
-    model.eval()
-    return model
-
-
-def _make_quantized(model: nn.Module, quantization: dict[str, Any], arrays: Parameters) -> None:
-    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        packed = hasattr(module, "to_quantized") and f"{path}.scales" in arrays
-        return quantization.get(path, packed) if packed else False
-
-    nn.quantize(
-        model,
-        quantization["group_size"],
-        quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=how,
-    )
 
 
 def _check_architecture(opened: OpenedSource) -> None:

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,17 @@ def _without_patterns(path: Path) -> Iterator[Path]:
         link = Path(scratch) / "model"
         link.symlink_to(path.resolve(), target_is_directory=True)
         yield link
+
+
+def check_length(path: Path, config: Mapping[str, Any], tokens: int) -> None:
+    """Raise InputError for texts longer than what mlx-lm computes as the model's source does."""
+    limit = config.get(EXACT_UP_TO)
+    if isinstance(limit, int) and tokens > limit:
+        raise InputError(
+            f"{path}: mlx-lm computes this model rightly for texts of up to {limit} tokens; "
+            f"--max-prompt-length and --max-completion-length together allow {tokens}. Choose "
+            "shorter ones, or convert it again with --allow-mismatch"
+        )
 
 
 def weight_stamps(path: Path) -> Stamps:

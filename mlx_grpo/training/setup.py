@@ -19,6 +19,7 @@ from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.directory import check_length
 from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
@@ -116,6 +117,8 @@ def load_evaluator(
     plan = plan or planner(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
+    longest = config.max_prompt_length + config.max_completion_length
+    check_length(backbone.path, backbone.config, longest)
     held_out = _prompts(config.eval_prompts, rows, backbone, config.max_prompt_length, ui)
     one_each = sampling(config, 1, plan)
 

@@ -20,7 +20,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.directory import load_lazily
+from mlx_grpo.models.directory import check_length, load_lazily
 from mlx_grpo.models.reward_model import TextForm, load_reward_model
 from tests.helpers import sources
 from tests.helpers.hf_models import TOKENS, found_logps, torch_logps, widest
@@ -164,6 +164,10 @@ def test_a_length_from_which_models_part_is_told(name: str, tmp_path: Path) -> N
     row = convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", EXACT, None)
     limit = 4096 if "mistral" in name else 2048
     assert f"the same model as the source for texts of up to {limit} tokens" in row.notes[0]
+    config = json.loads((row.path / "config.json").read_text())
+    check_length(row.path, config, limit)
+    with pytest.raises(InputError, match=rf"up to {limit} tokens; .* allow {limit + 1}"):
+        check_length(row.path, config, limit + 1)
 
 
 def test_translating_twice_changes_nothing(tmp_path: Path) -> None:
