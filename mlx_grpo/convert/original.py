@@ -67,7 +67,8 @@ class Agreement:
     def describe(self) -> str:
         """For the table."""
         if self.kl is not None:
-            return f"KL {self.kl:.1e} nats/token, next token {self.same_token:.1%}"
+            kl = "below 1e-06" if self.kl < 1e-6 else f"{self.kl:.1e}"
+            return f"KL {kl} nats/token, next token {self.same_token:.1%} equal"
         if self.score_gap is not None:
             return f"scores within {self.score_gap:.1e} of their spread"
         return f"not compared: {self.skipped}" if self.skipped else "not compared"
