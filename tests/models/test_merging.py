@@ -222,5 +222,5 @@ def test_answers_are_those_of_the_lora_beside_the_weights(parts: Learner) -> Non
     with_merge = answers(parts)
     set_parameters(parts.roles.actor.model, start)
     packed = replace(parts.roles.backbone.precision, dense=False)  # nothing else asks
-    roles = replace(parts.roles, backbone=replace(parts.roles.backbone, policy=packed))
+    roles = replace(parts.roles, backbone=replace(parts.roles.backbone, precision=packed))
     assert answers(replace(parts, roles=roles)) == with_merge
