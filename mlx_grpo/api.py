@@ -1,19 +1,29 @@
 """Training from Python: `from mlx_grpo import GRPOConfig, train`.
 
-Every setting is a field of `GRPOConfig`; they are the flags of `mlx-grpo train`.
+The settings are those of `mlx-grpo train`, by the names of its flags.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig as GRPOConfig
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.sources import build_config, flat_name
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed.launch import launched
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train as train_run
 
 __all__ = ["GRPOConfig", "Run", "train"]
+
+
+def GRPOConfig(**settings: Any) -> TrainConfig:
+    """Settings by the names of the flags: `GRPOConfig(K=4, kl_targets=(0.05,))`.
+
+    Raises:
+        InputError: an unknown setting, a wrong type, or a value out of range.
+    """
+    return build_config(flags={flat_name("GRPOConfig", n): v for n, v in settings.items()})
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Run:
         return self.directory / name if (self.directory / name).is_dir() else None
 
 
-def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> Run:
-    """Train; the run directory is `config.output`, or runs/seed-SEED.
+def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Train; the run directory is `--output`, or runs/seed-SEED.
 
     A script that mlx.launch has started trains together with its other ranks.
 

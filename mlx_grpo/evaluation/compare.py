@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.config.settings import with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
@@ -13,7 +14,7 @@ from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
-from mlx_grpo.run.directory import chosen_adapter, settings
+from mlx_grpo.run.directory import chosen_adapter, run_settings
 from mlx_grpo.training.setup import load_evaluator
 
 SHOWN = 3
@@ -51,23 +52,23 @@ def compare_run(
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    config = settings(run)
-    measured = tuple(dict.fromkeys((*config.eval_reward, *judges)))
-    config = replace(config, eval_limit=limit, eval_reward=measured)
+    config = run_settings(run)
+    measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
+    config = with_settings(config, eval_limit=limit, eval_reward=measured)
     directory = chosen_adapter(run, adapter)
     if prompts:
-        config = replace(config, eval_prompts=str(prompts))
+        config = with_settings(config, eval_prompts=str(prompts))
     with ui.working("loading"):
         evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
-    ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")
+    ui.say(f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts")
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
             after = evaluator(Decoder(actor, evaluator.reference.sizes), ui.progress)
-    return Comparison(before, after, str(directory), config.eval_prompts, config.gold_names)
+    return Comparison(before, after, str(directory), config.evaluation.prompts, config.gold_names)
 
 
 def contests(comparison: Comparison) -> dict[str, Scores]:

@@ -73,7 +73,7 @@ def is_run(run: Path) -> bool:
     return (run / CONFIG).is_file()
 
 
-def settings(run: Path) -> TrainConfig:
+def run_settings(run: Path) -> TrainConfig:
     """The settings of the run in a directory.
 
     Raises:
@@ -114,9 +114,9 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
     """
     adapter = _adapter_bytes(actor)
     # while a checkpoint is written the oldest is still there; best/ and final/ are one adapter each
-    arrays = 3 * adapter * (config.keep + 1) + 2 * adapter
-    completions = config.num_iterations * config.batch_size * config.K
-    logs = LOG_BYTES_PER_TOKEN * completions * config.max_completion_length
+    arrays = 3 * adapter * (config.run.keep + 1) + 2 * adapter
+    completions = config.run.num_iterations * config.data.batch_size * config.rollout.K
+    logs = LOG_BYTES_PER_TOKEN * completions * config.rollout.max_completion_length
     need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
 
 
@@ -142,7 +142,7 @@ def save(
     checkpoint.save(
         run / CHECKPOINTS,
         checkpoint.Checkpoint(state.iteration, now.adapter, now.optimizer, saved),
-        config.keep,
+        config.run.keep,
     )
 
 
@@ -197,7 +197,7 @@ def restore(
         log.cut(run / name, logs.get(name, 0))  # an older checkpoint knows fewer logs
     write_text(run / CONFIG, to_toml(config))
     restored = state.with_json(saved.state)
-    if restored.skipped_in_a_row >= config.max_skipped_steps:  # it ended there; count anew
+    if restored.skipped_in_a_row >= config.run.max_skipped_steps:  # it ended there; count anew
         restored = replace(restored, skipped_in_a_row=0)
     restored = _with_changes(restored, state, provenance.changed_fields(saved.state, about))
     if restored.best.step is None:
