@@ -69,6 +69,13 @@ def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
     ).astype(mx.float32)
 
 
+def float_dtype(module: nn.Module) -> mx.Dtype:
+    """The 16-bit dtype of a quantized module; mxfp4, mxfp8 and nvfp4 have scales that are no
+    floats, and stand for values that bf16 holds."""
+    dtype = module.scales.dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+
+
 def expand_into(weight: mx.array, module: nn.Module) -> None:
     """Overwrite `weight` with the values of a quantized Linear or Embedding, computed in fp32.
 
@@ -115,9 +122,8 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
     # Packed weights stay as they are, scales and biases included; the rest follows their dtype.
     parameters = dict(tree_flatten(model.parameters()))
     packed = {n.removesuffix("scales") for n in parameters if n.endswith(".scales")}
-    dtype = next((parameters[f"{n}scales"].dtype for n in sorted(packed)), precision.dtype)
-    if not mx.issubdtype(dtype, mx.floating):
-        dtype = precision.dtype
+    kinds = (parameters[f"{n}scales"].dtype for n in sorted(packed))
+    dtype = next((d for d in kinds if mx.issubdtype(d, mx.floating)), precision.dtype)
     kept = {f"{n}{leaf}" for n in packed for leaf in ("weight", "scales", "biases")}
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()

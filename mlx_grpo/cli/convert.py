@@ -54,12 +54,24 @@ def convert(
             "ship with mlx-grpo)."
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Measure what quantization cost.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Compare with the source in PyTorch, where that is installed, and measure what "
+            "quantization cost."
+        ),
+    ] = True,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mismatch", help="Convert a model that mlx-lm computes differently, too."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing directories.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Convert an SFT model and a reward model to MLX, 4-bit by default."""
-    from mlx_grpo.convert.convert import check_sources, convert_rm, convert_sft
+    from mlx_grpo.convert.convert import Checks, check_sources, convert_rm, convert_sft
     from mlx_grpo.convert.cost import check_pairs, check_texts
     from mlx_grpo.convert.quantize import Quantization
     from mlx_grpo.convert.source import locate
@@ -87,18 +99,21 @@ def convert(
     sft_source = locate(sft, revision) if sft else None
     rm_source = locate(rm, rm_revision) if rm else None
     outs = [out for given, out in ((sft, sft_out), (rm, rm_out)) if given and not force]
-    check_sources(sft_source, rm_source, (sft_base, rm_base), outs)
+    checks = Checks(against_source=verify, allow_mismatch=allow_mismatch)
+    check_sources(sft_source, rm_source, (sft_base, rm_base), outs, checks)
     rows = []
     if sft_source:
         with ui.working("converting the SFT model"):
             measured = texts if verify else None
-            rows.append(convert_sft(sft_source, sft_out, target, measured, sft_base, force))
+            rows.append(convert_sft(sft_source, sft_out, target, measured, sft_base, force, checks))
     if rm_source:
         with ui.working("converting the reward model"):
             measured = pairs if verify else None
             form: Any = rm_as
             rows.append(
-                convert_rm(rm_source, rm_out, sft_out, target, measured, form, rm_base, force)
+                convert_rm(
+                    rm_source, rm_out, sft_out, target, measured, form, rm_base, force, checks
+                )
             )
     ui.table(
         "Converted",
@@ -116,6 +131,10 @@ def convert(
         ],
     )
     for row in rows:
+        if verify:
+            ui.say(f"{row.path}: the source in PyTorch against MLX: {row.agreement.describe()}")
+        for note in row.notes:
+            ui.warn(f"{row.path}: {note}")
         if advice := row.cost.advice():
             ui.warn(f"{row.path}: {advice}")
         if row.form == "model" and row.cost.kept and row.bits_per_weight > bits + 1:

@@ -15,14 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend.precision import dense_weight
-from mlx_grpo.convert.tensors import check_values, read_tensors, split_head, tensor_files
+from mlx_grpo.backend.precision import dense_weight, float_dtype
+from mlx_grpo.convert.heads import split_head
+from mlx_grpo.convert.tensors import check_values, read_tensors, tensor_files
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.lora import lora_modules, set_parameters, with_lora_modules
 
 PEFT_PREFIX = "base_model.model."
 CHANGES_THE_BASE = {"pissa", "olora", "corda", "loftq", "lora"}
 """Initialisations of PEFT that take the first update out of the weights; `lora` is `lora_ga`."""
+SEES = ("vision", "visual", "multi_modal_projector", "audio")
+"""In the names of layers that mlx-lm's text model does not have."""
 MERGE = "merge it with peft's merge_and_unload() and convert the result"
 
 
@@ -37,7 +40,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as found: layers by module name, reward head if it has one."""
+    """An adapter as found: layers by module name, tensors of a reward head by their names."""
 
     loras: dict[str, LoRA]
     head: dict[str, mx.array]
@@ -61,7 +64,7 @@ def read_peft(directory: Path, config: dict[str, Any], scratch: Path) -> Adapter
     named = {
         _peft_name(name): (value, tensors.files[name]) for name, value in tensors.arrays.items()
     }
-    found, head = split_head({name: value for name, (value, _) in named.items()})
+    found, head, _ = split_head({name: value for name, (value, _) in named.items()})
     _check({**found, **head}, {name: file for name, (_, file) in named.items()}, directory)
     loras = {}
     for module, (a, b) in _pairs(found, ".lora_A.weight", ".lora_B.weight", file).items():
@@ -115,7 +118,7 @@ def read_mlx_adapter(directory: Path, config: dict[str, Any], scratch: Path) -> 
         raise InputError(f"{place}: field 'lora_parameters.scale' is missing or not a number")
     files = tensor_files(directory, "adapters", scratch)
     tensors, file = read_tensors(files), files[0].source
-    found, head = split_head(tensors.arrays)
+    found, head, _ = split_head(tensors.arrays)
     _check({**found, **head}, tensors.files, directory)
     pairs = _pairs(found, ".lora_a", ".lora_b", file)
     return Adapter({module: LoRA(a, b, float(scale)) for module, (a, b) in pairs.items()}, head)
@@ -144,10 +147,30 @@ def _pairs(
     }
 
 
-def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> None:
+def in_model(loras: dict[str, LoRA], model: nn.Module) -> dict[str, LoRA]:
+    """The layers of an adapter under the names that mlx-lm's model has for them.
+
+    A multimodal model of transformers calls its text layers differently; what an adapter adds to
+    the layers that see pictures changes nothing of a text.
+    """
+    names = [name for name, _ in model.named_modules()]
+    placed = {}
+    for name, lora in loras.items():
+        if name not in names and any(part in name for part in SEES):
+            continue
+        block = re.search(r"layers\.\d+\..+", name)
+        same = [n for n in names if block and n.endswith(f".{block[0]}")]
+        placed[same[0] if name not in names and len(same) == 1 else name] = lora
+    return placed
+
+
+def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path, exact: bool = False) -> None:
     """Put W + scale * (a b)^T in the place of W, lazily, in fp32 with one rounding at the end.
 
     A quantized layer is quantized again as it was.
+
+    Args:
+        exact: leave the sum in fp32.
     """
     modules = dict(model.named_modules())
     replaced = []
@@ -156,10 +179,11 @@ def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> None:
         dense = dense_weight(module) + lora.scale * (lora.a @ lora.b).T
         linear = nn.Linear(1, 1, bias=False)
         packed = isinstance(module, nn.QuantizedLinear)
-        linear.weight = dense.astype(module.scales.dtype if packed else module.weight.dtype)
+        dtype = float_dtype(module) if packed else module.weight.dtype
+        linear.weight = dense if exact else dense.astype(dtype)
         if "bias" in module:
             linear.bias = module.bias
-        if packed:
+        if packed and not exact:
             linear = linear.to_quantized(module.group_size, module.bits, module.mode)
         replaced.append((name, linear))
     model.update_modules(tree_unflatten(replaced))

@@ -1,53 +1,60 @@
 """Source checkpoints to verified MLX directories; a directory is complete or absent.
 
 `convert_sft` and `convert_rm` each write one directory and return the row of the table that says
-what it cost. The way of the data: `source` finds out what is there, `opened` reads it lazily,
-`weights` streams it into its final form, `quality` measures what that changed, `card` writes it
-down.
+what it cost. The way of the data: `source` finds
+out what is there, `reader` opens it lazily, `guard` and `original` ask whether mlx-lm computes the
+same model, `quantize` streams it into its final form, `cost` measures what that changed, `output`
+writes it down.
 """
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any, Literal
 
-import mlx.core as mx
-import mlx.nn as nn
-
-from mlx_grpo.convert.adapters import attach
-from mlx_grpo.convert.card import USE_RM, USE_SFT, model_card
+from mlx_grpo.convert.card import USE_RM, USE_SFT
 from mlx_grpo.convert.cost import (
     QuantizationCost,
     check_pairs,
     check_texts,
     policy_cost,
+    policy_rows,
     reward_cost,
+)
+from mlx_grpo.convert.guard import check_source
+from mlx_grpo.convert.original import Agreement, check_agreement, compare_policy, compare_scores
+from mlx_grpo.convert.output import (
+    Converted,
+    finish,
+    keeps_values,
+    lazily,
+    write_about,
+    write_adapter,
+    write_model,
+    writing,
 )
 from mlx_grpo.convert.quantize import (
     Quantization,
-    bits_per_weight,
     first_difference,
-    quantized_config,
     stream,
-    write_weights,
 )
 from mlx_grpo.convert.reader import OpenedSource, open_source
 from mlx_grpo.convert.source import Source, locate
-from mlx_grpo.convert.tokenizer import check_tokenizer
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import load_chat_tokenizer
-from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
-from mlx_grpo.files.manifest import verify_manifest, write_manifest
-from mlx_grpo.files.safetensors import load_arrays, save_arrays
-from mlx_grpo.models.directory import fingerprint, parameter_count, weight_files
-from mlx_grpo.models.lora import load_adapter, lora_parameters, save_adapter
+from mlx_grpo.files.atomic import read_json, write_json
+from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.files.safetensors import save_arrays
+from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.reward_model import (
     LEARNING_CURVE,
     REWARD_CONFIG,
     REWARD_HEAD,
+    TextForm,
     check_fingerprint,
 )
 
@@ -67,17 +74,16 @@ RewardForm = Literal["auto", "full", "adapter"]
 
 
 @dataclass(frozen=True)
-class Converted:
-    """One line of the conversion table."""
+class Checks:
+    """What is looked at beside the files themselves."""
 
-    path: Path
-    form: str
-    """`model` or `adapter`."""
-    parameters: int
-    bits_per_weight: float
-    bytes: int
-    cost: QuantizationCost
-    """What quantization changed; or that the source's own values were kept."""
+    against_source: bool = False
+    """Run the source in PyTorch too, where that is installed, and compare."""
+    allow_mismatch: bool = False
+    """Write the model although mlx-lm computes another one."""
+
+
+FILES_ALONE = Checks()
 
 
 def convert_sft(
@@ -87,6 +93,7 @@ def convert_sft(
     texts: Path | None,
     base: str | None = None,
     replace: bool = False,
+    checks: Checks = FILES_ALONE,
 ) -> Converted:
     """Convert a causal language model to `out`, a directory `mlx_lm.load` reads.
 
@@ -95,17 +102,26 @@ def convert_sft(
         base: the model an adapter belongs to, where it does not say so itself.
 
     Raises:
-        InputError: the source is unreadable, of another kind, or `out` exists and `replace` is
-            false.
+        InputError: the source is unreadable, of another kind, another model under mlx-lm, or `out`
+            exists and `replace` is false.
     """
-    with _opened(source, base) as opened, _writing(out, replace, source) as directory:
+    with _opened(source, base) as opened, writing(out, replace, source) as directory:
         _check_role(opened, wants_head=False)
-        _write_model(opened, directory, target)
-        cost = QuantizationCost(kept=_kept(opened, target))
+        findings = check_source(opened, checks.allow_mismatch)
+        limit = None if checks.allow_mismatch else findings.exact_up_to
+        notes = write_about(opened, directory, target, limit)
+        agreement = Agreement()
+        if texts and checks.against_source:
+            rows = policy_rows(load_chat_tokenizer(directory), texts)
+            agreement = compare_policy(opened, rows)
+            check_agreement(agreement, source.path, checks.allow_mismatch)
+        write_model(opened, directory)
+        cost = QuantizationCost(kept=keeps_values(opened, target))
         if texts and not cost.kept:
             tokenizer = load_chat_tokenizer(directory)
-            cost = policy_cost(opened.model, _lazily(directory), tokenizer, texts)
-        return _finish(opened, directory, out, "model", cost, USE_SFT)
+            cost = policy_cost(opened.model, lazily(directory), tokenizer, texts)
+        row = finish(opened, directory, out, "model", cost, USE_SFT, agreement)
+        return replace_fields(row, notes=(*notes, *findings.notes(agreement.compared)))
 
 
 def convert_rm(
@@ -117,6 +133,7 @@ def convert_rm(
     form: RewardForm = "auto",
     base: str | None = None,
     replace: bool = False,
+    checks: Checks = FILES_ALONE,
 ) -> Converted:
     """Convert a reward model to `out`, a directory `load_reward_model` reads.
 
@@ -136,34 +153,48 @@ def convert_rm(
     if own.get("kind") == "adapter":
         check_fingerprint(source.path / REWARD_CONFIG, own, sft)
         base = str(sft)
-    with _opened(source, base) as opened, _writing(out, replace, source) as directory:
+    with _opened(source, base) as opened, writing(out, replace, source) as directory:
         _check_role(opened, wants_head=True)
-        about = _about(opened, own)
+        findings = check_source(opened, checks.allow_mismatch)
+        limit = None if checks.allow_mismatch else findings.exact_up_to
         own_adapter = own.get("kind") == "adapter"
         as_adapter = form != "full" and (own_adapter or _shares(opened, sft, form == "adapter"))
         save_arrays(directory / REWARD_HEAD, opened.head)
+        notes = () if as_adapter else write_about(opened, directory, target, limit)
         if as_adapter:
-            _write_adapter(opened, directory, sft)
+            opened.write_tokenizer(directory)
+        about, agreement = _about(opened, own, directory), Agreement()
+        if pairs and checks.against_source:
+            tokenizer = load_chat_tokenizer(directory)
+            agreement = compare_scores(opened, tokenizer, TextForm.of(about), pairs)
+            check_agreement(agreement, source.path, checks.allow_mismatch)
+        if as_adapter:
+            write_adapter(opened, directory, sft)
             about |= {"kind": "adapter", "backbone_fingerprint": fingerprint(sft)}
         else:
-            _write_model(opened, directory, target)
+            write_model(opened, directory)
             about |= {"kind": "full"}
         write_json(directory / REWARD_CONFIG, about)
         if (source.path / LEARNING_CURVE).is_file():
             shutil.copyfile(source.path / LEARNING_CURVE, directory / LEARNING_CURVE)
         # an adapter made on these very weights, or weights that were not touched
-        kept = own_adapter if as_adapter else _kept(opened, target)
+        kept = own_adapter if as_adapter else keeps_values(opened, target)
         cost = QuantizationCost(kept=kept)
         if pairs and not kept:
-            after = _lazily(sft, directory) if as_adapter else _lazily(directory)
-            tokenizer, padding = load_chat_tokenizer(directory), about.get("padding_token_id")
-            cost = reward_cost(opened.model, after, opened.head, tokenizer, padding, pairs)
+            after = lazily(sft, directory) if as_adapter else lazily(directory)
+            tokenizer, text = load_chat_tokenizer(directory), TextForm.of(about)
+            cost = reward_cost(opened.model, after, opened.head, tokenizer, text, pairs)
         kind = "adapter" if as_adapter else "model"
-        return _finish(opened, directory, out, kind, cost, USE_RM)
+        row = finish(opened, directory, out, kind, cost, USE_RM, agreement)
+        return replace_fields(row, notes=(*notes, *findings.notes(agreement.compared)))
 
 
 def check_sources(
-    sft: Source | None, rm: Source | None, bases: tuple[str | None, str | None], outs: list[Path]
+    sft: Source | None,
+    rm: Source | None,
+    bases: tuple[str | None, str | None],
+    outs: list[Path],
+    checks: Checks = FILES_ALONE,
 ) -> None:
     """Look at both sources, before the first is converted.
 
@@ -180,9 +211,11 @@ def check_sources(
     if sft:
         with _opened(sft, bases[0]) as opened:
             _check_role(opened, wants_head=False)
+            check_source(opened, checks.allow_mismatch)
     if rm and not (rm.path / REWARD_CONFIG).is_file():
         with _opened(rm, bases[1]) as opened:
             _check_role(opened, wants_head=True)
+            check_source(opened, checks.allow_mismatch)
 
 
 def _check_role(opened: OpenedSource, wants_head: bool) -> None:
@@ -191,7 +224,8 @@ def _check_role(opened: OpenedSource, wants_head: bool) -> None:
         raise InputError(f"{path}: this is a reward model; give it as --rm")
     if wants_head and not opened.head:
         raise InputError(
-            f"{path}: not a reward model; give a *ForSequenceClassification with one label, a "
+            f"{path}: not a reward model; this is a language model without a reward head (a "
+            "generative judge is one too). Give a *ForSequenceClassification with one label, a "
             f"model or LoRA adapter with {REWARD_HEAD}, or the output of 'mlx-grpo train-rm'"
         )
 
@@ -203,71 +237,37 @@ def _opened(source: Source, base: str | None) -> Iterator[OpenedSource]:
         yield open_source(source, base, Path(scratch))
 
 
-@contextmanager
-def _writing(out: Path, replace: bool, source: Source) -> Iterator[Path]:
-    """The unfinished output; complaints about it name the source instead."""
-    with atomic_directory(out, replace=replace) as directory:
-        try:
-            yield directory
-        except InputError as e:
-            raise InputError(str(e).replace(str(directory), str(source.path))) from e
+def _about(opened: OpenedSource, own: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What reward_model.json says beside the kind.
 
-
-def _kept(opened: OpenedSource, target: Quantization) -> bool:
-    """Whether no value changes: quantized already, or 16 bits wanted and there."""
-    if opened.loras:
-        return False
-    wide = (mx.float32, mx.float64)
-    in_16_bits = all(v.dtype not in wide for v in opened.tensors().arrays.values())
-    return opened.quantized or (target.bits == 16 and in_16_bits)
-
-
-def _write_model(opened: OpenedSource, directory: Path, target: Quantization) -> None:
-    model = opened.model()
-    config = quantized_config(opened, model, target)
-    write_json(directory / "config.json", config)  # the tokenizer's class depends on it
-    opened.write_tokenizer(directory)
-    check_tokenizer(directory, _embedding_rows(model))  # before the long work
-    write_weights(directory, stream(model, config, opened))
-    _lazily(directory)()  # every tensor is in its place
-
-
-def _write_adapter(opened: OpenedSource, directory: Path, sft: Path) -> None:
-    model = _lazily(sft)()
-    adapted = attach(model, opened.loras or {}, opened.source.path)
-    values = lora_parameters(adapted).values()
-    lossless = all((v.astype(mx.bfloat16) == v).all().item() for v in values)
-    save_adapter(directory, adapted, mx.bfloat16 if lossless else None)
-    opened.write_tokenizer(directory)
-    check_tokenizer(directory, _embedding_rows(model))
-    load_adapter(model, directory)
-
-
-def _embedding_rows(model: nn.Module) -> int:
-    kinds = nn.Embedding | nn.QuantizedEmbedding
-    return next(m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds))
-
-
-def _lazily(directory: Path, adapter: Path | None = None) -> Callable[[], nn.Module]:
-    """Opens a converted directory, with an adapter on top, as often as it is asked."""
-
-    def open_model() -> nn.Module:
-        model = open_source(locate(str(directory)), None, directory).backbone()
-        return load_adapter(model, adapter) if adapter else model
-
-    return open_model
-
-
-def _about(opened: OpenedSource, own: dict[str, Any]) -> dict[str, Any]:
-    """What reward_model.json says beside the kind."""
+    Args:
+        directory: holds the tokenizer of the reward model.
+    """
     if own:
         return {n: v for n, v in own.items() if n not in ("kind", "backbone_fingerprint")}
-    padding = opened.config.get("pad_token_id")
-    return {
-        "input": "chat_template",
-        "pooling": "last_token" if padding is None else "last_token_that_is_not_padding",
-        **({} if padding is None else {"padding_token_id": padding}),
-    }
+    about: dict[str, Any] = {"input": "chat_template", "pooling": "last_token"}
+    about["chat_template_arguments"] = {}  # other trainers give the template no arguments
+    if token := opened.source.config.get("reward_token_id"):
+        return {**about, "pooling": "reward_token", "reward_token_id": token}
+    padding = _padding(opened, directory)
+    if padding is None:
+        return about
+    pooling = {"pooling": "last_token_that_is_not_padding", "padding_token_id": padding}
+    return about | pooling
+
+
+def _padding(opened: OpenedSource, directory: Path) -> int | None:
+    """The token that a classifier was trained not to look at.
+
+    A model says it in its configuration. An adapter has none: its trainer gave the model the
+    tokenizer's padding token, or where that has none the end-of-sequence token.
+    """
+    if opened.source.kind == "peft" and opened.own_tokenizer:
+        tokenizer = load_chat_tokenizer(directory)
+        padding = tokenizer.pad_token_id
+        return tokenizer.eos_token_id if padding is None else padding
+    found = opened.base.config.get("pad_token_id") if opened.base.config else None
+    return found if opened.pools_at_padding and isinstance(found, int) else None
 
 
 def _shares(opened: OpenedSource, sft: Path, insist: bool) -> bool:
@@ -285,28 +285,3 @@ def _shares(opened: OpenedSource, sft: Path, insist: bool) -> bool:
             f"{sft}, so they cannot share a backbone; use --rm-as full"
         )
     return different is None
-
-
-def _finish(
-    opened: OpenedSource, directory: Path, out: Path, form: str, cost: QuantizationCost, usage: str
-) -> Converted:
-    """Count, write the model card, return the row of the table."""
-    if form == "model":
-        files, count = weight_files(directory), parameter_count(directory)
-        bits = bits_per_weight(directory, count)
-    else:
-        files = [directory / "adapters.safetensors"]
-        arrays = load_arrays(files[0]).values()
-        count = sum(a.size for a in arrays)
-        bits = 8 * sum(a.nbytes for a in arrays) / count
-    size = sum(f.stat().st_size for f in files)
-    row = Converted(out, form, count, bits, size, cost)
-    table = [
-        ("parameters", f"{count:,}"),
-        ("bits per weight", f"{bits:.2f}"),
-        ("size", f"{size / 1e6:,.2f} MB"),
-        ("what it cost", cost.describe()),
-    ]
-    write_manifest(directory)  # before the card, which people edit
-    write_text(directory / "README.md", model_card(opened, out.name, table, usage.format(out.name)))
-    return row

@@ -17,12 +17,13 @@ import mlx.nn as nn
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import pearson, ranks
-from mlx_grpo.data.chat import answer_tokens, conversation_tokens, row_messages
+from mlx_grpo.core.types import Parameters
+from mlx_grpo.data.chat import answer_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.models.block_reader import cast_around_blocks, embed_rows, let_go, run_blocks
 from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
-from mlx_grpo.models.reward_model import reward_head, without_padding
+from mlx_grpo.models.reward_model import TextForm, head_parts, reward_head
 
 TEXTS = 24
 MAX_PROMPT = 512
@@ -88,11 +89,16 @@ def check_texts(texts: Path) -> None:
         )
 
 
-def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> QuantizationCost:
-    """KL(source || converted) per token and both perplexities, on reference answers."""
+def policy_rows(tokenizer: Any, texts: Path) -> list[PromptAndAnswer]:
+    """Prompts with their reference answers, as many as are measured on."""
     prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT)
     chosen = [p for p in prompts if p.response][:TEXTS]
-    rows = [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
+    return [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
+
+
+def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> QuantizationCost:
+    """KL(source || converted) per token and both perplexities, on reference answers."""
+    rows = policy_rows(tokenizer, texts)
     targets = [token for _, answer in rows for token in answer]
     precision = choose_precision(0)
     hidden_ND = [
@@ -139,22 +145,22 @@ def check_pairs(pairs: Path) -> None:
                 raise InputError(f"{place}: field '{side}' is missing or not a text")
 
 
-def reward_cost(
-    before: Open,
-    after: Open,
-    head: dict[str, mx.array],
-    tokenizer: Any,
-    padding: int | None,
-    pairs: Path,
-) -> QuantizationCost:
-    """Correlation of scores, and the share of preference pairs that are ordered alike."""
+def reward_rows(tokenizer: Any, form: TextForm, pairs: Path) -> list[PromptAndAnswer]:
+    """Both sides of preference pairs, in turn; the head reads the last token of each."""
     texts = [
-        _conversation(place, row, side, tokenizer)
+        _conversation(place, row, side, tokenizer, form)
         for place, row in islice(read_jsonl(pairs), TEXTS)
         for side in ("chosen", "rejected")
     ]
-    rows = [(ids[:-1], ids[-1:]) for ids in (without_padding(ids, padding) for ids in texts)]
-    old, new = (_scores(open_model, rows, head) for open_model in (before, after))
+    return [(ids[:-1], ids[-1:]) for ids in texts]
+
+
+def reward_cost(
+    before: Open, after: Open, head: Parameters, tokenizer: Any, form: TextForm, pairs: Path
+) -> QuantizationCost:
+    """Correlation of scores, and the share of preference pairs that are ordered alike."""
+    rows, precision = reward_rows(tokenizer, form, pairs), choose_precision(0)
+    old, new = (reward_scores(open_model, rows, head, precision) for open_model in (before, after))
     alike = [(old[i] > old[i + 1]) == (new[i] > new[i + 1]) for i in range(0, len(rows), 2)]
     return QuantizationCost(
         pearson=pearson(old, new),
@@ -164,20 +170,22 @@ def reward_cost(
     )
 
 
-def _conversation(place: str, row: dict[str, Any], side: str, tokenizer: Any) -> tuple[int, ...]:
+def _conversation(
+    place: str, row: dict[str, Any], side: str, tokenizer: Any, form: TextForm
+) -> tuple[int, ...]:
     try:
-        return conversation_tokens(tokenizer, row_messages(place, row), row[side])
+        return form.ids(tokenizer, row_messages(place, row), row[side])
     except InputError as e:
         raise InputError(f"{place}: {e}") from e
 
 
-def _scores(
-    open_model: Open, rows: Sequence[PromptAndAnswer], head: dict[str, mx.array]
+def reward_scores(
+    open_model: Open, rows: Sequence[PromptAndAnswer], head: Parameters, precision: Precision
 ) -> list[float]:
-    precision = choose_precision(0)
+    """Scores of texts, read at their last token."""
     last_ND = mx.concatenate([h_rows[:, -1] for _, h_rows in streamed(open_model, rows, precision)])
-    decoder = _without_blocks(open_model(), precision)
-    scores_N = reward_head(decoder, last_ND, head["weight"], head.get("bias"))
+    decoder = without_blocks(open_model(), precision)
+    scores_N = reward_head(decoder, last_ND, *head_parts(head))
     return [float(s) for s in scores_N.tolist()]
 
 
@@ -195,7 +203,7 @@ def streamed(
     return [(r.h_prompt, r.h_rows) for r in entered]
 
 
-def _without_blocks(model: nn.Module, precision: Precision) -> Decoder:
+def without_blocks(model: nn.Module, precision: Precision) -> Decoder:
     """Embedding, final norm and head in memory; the blocks stay on disk."""
     decoder = Decoder(model)
     with decoder.without_blocks():
@@ -205,7 +213,11 @@ def _without_blocks(model: nn.Module, precision: Precision) -> Decoder:
 
 def _logps(open_model: Open, hidden_ND: mx.array, precision: Precision) -> Iterator[mx.array]:
     """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
-    decoder = _without_blocks(open_model(), precision)
+    return head_logps(without_blocks(open_model(), precision), hidden_ND)
+
+
+def head_logps(decoder: Decoder, hidden_ND: mx.array) -> Iterator[mx.array]:
+    """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
     width = chunk_tokens(decoder.vocabulary, decoder.sizes.head_bytes)
     for start in range(0, len(hidden_ND), width):
         # a bf16 head would round the logits

@@ -6,6 +6,7 @@ without a word). Format: ggml's `docs/gguf.md`.
 
 import json
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str
         InputError: another architecture than llama, or a tensor type that MLX does not read
             exactly.
     """
+    if part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name):
+        raise InputError(
+            f"{path}: one of {int(part[2])} parts of a split GGUF; put them together with "
+            "llama-gguf-split --merge, and give the result"
+        )
     for name, kind in tensor_types(path).items():
         if kind not in EXACT_TYPES:
             raise InputError(

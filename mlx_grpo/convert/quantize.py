@@ -53,10 +53,15 @@ def quantized_config(
         choice = predicate(path, module) if predicate else True
         if choice is not True:  # a family may keep a layer finer, or whole
             quantization[path] = choice
-        elif module.weight.shape[-1] % target.group_size:
+        width = module.weight.shape[-1]
+        own = choice if isinstance(choice, dict) else {}
+        group = own.get("group_size", target.group_size)
+        if choice and width % group:
+            remedy = "use --bits 16" if own else "choose a smaller one"
+            whose = "mlx-lm's group size for it," if own else "--group-size"
             raise InputError(
-                f"{opened.source.path}: layer '{path}' is {module.weight.shape[-1]} wide, which "
-                f"--group-size {target.group_size} does not divide; choose a smaller one"
+                f"{opened.source.path}: layer '{path}' is {width} wide, which {whose} {group} does "
+                f"not divide; {remedy}"
             )
     return {**config, "quantization": quantization, "quantization_config": quantization}
 

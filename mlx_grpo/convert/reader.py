@@ -8,27 +8,24 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes
 
-from mlx_grpo.convert.adapters import LoRA, fuse, read_mlx_adapter, read_peft
+from mlx_grpo.convert.adapters import LoRA, fuse, in_model, read_mlx_adapter, read_peft
+from mlx_grpo.convert.build import build_model
+from mlx_grpo.convert.families import plain_floats
 from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
+from mlx_grpo.convert.heads import checked_head, prefixes_of, split_head, what_else
 from mlx_grpo.convert.source import Source, licence, locate
-from mlx_grpo.convert.tensors import (
-    TensorFile,
-    Tensors,
-    check_values,
-    read_tensors,
-    split_head,
-    tensor_files,
-)
+from mlx_grpo.convert.tensors import Tensors, read_tensors, tensor_files
 from mlx_grpo.convert.tokenizer import copy_tokenizer
+from mlx_grpo.convert.translate import translated
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.directory import rope_fields
-from mlx_grpo.models.reward_model import REWARD_HEAD
+from mlx_grpo.models.reward_model import head_parts
 
+OUTPUT = "lm_head.weight"
+OUTPUTS = ("lm_head.", "language_model.lm_head.", "output.")
+"""How the names of a language model's head begin; InternLM2's is `output`."""
 SILU_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 """Their activation is fixed in mlx-lm, whatever the configuration says."""
 
@@ -43,13 +40,30 @@ class OpenedSource:
     """Of the model, or of an adapter's base, as mlx-lm reads it."""
     tensors: Callable[[], Tensors]
     head: Parameters
-    """Reward head, fp32: `weight` [1, hidden], optional `bias` [1]; empty for a language model."""
+    """Reward head, fp32, as `heads.in_one_form` gives it; empty for a language model."""
     loras: dict[str, LoRA] | None
     """The adapter's layers; None where the source is no adapter."""
     base: Source
     """Where the model itself comes from; the source, if it is no adapter."""
     write_tokenizer: Callable[[Path], None]
     licence: str | None = None
+    own_tokenizer: bool = False
+    """Whether an adapter brings its tokenizer."""
+
+    @property
+    def pools_at_padding(self) -> bool:
+        """Whether the score is read at the last token that is not padding, as transformers does."""
+        names = str((self.source.config.get("architectures") or [""])[0])
+        other = names.endswith(("ForCausalLM", "RewardModel", "SequenceRegression"))
+        return self.classifier or not other or names == "Qwen2ForRewardModel"
+
+    @property
+    def classifier(self) -> bool:
+        """Whether a reward model is one of transformers' classifiers, or an adapter for one."""
+        if self.source.kind == "peft":
+            return self.source.config.get("task_type") == "SEQ_CLS"
+        names = self.source.config.get("architectures") or [""]
+        return str(names[0]).endswith("ForSequenceClassification")
 
     @property
     def quantized(self) -> bool:
@@ -60,15 +74,15 @@ class OpenedSource:
         """The model without the adapter, and, for a reward model, without a language model head."""
         tensors, config = self.tensors(), self.config
         if self.head:
-            arrays = {n: v for n, v in tensors.arrays.items() if not n.startswith("lm_head.")}
+            arrays = {n: v for n, v in tensors.arrays.items() if not n.startswith(OUTPUTS)}
             tensors = Tensors(arrays, tensors.files)
         return build_model(config, tensors, self.base.path)
 
-    def model(self) -> nn.Module:
-        """The model, its adapter fused into it."""
+    def model(self, exact: bool = False) -> nn.Module:
+        """The model, its adapter fused into it; `exact` spares the sum its rounding to 16 bits."""
         model = self.backbone()
         if self.loras:
-            fuse(model, self.loras, self.source.path)
+            fuse(model, self.loras, self.source.path, exact)
         return model
 
 
@@ -91,32 +105,41 @@ def open_source(source: Source, base: str | None, scratch: Path) -> OpenedSource
 
 
 def _open_model(source: Source, scratch: Path) -> OpenedSource:
-    config, place = dict(source.config), source.path / "config.json"
+    config, place = plain_floats(source.config), source.path / "config.json"
     _check_fields(place, config)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method and "quantization" not in config:
         raise InputError(
             f"{place}: quantized with {method}, which is not converted; give the model in 16 bits"
         )
-    files = tensor_files(source.path, "model", scratch)
-    found = read_tensors(files)
-    rest, head = split_head(found.arrays)
-    head = _checked_head(source, head, found.files)
+    if what := what_else(config, ()):
+        raise InputError(f"{place}: this is {what}")
+    files, prefixes = tensor_files(source.path, "model", scratch), prefixes_of(config)
+    found = _plain_names(read_tensors(files))
+    rest, stored, _ = split_head(found.arrays, prefixes)
+    head = checked_head(source.path, config, stored, found.files, scratch)
+    if not head and (what := what_else(config, found.arrays)):
+        raise InputError(f"{files[0].source}: this is {what}")
     if not head and str((config.get("architectures") or [""])[0]).endswith(
         "ForSequenceClassification"
     ):
         raise InputError(
             f"{files[0].source}: tensor 'score.weight' is missing; this has no reward head"
         )
-    config.setdefault("tie_word_embeddings", "lm_head.weight" not in rest)
+    own_head = next((n for n in rest if n.endswith(OUTPUT)), None)
+    config.setdefault("tie_word_embeddings", own_head is None)
+    config = translated(config)
+    if own_head and not head and _differs_from_embedding(own_head, rest):
+        # transformers keeps a stored head whatever the configuration says
+        config = _untied(config)
 
     def tensors() -> Tensors:
-        again = read_tensors(files)
-        return Tensors(split_head(again.arrays)[0], again.files)
+        again = _plain_names(read_tensors(files))
+        return Tensors(split_head(again.arrays, prefixes)[0], again.files)
 
     return OpenedSource(
         source=source,
-        config=_with_head(config | rope_fields(config), head),
+        config=_with_head(config, head),
         tensors=tensors,
         head=head,
         loras=None,
@@ -124,6 +147,30 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
         write_tokenizer=partial(copy_tokenizer, source.path),
         licence=licence(source.path),
     )
+
+
+def _plain_names(tensors: Tensors) -> Tensors:
+    """Without the prefix that TRL's value-head models put before a language model's names."""
+    wrapper = "pretrained_model."
+    if not any(n.startswith(wrapper) for n in tensors.arrays):
+        return tensors
+    arrays = {n.removeprefix(wrapper): v for n, v in tensors.arrays.items()}
+    return Tensors(arrays, {n.removeprefix(wrapper): f for n, f in tensors.files.items()})
+
+
+def _differs_from_embedding(name: str, arrays: Parameters) -> bool:
+    """Whether a stored language model head holds other values than the embedding."""
+    table = next((v for n, v in arrays.items() if n.endswith("embed_tokens.weight")), None)
+    head = arrays[name]
+    if table is None or table.shape != head.shape:
+        return True
+    return not mx.array_equal(head, table).item()
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    inner = {"text_config": _untied(text)} if isinstance(text, dict) else {}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def _check_fields(place: Path, config: dict[str, Any]) -> None:
@@ -187,8 +234,8 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
         )
     read = read_peft if source.kind == "peft" else read_mlx_adapter
     adapter = read(source.path, source.config, scratch)
-    own = (source.path / "tokenizer.json").is_file()
-    head = _checked_head(source, adapter.head, {})
+    own = any((source.path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
+    head = checked_head(source.path, source.config, adapter.head, {}, scratch)
     if opened.head and not head:
         raise InputError(
             f"{source.path}: its base {opened.source.path} is a reward model; give the language "
@@ -199,87 +246,17 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
         source=source,
         config=_with_head(opened.config, head),
         head=head,
-        loras=adapter.loras,
+        loras=in_model(adapter.loras, opened.backbone()),
         write_tokenizer=(lambda d: copy_tokenizer(source.path, d))
         if own
         else opened.write_tokenizer,
+        own_tokenizer=own,
     )
 
 
 def _with_head(config: dict[str, Any], head: Parameters) -> dict[str, Any]:
     """A reward model's language model head is not kept; for tied embeddings mlx-lm builds none."""
     return {**config, "tie_word_embeddings": True} if head else config
-
-
-def _checked_head(source: Source, head: Parameters, files: dict[str, Path]) -> Parameters:
-    """The reward head in fp32, from the source's tensors or a file of its own."""
-    if not head and (source.path / REWARD_HEAD).is_file():
-        stored = read_tensors([TensorFile(source.path / REWARD_HEAD, source.path / REWARD_HEAD)])
-        own = {n: v for n, v in stored.arrays.items() if n in ("weight", "bias")}
-        head, files = split_head(stored.arrays)[1] or own, stored.files
-    for leaf, value in head.items():
-        ends = (leaf, f"score.{leaf}", f"reward_head.{leaf}")
-        found = ((n, f) for n, f in files.items() if n in ends)
-        name, file = next(found, (f"score.{leaf}", source.path))
-        check_values(name, value, file)
-        if leaf == "weight" and (value.ndim != 2 or value.shape[0] != 1):
-            raise InputError(
-                f"{file}: tensor '{name}' has shape {list(value.shape)}; the head of a reward "
-                "model has one label: [1, hidden_size]"
-            )
-        if leaf == "bias" and value.shape != (1,):
-            raise InputError(f"{file}: tensor '{name}' has shape {list(value.shape)}, not [1]")
-    if head and "weight" not in head:
-        raise InputError(f"{source.path / REWARD_HEAD}: tensor 'weight' is missing")
-    return {leaf: value.astype(mx.float32) for leaf, value in head.items()}
-
-
-def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Module:
-    """An mlx-lm model that holds the given arrays, lazily; each parameter must be there, and fit.
-
-    Raises:
-        InputError: an unknown architecture, a tensor that is missing, mis-shaped or unknown.
-    """
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-        arrays = dict(tensors.arrays)
-        if hasattr(model, "sanitize"):
-            arrays = model.sanitize(arrays)
-        if quantization := config.get("quantization"):
-            _make_quantized(model, quantization, arrays)
-    except Exception as e:  # the model code of mlx-lm asserts and raises what it likes
-        about = place / "config.json" if place.is_dir() else place
-        raise InputError(f"{about}: no model can be built of this: {one_line(e)}") from e
-    expected = dict(tree_flatten(model.parameters()))
-    for name in sorted(expected.keys() | arrays.keys()):
-        file = tensors.files.get(name, place)
-        if name not in arrays:
-            raise InputError(f"{file}: tensor '{name}' is missing")
-        if name not in expected:
-            raise InputError(f"{file}: tensor '{name}' has no place in this architecture")
-        if arrays[name].shape != expected[name].shape:
-            raise InputError(
-                f"{file}: tensor '{name}' has shape {list(arrays[name].shape)}, config.json wants "
-                f"{list(expected[name].shape)}"
-            )
-    model.load_weights(list(arrays.items()))
-    model.eval()
-    return model
-
-
-def _make_quantized(model: nn.Module, quantization: dict[str, Any], arrays: Parameters) -> None:
-    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        packed = hasattr(module, "to_quantized") and f"{path}.scales" in arrays
-        return quantization.get(path, packed) if packed else False
-
-    nn.quantize(
-        model,
-        quantization["group_size"],
-        quantization["bits"],
-        mode=quantization.get("mode", "affine"),
-        class_predicate=how,
-    )
 
 
 def _check_architecture(opened: OpenedSource) -> None:
@@ -290,8 +267,11 @@ def _check_architecture(opened: OpenedSource) -> None:
         decoder = Decoder(model)
     except Exception as e:  # as above
         raise InputError(f"{place}: this architecture cannot be trained here: {one_line(e)}") from e
-    if opened.head and opened.head["weight"].shape[1] != decoder.hidden_size:
-        raise InputError(
-            f"{place}: the reward head, tensor 'score.weight', has width "
-            f"{opened.head['weight'].shape[1]}, the model's hidden size is {decoder.hidden_size}"
-        )
+    if opened.head:
+        weight, _, first = head_parts(opened.head)
+        width = (first.weight if first else weight).shape[-1]
+        if width != decoder.hidden_size:
+            raise InputError(
+                f"{place}: the reward head, tensor 'score.weight', has width {width}, the model's "
+                f"hidden size is {decoder.hidden_size}"
+            )

@@ -8,6 +8,9 @@ from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+MODEL_STEMS = ("model", "pytorch_model")
+ADAPTER_STEMS = ("adapter_model", "adapters")
+HEADS = ("reward_head", "value_head")
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")
 Kind = Literal["model", "gguf", "peft", "mlx-lora"]
 
@@ -54,7 +57,7 @@ def locate(name: str, revision: str | None = None) -> Source:
 
 
 def _kind(path: Path) -> tuple[Kind, dict[str, Any]]:
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file() and not _is_model(path):
         config = read_json(path / ADAPTER_CONFIG)
         return ("peft" if "peft_type" in config else "mlx-lora"), config
     if not (path / "config.json").is_file():
@@ -63,6 +66,26 @@ def _kind(path: Path) -> tuple[Kind, dict[str, Any]]:
             "model or adapter, a .gguf file or a Hub id"
         )
     return "model", read_json(path / "config.json")
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a directory with an adapter is to be read as a model.
+
+    Trainers leave a config.json beside an adapter; weights of both kinds leave the choice open.
+    """
+    names = [f.name for f in path.iterdir()]
+    whole = [n for n in names if _is_weights(n, MODEL_STEMS)]
+    adapter = [n for n in names if _is_weights(n, ADAPTER_STEMS)]
+    if whole and adapter and "config.json" in names:
+        raise InputError(
+            f"{path}: holds a model ({whole[0]}) and an adapter ({adapter[0]}); put one of them "
+            "into a directory of its own"
+        )
+    return "config.json" in names and not adapter
+
+
+def _is_weights(name: str, stems: tuple[str, ...]) -> bool:
+    return name.startswith(stems) and name.endswith((".safetensors", ".bin"))
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -90,7 +113,29 @@ def _download(name: str, revision: str | None) -> Path:
                 f"{name}: no such directory, and the Hub cannot be reached ({one_line(e)}); fetch "
                 "it elsewhere and give its directory"
             ) from e
+        if missing := _not_cached(cached):
+            raise InputError(
+                f"{name}: only partly in the Hub's cache ({missing} is not there), and the Hub "
+                f"cannot be reached ({one_line(e)}); fetch the rest once with a network"
+            ) from e
         return cached
+
+
+def _not_cached(snapshot: Path) -> str | None:
+    """What a conversion needs and a snapshot in the cache lacks."""
+    names = {f.name for f in snapshot.iterdir() if f.exists()}
+    for index in (n for n in names if n.endswith(".index.json")):
+        if index.removesuffix(".index.json") not in names:
+            shards = read_json(snapshot / index).get("weight_map") or {}
+            if absent := sorted(set(shards.values()) - names):
+                return str(absent[0])
+    adapter = ADAPTER_CONFIG in names and not any(_is_weights(n, MODEL_STEMS) for n in names)
+    stems = ADAPTER_STEMS if adapter else MODEL_STEMS
+    if not any(_is_weights(n, stems) for n in names):
+        return f"{stems[0]}*.safetensors"
+    if not adapter and "tokenizer_config.json" not in names:
+        return "tokenizer_config.json"
+    return None
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
@@ -111,8 +156,9 @@ def needed_files(files: list[str]) -> list[str]:
     """Of a repository's files those that a conversion reads: top level, one format of weights."""
     top = [f for f in files if "/" not in f]
     texts = [f for f in top if f.endswith(TEXT_FILES) or f == "README.md"]
-    adapter = ADAPTER_CONFIG in top and "config.json" not in top
-    stems = ("adapter", "reward_head") if adapter else ("model", "reward_head")
+    whole = "config.json" in top and not any(_is_weights(f, ADAPTER_STEMS) for f in top)
+    adapter = ADAPTER_CONFIG in top and not whole
+    stems = ("adapter", *HEADS) if adapter else ("model", *HEADS)
     tensors = [f for f in top if f.endswith(".safetensors") and f.startswith(stems)]
     return texts + (tensors or [f for f in top if f.endswith(".bin") and "training" not in f])
 

@@ -4,6 +4,7 @@ Only safetensors are read directly. A PyTorch `.bin` goes through `torch.load(we
 which runs no code from the file, into a temporary safetensors file.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from mlx_grpo.files.safetensors import safetensors_header
 
 READABLE = {"F64", "F32", "F16", "BF16", "U32", "U8"}
 """Floats and packed weights; 8-bit floats come without a rule for their scales."""
+LFS_POINTER = b"version https://git-lfs"
+LARGEST_POINTER = 1024
 LIMIT = 2.0**20
 """No trained weight is larger; one flipped bit in an exponent is."""
 
@@ -51,7 +54,7 @@ def tensor_files(directory: Path, stem: str, scratch: Path) -> list[TensorFile]:
     files = [TensorFile(file, file) for file in _files(directory, stem, ".safetensors")]
     if not files:
         pickles = _files(directory, "pytorch_model" if stem == "model" else stem, ".bin")
-        files = [TensorFile(_translate(file, scratch), file) for file in pickles]
+        files = [TensorFile(safe_file(file, scratch), file) for file in pickles]
     if not files:
         raise InputError(
             f"{directory}: no {stem}*.safetensors here; save the model with transformers' or "
@@ -84,10 +87,14 @@ def read_tensors(files: Iterable[TensorFile]) -> Tensors:
 
 def _files(directory: Path, stem: str, suffix: str) -> list[Path]:
     """The files of a checkpoint; every shard that an index or a name promises must be there."""
-    index = directory / f"{stem}{suffix}.index.json"
+    index, whole = (directory / f"{stem}{suffix}{end}" for end in (".index.json", ""))
+    if whole.is_file():  # as transformers does: an index beside it is of an older save
+        _check_fetched(whole)
+        return [whole]
     if not index.is_file():
         files = sorted(directory.glob(f"{stem}*{suffix}"))
         for file in files:
+            _check_fetched(file)
             _check_count(file, len(files))
         return files
     shards = read_json(index).get("weight_map")
@@ -98,12 +105,32 @@ def _files(directory: Path, stem: str, suffix: str) -> list[Path]:
             raise InputError(f"{index}: tensor '{name}' is said to be outside this directory")
         if not (directory / shard).is_file():
             raise InputError(f"{directory / shard}: missing; it holds tensor '{name}' ({index})")
+    for shard in set(shards.values()):
+        _check_fetched(directory / shard)
     if suffix == ".safetensors":
         headers = {s: safetensors_header(directory / s) for s in set(shards.values())}
         for name, shard in shards.items():
             if name not in headers[shard]:
                 raise InputError(f"{directory / shard}: tensor '{name}' is missing ({index})")
     return [directory / shard for shard in sorted(set(shards.values()))]
+
+
+def _check_fetched(file: Path) -> None:
+    """Raise InputError for what `git clone` leaves where Git LFS was not installed."""
+    if file.stat().st_size < LARGEST_POINTER and file.read_bytes().startswith(LFS_POINTER):
+        raise InputError(
+            f"{file}: a Git LFS pointer, not the file itself; type 'git lfs pull' in its "
+            "directory, or give the Hub id"
+        )
+
+
+def written_by_mlx(directory: Path) -> bool:
+    """Whether the weights were saved by MLX, so that mlx-lm is the source's own implementation."""
+    for file in sorted(directory.glob("model*.safetensors")):
+        with file.open("rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        return (header.get("__metadata__") or {}).get("format") == "mlx"
+    return False
 
 
 def _check_count(file: Path, found: int) -> None:
@@ -114,8 +141,11 @@ def _check_count(file: Path, found: int) -> None:
         )
 
 
-def _translate(file: Path, scratch: Path) -> Path:
-    """A `.bin` file as safetensors, read without running any code that it may hold."""
+def safe_file(file: Path, scratch: Path) -> Path:
+    """A file as safetensors; a `.bin` is read without running any code that it may hold."""
+    _check_fetched(file)
+    if file.suffix == ".safetensors":
+        return file
     try:
         import torch
         from safetensors.torch import save_file
@@ -149,15 +179,3 @@ def check_values(name: str, value: mx.array, file: Path) -> None:
         finite = math.isfinite(low) and math.isfinite(high)
         what = f"values beyond {LIMIT:.0f}" if finite else "values that are not finite"
         raise InputError(f"{file}: tensor '{name}' holds {what}; the file is damaged")
-
-
-def split_head(
-    arrays: dict[str, mx.array], prefixes: Iterable[str] = ("score", "reward_head")
-) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """(arrays without a reward head, its `weight` and optional `bias`, or nothing)."""
-    rest = dict(arrays)
-    for prefix in prefixes:
-        if f"{prefix}.weight" in rest:
-            leaves = [leaf for leaf in ("weight", "bias") if f"{prefix}.{leaf}" in rest]
-            return rest, {leaf: rest.pop(f"{prefix}.{leaf}") for leaf in leaves}
-    return rest, {}

@@ -1,5 +1,6 @@
 """Conversations and chat templates: messages to token ids, and the tokenizer that does it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,26 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
 
 
 def conversation_tokens(
-    tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str
+    tokenizer: Any,
+    messages: tuple[dict[str, str], ...],
+    answer: str,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """A whole conversation, the answer closed, through the reward model's chat template.
+
+    Args:
+        arguments: of the template, and no others, as a model was trained with elsewhere; None for
+            those of this project's prompts.
 
     Raises:
         InputError: the template refuses it, as Gemma's does with a system message.
     """
     whole = [*messages, {"role": "assistant", "content": answer}]
+    # mlx-lm's wrapper adds `enable_thinking` where nobody gives it
+    plain = tokenizer if arguments is None else getattr(tokenizer, "_tokenizer", tokenizer)
+    given = {"enable_thinking": False} if arguments is None else dict(arguments)
     try:
-        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+        text = plain.apply_chat_template(whole, tokenize=False, **given)
     except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
         roles = ", ".join(m["role"] for m in whole)
         raise InputError(

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend.precision import dense_weight
+from mlx_grpo.backend.precision import dense_weight, float_dtype
 from mlx_grpo.convert.adapters import PEFT_PREFIX, fuse
 from mlx_grpo.convert.quantize import Quantization, quantized_config, stream, write_weights
 from mlx_grpo.convert.reader import open_source
@@ -54,7 +54,7 @@ def _unpack(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
 def _dense_twin(module: nn.Module) -> nn.Module:
     embedding = isinstance(module, nn.QuantizedEmbedding)
     twin = nn.Embedding(1, 1) if embedding else nn.Linear(1, 1, bias=False)
-    twin.weight = dense_weight(module).astype(module.scales.dtype)
+    twin.weight = dense_weight(module).astype(float_dtype(module))
     if "bias" in module:
         twin.bias = module.bias
     return twin

@@ -1,7 +1,11 @@
 """A model directory in mlx-lm's format: its files, its headers, and its model, read lazily."""
 
+import glob
 import hashlib
 import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import file_stamp
 from mlx_grpo.files.safetensors import safetensors_header
 
+EXACT_UP_TO = "mlx_grpo_exact_up_to"
+"""Field of a converted config.json: how many tokens mlx-lm computes as the source does."""
 Stamps = tuple[tuple[int, int, int], ...]
 """Of the weight files of a model directory: they change with the files."""
 
@@ -29,10 +35,36 @@ def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         )
     renamed = rope_fields(read_json(path / "config.json"))
     try:
-        found: tuple[nn.Module, dict[str, Any]] = load_model(path, lazy=True, model_config=renamed)
+        with _without_patterns(path) as plain:
+            found: tuple[nn.Module, dict[str, Any]] = load_model(
+                plain, lazy=True, model_config=renamed, trust_remote_code=False
+            )
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
         raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
     return found
+
+
+@contextmanager
+def _without_patterns(path: Path) -> Iterator[Path]:
+    """The path, or a link to it where its name holds what mlx-lm takes for a pattern ([v1], *)."""
+    if glob.escape(str(path)) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
+        link = Path(scratch) / "model"
+        link.symlink_to(path.resolve(), target_is_directory=True)
+        yield link
+
+
+def check_length(path: Path, config: Mapping[str, Any], tokens: int) -> None:
+    """Raise InputError for texts longer than what mlx-lm computes as the model's source does."""
+    limit = config.get(EXACT_UP_TO)
+    if isinstance(limit, int) and tokens > limit:
+        raise InputError(
+            f"{path}: mlx-lm computes this model rightly for texts of up to {limit} tokens; "
+            f"--max-prompt-length and --max-completion-length together allow {tokens}. Choose "
+            "shorter ones, or convert it again with --allow-mismatch"
+        )
 
 
 def weight_stamps(path: Path) -> Stamps:
@@ -60,10 +92,13 @@ def load_unchanged(path: Path, stamps: Stamps) -> nn.Module:
 def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings of transformers 5 (`rope_parameters`) under the names mlx-lm reads.
 
-    Without them a model falls back to its family's defaults and is wrong without a word.
+    Without them a model falls back to its family's defaults and is wrong without a word. Those of a
+    multimodal model stand in its `text_config`.
     """
-    parameters = config.get("rope_parameters")
-    if not parameters:
+    text, parameters = config.get("text_config"), config.get("rope_parameters")
+    if isinstance(text, dict) and (inner := rope_fields(text)):
+        return {"text_config": {**text, **inner}}
+    if not isinstance(parameters, dict) or not parameters:
         return {}
     local = parameters.get("sliding_attention") or {}
     main = parameters.get("full_attention") or parameters

@@ -3,14 +3,18 @@ last real token.
 
 r(prompt, completion) = w . norm(h_last) + b. A directory holds `reward_model.json` (kind, input,
 backbone fingerprint) and `reward_head.safetensors` (weight [1, hidden], optional bias [1]); kind
-`adapter` adds a LoRA for the policy's backbone, kind `full` a whole mlx-lm model.
+`adapter` adds a LoRA for the policy's backbone, kind `full` a whole mlx-lm model. A head of two
+layers has a first one named after its activation: relu.weight [m, hidden], relu.bias [m], and
+weight [1, m].
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
@@ -26,9 +30,52 @@ from mlx_grpo.models.lora import load_adapter
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
+TokenIds = tuple[int, ...]
 TokenRows = tuple[tuple[int, ...], list[tuple[int, ...]]]
 """A prefix and what follows it in each row."""
 LEARNING_CURVE = "learning_curve.jsonl"
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "relu": nn.relu,
+    "tanh": mx.tanh,
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+}
+"""What may stand between the two layers of a head."""
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """The first of two layers of a head; weight [m, hidden], bias [m] or None."""
+
+    activation: str
+    weight: mx.array
+    bias: mx.array | None
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """What a conversation goes through before a reward model with its own template reads it."""
+
+    padding: int | None = None
+    """The token at the end of a text that the model was trained not to look at: transformers'
+    classifiers pool at the last token that is not the padding token, even where that is the
+    end-of-sequence token too."""
+    appended: int | None = None
+    """A token put behind every text, at which the score is read, as InternLM2's reward token."""
+    template: Mapping[str, Any] | None = None
+    """Arguments of the chat template; None for those of mlx-grpo's own prompts."""
+
+    def ids(self, tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str) -> TokenIds:
+        """A whole conversation as token ids; its last is the one that the head reads."""
+        ids = conversation_tokens(tokenizer, messages, answer, self.template)
+        ids = without_padding(ids, self.padding)
+        return ids if self.appended is None else (*ids, self.appended)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "TextForm":
+        """What reward_model.json says."""
+        template = config.get("chat_template_arguments")
+        return cls(config.get("padding_token_id"), config.get("reward_token_id"), template)
 
 
 @dataclass(frozen=True)
@@ -36,16 +83,15 @@ class RewardModel:
     """Scores completions.
 
     `tokenizer` is None where the policy's token ids are used as they are; otherwise texts are put
-    through the reward model's own chat template. `padding` is the token at the end of a text that
-    the model was trained not to look at: transformers' classifiers pool at the last token that is
-    not the padding token, even where that is the end-of-sequence token too.
+    through the reward model's own chat template, in the given form.
     """
 
     decoder: Decoder
     weight_1D: mx.array
     bias: mx.array | None
     tokenizer: Any | None
-    padding: int | None = None
+    form: TextForm = field(default_factory=TextForm)
+    first: FirstLayer | None = None
 
     def score(self, group: Group) -> list[float]:
         """Raw scores of the completions of a group."""
@@ -54,7 +100,7 @@ class RewardModel:
 
     def inputs(self, group: Group) -> TokenRows:
         """Shared prefix and what follows it for each completion, as this model's token ids."""
-        return reward_inputs(group, self.tokenizer, self.padding)
+        return reward_inputs(group, self.tokenizer, self.form)
 
     def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
@@ -64,31 +110,52 @@ class RewardModel:
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
             _, h_KTD = self.decoder.forward(mx.array([prompt_ids]), rows_KT)
             last_KD = h_KTD[mx.arange(len(bucket)), mx.array(lengths) - 1]
-            found_K = reward_head(self.decoder, last_KD, self.weight_1D, self.bias)
+            found_K = reward_head(self.decoder, last_KD, self.weight_1D, self.bias, self.first)
             for i, score in zip(bucket, found_K.tolist(), strict=True):
                 scores[i] = float(score)
         return scores
 
 
-def reward_inputs(group: Group, tokenizer: Any | None, padding: int | None) -> TokenRows:
+def reward_inputs(group: Group, tokenizer: Any | None, form: TextForm) -> TokenRows:
     """Shared prefix and what follows it for each completion, as the reward model's token ids."""
     if tokenizer is None:
         return group.prompt.token_ids, [c.token_ids for c in group.completions]
-    texts = [
-        without_padding(conversation_tokens(tokenizer, group.prompt.messages, c.text), padding)
-        for c in group.completions
-    ]
+    texts = [form.ids(tokenizer, group.prompt.messages, c.text) for c in group.completions]
     shared = _common_prefix(texts)
     return texts[0][:shared], [ids[shared:] for ids in texts]
 
 
 def reward_head(
-    decoder: Decoder, last_KD: mx.array, weight_1D: mx.array, bias: mx.array | None
+    decoder: Decoder,
+    last_KD: mx.array,
+    weight_1D: mx.array,
+    bias: mx.array | None,
+    first: FirstLayer | None = None,
 ) -> mx.array:
     """Scores [K], fp32, from hidden states after the last block [K, D]."""
     normed_KD = decoder.norm(last_KD[:, None])[:, 0].astype(mx.float32)
-    scores_K = (normed_KD @ weight_1D.T)[:, 0]
+    return head_scores(normed_KD, weight_1D, bias, first)
+
+
+def head_scores(
+    h_KD: mx.array, weight_1D: mx.array, bias: mx.array | None, first: FirstLayer | None = None
+) -> mx.array:
+    """Scores [K] of hidden states after the final norm [K, D]."""
+    if first is not None:
+        inner_KM = h_KD @ first.weight.T
+        inner_KM = inner_KM if first.bias is None else inner_KM + first.bias
+        h_KD = ACTIVATIONS[first.activation](inner_KM)
+    scores_K = (h_KD @ weight_1D.T)[:, 0]
     return scores_K if bias is None else scores_K + bias
+
+
+def head_parts(
+    arrays: Mapping[str, mx.array],
+) -> tuple[mx.array, mx.array | None, FirstLayer | None]:
+    """(weight, bias, first layer) of a head by the names in its file."""
+    name = next((n for n in ACTIVATIONS if f"{n}.weight" in arrays), None)
+    first = FirstLayer(name, arrays[f"{name}.weight"], arrays.get(f"{name}.bias")) if name else None
+    return arrays["weight"], arrays.get("bias"), first
 
 
 def without_padding(ids: tuple[int, ...], padding: int | None) -> tuple[int, ...]:
@@ -149,8 +216,8 @@ def load_reward_model(
     else:
         decoder = Decoder(load_alone(path, precision), sizes)
     tokenizer = input_tokenizer(path, config)
-    weight_1D, bias = load_head(path / REWARD_HEAD, decoder.hidden_size)
-    return RewardModel(decoder, weight_1D, bias, tokenizer, config.get("padding_token_id"))
+    weight_1D, bias, first = load_head(path / REWARD_HEAD, decoder.hidden_size)
+    return RewardModel(decoder, weight_1D, bias, tokenizer, TextForm.of(config), first)
 
 
 def input_tokenizer(path: Path, config: dict[str, Any]) -> Any | None:
@@ -172,8 +239,8 @@ def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> No
         )
 
 
-def load_head(file: Path, hidden: int) -> tuple[mx.array, mx.array | None]:
-    """(weight [1, hidden], bias [1] or None), fp32.
+def load_head(file: Path, hidden: int) -> tuple[mx.array, mx.array | None, FirstLayer | None]:
+    """(weight [1, hidden], bias [1] or None, the first of two layers or None), fp32.
 
     Raises:
         InputError: missing file or tensor, a shape other than one label or the backbone's width,
@@ -185,8 +252,13 @@ def load_head(file: Path, hidden: int) -> tuple[mx.array, mx.array | None]:
         raise InputError(f"{file}: tensor 'weight' must have shape [1, hidden]")
     if not all(mx.isfinite(v).all().item() for v in arrays.values()):
         raise InputError(f"{file}: holds values that are not finite")
-    if weight.shape[1] != hidden:
+    weight, bias, first = head_parts(arrays)
+    name = f"{first.activation}.weight" if first else "weight"
+    width = (first.weight if first else weight).shape[-1]
+    if width != hidden:
+        raise InputError(f"{file}: tensor '{name}' has width {width}, the backbone has {hidden}")
+    if first and first.weight.shape != (weight.shape[1], hidden):
         raise InputError(
-            f"{file}: tensor 'weight' has width {weight.shape[1]}, the backbone has {hidden}"
+            f"{file}: tensor 'weight' has width {weight.shape[1]}, not that of '{name}'"
         )
-    return weight, arrays.get("bias")
+    return weight, bias, first

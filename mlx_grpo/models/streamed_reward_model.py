@@ -6,7 +6,7 @@ can stay where they are.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
+    FirstLayer,
+    TextForm,
     input_tokenizer,
     load_head,
     reward_config,
@@ -54,7 +56,8 @@ class StreamedRewardModel:
     weight_1D: mx.array
     bias: mx.array | None
     tokenizer: Any | None
-    padding: int | None = None
+    form: TextForm = field(default_factory=TextForm)
+    first: FirstLayer | None = None
 
     def score(self, group: Group) -> list[float]:
         """Raw scores of the completions of a group."""
@@ -86,7 +89,7 @@ class StreamedRewardModel:
 
     def _embedded(self, index: int, group: Group) -> Iterator[_Bucket]:
         decoder = self._open()  # anew: what is read of the embedding goes with it
-        prompt, rows = reward_inputs(group, self.tokenizer, self.padding)
+        prompt, rows = reward_inputs(group, self.tokenizer, self.form)
         for bucket in length_buckets(list(map(len, rows)), len(prompt), self.sizes.rows):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
             entered = embed_rows(decoder, mx.array([prompt]), rows_KT)
@@ -97,7 +100,7 @@ class StreamedRewardModel:
         run_blocks(decoder, [b.rows for b in buckets], self.precision)
         for b in buckets:
             last_KD = b.rows.h_rows[mx.arange(len(b.lengths)), mx.array(b.lengths) - 1]
-            yield reward_head(decoder, last_KD, self.weight_1D, self.bias).tolist()
+            yield reward_head(decoder, last_KD, self.weight_1D, self.bias, self.first).tolist()
 
     def _open(self) -> Decoder:
         """The model with nothing read yet."""
@@ -120,8 +123,17 @@ def open_streamed(
     """
     config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
-    tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
     hidden = Decoder(load_lazily(path)[0]).hidden_size
-    weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
-    arguments = (path, stamps, precision, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)
-    return StreamedRewardModel(*arguments)
+    weight_1D, bias, first = load_head(path / REWARD_HEAD, hidden)
+    return StreamedRewardModel(
+        path=path,
+        stamps=stamps,
+        precision=precision,
+        sizes=sizes,
+        hidden_bytes=hidden_bytes,
+        weight_1D=weight_1D,
+        bias=bias,
+        tokenizer=input_tokenizer(path, config),
+        form=TextForm.of(config),
+        first=first,
+    )

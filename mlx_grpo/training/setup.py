@@ -18,6 +18,7 @@ from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.directory import check_length
 from mlx_grpo.models.optimizer import new_optimizer
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
@@ -121,6 +122,8 @@ def load_evaluator(
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    check_length(backbone.path, backbone.config, longest)
     held_out = _prompts(
         config.evaluation.prompts, rows, backbone, config.data.max_prompt_length, ui
     )

@@ -228,6 +228,20 @@ def test_without_network_or_cache_the_command_says_so(hub: Hub, tmp_path: Path) 
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer_config.json"])
+def test_a_cache_that_lacks_a_file_is_named_as_the_cause_without_a_network(
+    lost: str, hub: Hub, tmp_path: Path
+) -> None:
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "one")
+    assert code == 0, err
+    for file in (tmp_path / "cache").rglob(f"snapshots/*/{lost}"):
+        file.unlink()
+    code, err = convert(hub, tmp_path, "--sft", "owner/name", "--output", "two", offline=True)
+    assert (code, len(err.strip().splitlines())) == (2, 1), err
+    assert "owner/name: only partly in the Hub's cache" in err
+    assert not (tmp_path / "two").exists()
+
+
 TEXTS = ["config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model"]
 JUNK = ["model.onnx", "a.gguf", "training_args.bin", "images/x.png", "onnx/model.safetensors"]
 

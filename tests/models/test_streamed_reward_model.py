@@ -58,6 +58,19 @@ def test_scores_are_those_of_a_resident_model(
             assert b == pytest.approx(a, abs=1e-5)
 
 
+def test_a_head_of_two_layers_scores_as_in_a_resident_model(judge: Path, sft: Path) -> None:
+    shapes = {"tanh.weight": (8, 32), "tanh.bias": (8,), "weight": (1, 8), "bias": (1,)}
+    head = {name: mx.random.normal(shape, key=key(1, name)) for name, shape in shapes.items()}
+    mx.save_safetensors(str(judge / REWARD_HEAD), head)
+    resident = load_reward_model(judge, load_backbone(sft), precision=DENSE)
+    streamed = open_streamed(judge, DENSE, Sizes(), 1 << 20)
+    for group, found in zip(groups(), streamed.score_groups(groups()), strict=True):
+        assert found == pytest.approx(resident.score(group), abs=1e-5)
+    mx.save_safetensors(str(judge / REWARD_HEAD), {**head, "weight": mx.zeros((1, 9))})
+    with pytest.raises(InputError, match=r"'weight' has width 9, not that of 'tanh\.weight'"):
+        load_reward_model(judge, load_backbone(sft))
+
+
 def test_quantized_weights_give_the_scores_of_the_dense_copy_that_would_stay(
     judge: Path, sft: Path, tmp_path: Path
 ) -> None:
