@@ -35,7 +35,7 @@ def plan(
     """
     from mlx_grpo.plan.planner import machine_of, planner_for
     from mlx_grpo.plan.scaling import link_speed
-    from mlx_grpo.plan.tables import check_fits, show, show_scaling, show_time
+    from mlx_grpo.plan.tables import check_fits, show, show_savings, show_scaling, show_time
 
     settings, ui = build_config(config, flags), Console(quiet)
     check_name(device)
@@ -47,6 +47,7 @@ def plan(
         machine = machine_of(device, found)
         show(found, ui)
         show_time(planner.times(found, machine), settings.run.num_iterations, machine, ui)
+        show_savings(planner.savings(machine), ui)
         if ranks > 1:
             show_scaling(planner.scaled(machine, speed), link, ui)
     check_fits(planner, found, ui)

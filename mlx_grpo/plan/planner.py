@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_grpo.backend.device import recommended_memory
 from mlx_grpo.backend.precision import choose_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
-from mlx_grpo.config.settings import TrainConfig, with_settings
+from mlx_grpo.config.settings import TrainConfig, flag_of, flat_values, with_settings
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.plan.devices import Device, device
@@ -60,6 +60,35 @@ class Planner:
         """Seconds of each stage of an iteration, without those that there are not."""
         costs = stage_costs(self.model, self.reward, self.work, plan.choice)
         return {stage: t for stage, t in estimate(costs, machine).items() if t.at_least}
+
+    def savings(self, machine: Device) -> list[tuple[str, float]]:
+        """Settings that cost less, each alone and then together, and the share of an iteration's
+        expected time that is left."""
+        config, half = self.config, -(-self.model.blocks // 2)
+        cheaper: dict[str, float] = {
+            "update_rows": -(-config.rollout.K // 2),
+            "kl_share": 0.25,
+            "lora_layers": half,
+        }
+        now = flat_values(config)
+        cheaper = {n: v for n, v in cheaper.items() if not 0 < now[n] <= v}
+        if config.kl.control == "reward":
+            cheaper.pop("kl_share", None)
+        tried = [{n: v} for n, v in cheaper.items()]
+        if len(tried) > 1:
+            tried.append(cheaper)
+        whole = self._expected(machine)
+        return [
+            (
+                " ".join(f"{flag_of(n)} {v:g}" for n, v in values.items()),
+                replace(self, config=with_settings(config, **values))._expected(machine) / whole,
+            )
+            for values in tried
+        ]
+
+    def _expected(self, machine: Device) -> float:
+        """Seconds of an iteration."""
+        return sum(t.expected for t in self.times(self.plan(), machine).values())
 
     def scaled(self, machine: Device, bytes_per_second: float) -> list[Scaled]:
         """An iteration with 1, 2, ... such machines up to `ranks`; never more than there are

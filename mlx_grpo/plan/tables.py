@@ -17,18 +17,31 @@ def show_time(found: dict[str, StageTime], iterations: int, machine: Device, ui:
     """The table of what an iteration and a run take, an estimate; of several ranks without their
     exchange."""
     rows: list[tuple[str, ...]] = [
-        (stage, f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound) for stage, t in found.items()
+        (stage, f"{t.flops / 1e12:.3g}", f"{t.at_least:.1f} s", f"{t.expected:.1f} s", t.bound)
+        for stage, t in found.items()
     ]
+    computed = f"{sum(t.flops for t in found.values()) / 1e12:.3g}"
     least, expected = (sum(getattr(t, n) for t in found.values()) for n in ("at_least", "expected"))
-    rows.append(("an iteration", f"{least:.1f} s", f"{expected:.1f} s", ""))
+    rows.append(("an iteration", computed, f"{least:.1f} s", f"{expected:.1f} s", ""))
     whole = (duration(iterations * seconds) for seconds in (least, expected))
-    rows.append((f"{iterations} iterations", *whole, ""))
-    ui.table(f"Time on {machine.name}, an estimate", ("", "at least", "expected", "bound by"), rows)
+    rows.append((f"{iterations} iterations", "", *whole, ""))
+    columns = ("", "TFLOP", "at least", "expected", "bound by")
+    ui.table(f"Time on {machine.name}, an estimate", columns, rows)
     source = "measured just now" if machine.measured else "by its data sheet"
+    reached = "at the shares of these that a Linux CPU reached"
+    if machine.reached:
+        reached = f"at {machine.reached:.0%} of these, as 4-bit products have reached on such GPUs"
     ui.say(
         f"at {machine.bandwidth / 1e9:.0f} GB/s and {machine.arithmetic / 1e12:.2g} TFLOP/s, "
-        f"{source}; expected: at the shares of these that a Linux CPU reached; without evaluations"
+        f"{source}; expected: {reached}; without evaluations"
     )
+
+
+def show_savings(savings: Sequence[tuple[str, float]], ui: Console) -> None:
+    """The table of what other settings would save. They learn from less in an iteration."""
+    if savings:
+        cells = [(flags, f"{left:.0%}") for flags, left in savings]
+        ui.table("What would take less time", ("with", "of an iteration's time"), cells)
 
 
 def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:

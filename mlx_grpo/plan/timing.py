@@ -35,6 +35,8 @@ class StageTime:
     """At the share of it that was reached where that was measured."""
     bound: Literal["bandwidth", "arithmetic"]
     """Which of the two limits it is."""
+    flops: float = 0.0
+    """What it computes."""
 
 
 def stage_costs(
@@ -118,4 +120,5 @@ def estimate(costs: dict[str, StageCost], device: Device) -> dict[str, StageTime
 def _time(cost: StageCost, device: Device, reached: float) -> StageTime:
     moving, computing = cost.bytes / device.bandwidth, cost.flops / device.arithmetic
     least = max(moving, computing)
-    return StageTime(least, least / reached, "bandwidth" if moving > computing else "arithmetic")
+    bound: Literal["bandwidth", "arithmetic"] = "bandwidth" if moving > computing else "arithmetic"
+    return StageTime(least, least / reached, bound, cost.flops)

@@ -1,16 +1,19 @@
 """The estimate of time: what a stage must move and do, and which limit binds it."""
 
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.devices import MACS, THIS, Device, check_name, device
 from mlx_grpo.plan.footprint import footprint_of
 from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.plan.timing import REACHED, StageCost, estimate, stage_costs
 from tests.helpers.shapes import GEMMA_2B, PACKED, WORK
 
@@ -104,3 +107,17 @@ def test_this_machine_is_measured_and_a_mac_is_looked_up() -> None:
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"--device: must be this or one of m1, .*, not 'm9'"):
         check_name("m9")
+
+
+def test_cheaper_settings_are_named_with_what_they_leave(train_arguments: dict[str, Any]) -> None:
+    given = train_arguments | {"K": 4, "batch_size": 4, "minibatch_size": 1}
+    savings = planner_for(train_config(**given), here=False).savings(MACS["m2-pro"])
+    (rows, _), (share, _), (layers, _), (together, least) = savings
+    assert rows == "--update-rows 2" and share == "--kl-share 0.25"
+    assert layers == "--lora-layers 1" and together == f"{rows} {share} {layers}"
+    assert 0 < least < min(left for _, left in savings[:-1]) < 1
+
+
+def test_what_is_cheap_already_is_not_offered(train_arguments: dict[str, Any]) -> None:
+    given = train_arguments | {"update_rows": 1, "kl_control": "reward", "lora_layers": 1}
+    assert planner_for(train_config(**given), here=False).savings(MACS["m2-pro"]) == []
