@@ -1,11 +1,12 @@
 """How well each actuator of the KL controller holds its targets, on a policy whose KL is known.
 
-    python bench/learning/kl_simulation.py
+    python bench/learning/kl_simulation.py [--seeds 20] [--kl-share 1]
 
 The policy draws each of T tokens from a Gaussian around theta, the reference around zero: its KL is
 |theta|^2 / 2 nats per token. GRPO trains theta (groups of K, advantages without scaling, AdamW) on
 a linear reward with noise. Prompts differ in how far they move the policy, so a batch's KL is as
-noisy as a real one. `kl_controller.py` sees what it sees in a run: the batch mean of k3.
+noisy as a real one. `kl_controller.py` sees what it sees in a run: the mean of k3, over the batch
+or over a share of its completions (`--kl-share`). The table shows the KL of all of them.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.kl_controller import Actuator, KLController, kl_target
 from mlx_grpo.grpo.learner import first_state
+from mlx_grpo.grpo.reference import measured_rows
 
 TARGETS = (0.05, 0.02, 0.01)
 BETAS = 0.9, 0.999  # AdamW's
@@ -37,6 +39,8 @@ class Toy:
     """Standard deviation of the logarithm of how far a prompt moves the policy."""
     steps: int = 2
     """Optimizer steps per iteration."""
+    share: float = 1.0
+    """Of the completions, those whose KL the controller sees."""
     theta: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +58,9 @@ class Toy:
         mean = reach * self.theta
         drawn = mean + self.random.normal(size=shape)
         log_ratio = (mean * drawn).sum(-1) - (mean**2).sum(-1) / 2
-        kl = float((np.exp(-log_ratio) - 1 + log_ratio).mean())
+        k3 = (np.exp(-log_ratio) - 1 + log_ratio).mean(-1)
+        rows = measured_rows(self.seed, self.updates, self.prompts, self.K, self.share)
+        seen = float(np.mean([k3[p, i] for p, chosen in enumerate(rows) for i in chosen]))
         signal = drawn.mean(2) @ self.wanted * math.sqrt(self.tokens)
         z = (signal + self.random.normal(size=signal.shape)) / math.sqrt(2)
         shaped = z - controller.penalty * log_ratio.mean(-1)
@@ -62,9 +68,9 @@ class Toy:
         gradient = -advantage[..., None] * (reach * (drawn - mean)).mean(2)
         for part in np.array_split(gradient, self.steps):
             self._adam(part.mean((0, 1)), controller.learning_rate)
-        after = controller.step(kl, target)
+        after = controller.step(seen, target)
         self.theta *= math.exp(-after.decay)
-        return kl, after
+        return float(k3.mean()), after
 
     def _adam(self, gradient: np.ndarray, rate: float) -> None:
         self.updates += 1
@@ -117,13 +123,17 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--kl-share", type=float, default=1.0)
+    args = parser.parse_args()
+    seeds = args.seeds
     rows = []
     for iterations, rate in ((30, 0.01), (45, 0.03), (90, 0.004), (300, 0.002), (800, 0.002)):
         for actuator in ("decay", "reward", "lr", "none"):
             halves = np.array(
                 [
-                    second_halves(simulate(Toy(seed), actuator, iterations, rate))
+                    second_halves(
+                        simulate(Toy(seed, share=args.kl_share), actuator, iterations, rate)
+                    )
                     for seed in range(seeds)
                 ]
             )
