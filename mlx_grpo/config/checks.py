@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig, flag_of
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.clock import is_date
 
 POSITIVE = {
     "temperature",
@@ -60,7 +61,9 @@ def check_ranges(config: Any) -> None:
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        if name in POSITIVE:
+        if name == "template_date":
+            need(config, name, not value or is_date(value), "a date such as 2026-01-31")
+        elif name in POSITIVE:
             need(config, name, value > 0, "more than 0")
         elif name in AT_LEAST_ZERO:
             need(config, name, value >= 0, "0 or more")

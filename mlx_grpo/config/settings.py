@@ -37,13 +37,22 @@ class TrainConfig:
     rm_model: str = "weights/rm-4bit"
     """Directory of the reward model; `none` to train on --reward functions alone."""
     prompts: str = "data/rl_prompts.jsonl"
-    """Training prompts, JSONL."""
+    """Training prompts: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
     eval_prompts: str = "data/eval_prompts.jsonl"
-    """Held-out prompts, JSONL; a `response` field serves as reference answer for the perplexity."""
+    """Held-out prompts, likewise; a `response` field serves as reference answer for the
+    perplexity."""
     output: str = ""
     """Run directory; empty means runs/seed-SEED."""
     seed: int = 42
     """Seed of every random number of the run."""
+
+    template_date: str = ""
+    """Date that a chat template sees as today, such as 2026-01-31; empty means the day on which the
+    run starts, which it then keeps."""
+    prompt_column: str = ""
+    """Field of both prompt files that holds the prompt, where it is not `prompt` or `messages`."""
+    response_column: str = ""
+    """Field of --eval-prompts that holds the reference answer, where it is not `response`."""
 
     num_iterations: int = 800
     """Iterations: one rollout and its update each."""
@@ -170,7 +179,7 @@ class RewardTrainConfig:
     model: str = "weights/sft-4bit"
     """Directory of the SFT model the reward model grows on."""
     pairs: str = "data/preference_pairs.jsonl"
-    """Preference pairs, JSONL."""
+    """Preference pairs: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
     output: str = "weights/rm"
     """Directory to write."""
     seed: int = 42
@@ -200,5 +209,13 @@ class RewardTrainConfig:
     """Share of the prompts held out to choose the weights; 0: keep the last ones."""
     test_fraction: float = 0.1
     """Share of the prompts held out for the figures, and for nothing else."""
+    template_date: str = ""
+    """Date that a chat template sees as today, such as 2026-01-31; empty means today's."""
+    prompt_column: str = ""
+    """Field that holds the prompt, where it is not `prompt` or `messages`."""
+    chosen_column: str = ""
+    """Field that holds the preferred answer, where it is not `chosen`."""
+    rejected_column: str = ""
+    """Field that holds the other answer, where it is not `rejected`."""
     max_length: int = 512
     """Pairs longer than this many tokens, prompt included, are skipped and counted."""

@@ -19,9 +19,10 @@ from mlx.utils import tree_map
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import pearson, ranks
-from mlx_grpo.data.chat import answer_tokens, conversation_tokens, row_messages
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.chat import answer_tokens, conversation_tokens
+from mlx_grpo.data.messages import pair_conversation
 from mlx_grpo.data.prompts import load_prompts
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.grpo.logprob import chunk_tokens
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.reward_model import reward_head, without_padding
@@ -82,7 +83,7 @@ class QuantizationCost:
 
 def check_texts(texts: Path) -> None:
     """Raise InputError unless the file has texts to measure on."""
-    count = sum(isinstance(row.get("response"), str) for _, row in read_jsonl(texts))
+    count = sum(isinstance(row.get("response"), str) for _, row in read_rows(texts))
     if count < 2:
         raise InputError(
             f"{texts}: {count} rows have a 'response', two are needed to measure what quantization "
@@ -134,11 +135,8 @@ def _compare(
 
 def check_pairs(pairs: Path) -> None:
     """Raise InputError unless the file has preference pairs to measure on."""
-    for place, row in islice(read_jsonl(pairs), TEXTS):
-        row_messages(place, row)
-        for side in ("chosen", "rejected"):
-            if not isinstance(row.get(side), str):
-                raise InputError(f"{place}: field '{side}' is missing or not a text")
+    for place, row in islice(read_rows(pairs), TEXTS):
+        pair_conversation(place, row)
 
 
 def reward_cost(
@@ -152,7 +150,7 @@ def reward_cost(
     """Correlation of scores, and the share of preference pairs that are ordered alike."""
     texts = [
         _conversation(place, row, side, tokenizer)
-        for place, row in islice(read_jsonl(pairs), TEXTS)
+        for place, row in islice(read_rows(pairs), TEXTS)
         for side in ("chosen", "rejected")
     ]
     rows = [(ids[:-1], ids[-1:]) for ids in (without_padding(ids, padding) for ids in texts)]
@@ -168,7 +166,8 @@ def reward_cost(
 
 def _conversation(place: str, row: dict[str, Any], side: str, tokenizer: Any) -> tuple[int, ...]:
     try:
-        return conversation_tokens(tokenizer, row_messages(place, row), row[side])
+        asked, answers = pair_conversation(place, row)
+        return conversation_tokens(tokenizer, asked, answers[side])
     except InputError as e:
         raise InputError(f"{place}: {e}") from e
 

@@ -127,37 +127,42 @@ def reward_config(path: Path) -> dict[str, Any]:
 
 def load_reward_model(
     path: Path,
-    backbone: Backbone,
+    backbone: Backbone | None,
     sizes: Sizes = WHOLE,
     precision: Precision | None = None,
+    date: str = "",
 ) -> RewardModel:
     """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
 
     Its `input` says what it reads: `policy_token_ids` or `chat_template` (its own).
 
     Args:
+        backbone: may be None for one of kind `full`.
         sizes: how much to work on at a time.
         precision: of a model of kind `full`; what this machine does by default.
+        date: what its own chat template sees as today, YYYY-MM-DD; empty means the clock.
 
     Raises:
         InputError: missing or unfitting files, or an adapter made for another backbone.
     """
     config = reward_config(path)
     if config["kind"] == "adapter":
+        if backbone is None:
+            raise InputError(f"{path}: an adapter; name the model it was made for: --actor-model")
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
         decoder = Decoder(load_adapter(backbone.model, path), sizes)
     else:
         decoder = Decoder(load_alone(path, precision), sizes)
-    tokenizer = input_tokenizer(path, config)
+    tokenizer = input_tokenizer(path, config, date)
     weight_1D, bias = load_head(path / REWARD_HEAD, decoder.hidden_size)
     return RewardModel(decoder, weight_1D, bias, tokenizer, config.get("padding_token_id"))
 
 
-def input_tokenizer(path: Path, config: dict[str, Any]) -> Any | None:
+def input_tokenizer(path: Path, config: dict[str, Any], date: str = "") -> Any | None:
     """None where the reward model reads the policy's token ids; one trained here does, whether it
     became a model of its own or not."""
     own_text = config.get("input") == "chat_template"
-    return load_chat_tokenizer(path) if own_text else None
+    return load_chat_tokenizer(path, date=date) if own_text else None
 
 
 def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> None:

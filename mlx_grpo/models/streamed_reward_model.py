@@ -127,7 +127,7 @@ def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def open_streamed(
-    path: Path, precision: Precision, sizes: Sizes, hidden_bytes: int
+    path: Path, precision: Precision, sizes: Sizes, hidden_bytes: int, date: str = ""
 ) -> StreamedRewardModel:
     """A reward model of kind `full` that stays on disk; its files are checked here, once.
 
@@ -136,7 +136,7 @@ def open_streamed(
     """
     config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
-    tokenizer, padding = input_tokenizer(path, config), config.get("padding_token_id")
+    tokenizer, padding = input_tokenizer(path, config, date), config.get("padding_token_id")
     hidden = Decoder(load_lazily(path)[0]).hidden_size
     weight_1D, bias = load_head(path / REWARD_HEAD, hidden)
     arguments = (path, stamps, precision, sizes, hidden_bytes, weight_1D, bias, tokenizer, padding)

@@ -14,6 +14,7 @@ from mlx_grpo.config.sources import build_config, to_toml
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
+from mlx_grpo.data.clock import today
 from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, write_text
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
@@ -82,6 +83,16 @@ def settings(run: Path) -> TrainConfig:
     if not is_run(run):
         raise InputError(f"{run}: no run here ({CONFIG} is missing)")
     return build_config(run / CONFIG)
+
+
+def with_date(config: TrainConfig, resume: bool) -> TrainConfig:
+    """The settings with the date that chat templates see: what is set, or what the run that goes on
+    was started with, or today."""
+    if config.template_date:
+        return config
+    started = resume and is_run(config.run_directory)
+    date = settings(config.run_directory).template_date if started else today()
+    return replace(config, template_date=date)
 
 
 def chosen_adapter(run: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
+from mlx_grpo.data.tables import digest
 from mlx_grpo.files.manifest import directory_digest, sha256
 from mlx_grpo.rewards.functions import CustomReward
 
@@ -24,8 +25,8 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
     """sha256 of every input, by the flag that names it."""
     rm = "none" if config.rm_model == "none" else directory_digest(Path(config.rm_model))
     return {
-        "--prompts": sha256(Path(config.prompts)),
-        "--eval-prompts": sha256(Path(config.eval_prompts)),
+        "--prompts": digest(Path(config.prompts)),
+        "--eval-prompts": digest(Path(config.eval_prompts)),
         "--actor-model": directory_digest(Path(config.actor_model)),
         "--rm-model": rm,
         **{f"--reward {r.name}": sha256(Path(r.file)) for r in custom if r.file},

@@ -60,6 +60,8 @@ def train(
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
+    date = run_directory.with_date(config, resume).template_date
+    config = replace(config, template_date=ranks.gather(date)[0])  # of the rank that has the run
     if ranks.leads:
         check_installed(config.log)
     if dry_run:

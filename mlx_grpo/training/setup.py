@@ -54,13 +54,17 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     precision, sizes = precision_for(plan.choice.dense), plan.choice.sizes
-    backbone = load_backbone(Path(config.actor_model), precision)
+    backbone = load_backbone(Path(config.actor_model), precision, config.template_date)
     if config.rm_model == "none":
         return FrozenModels(backbone, None)
     path = Path(config.rm_model)
     if plan.choice.swap:
-        return FrozenModels(backbone, open_streamed(path, precision, sizes, STREAMED_HIDDEN))
-    return FrozenModels(backbone, load_reward_model(path, backbone, sizes, precision))
+        held = STREAMED_HIDDEN
+        return FrozenModels(
+            backbone, open_streamed(path, precision, sizes, held, config.template_date)
+        )
+    reward_model = load_reward_model(path, backbone, sizes, precision, config.template_date)
+    return FrozenModels(backbone, reward_model)
 
 
 class SharedModels:
@@ -68,11 +72,11 @@ class SharedModels:
     models and plan are the same."""
 
     def __init__(self) -> None:
-        self._of: tuple[str, str, Plan] | None = None
+        self._of: tuple[str, str, str, Plan] | None = None
         self._weights: FrozenModels | None = None
 
     def __call__(self, config: TrainConfig, plan: Plan) -> FrozenModels:
-        wanted = (config.actor_model, config.rm_model, plan)
+        wanted = (config.actor_model, config.rm_model, config.template_date, plan)
         if self._weights is None or self._of != wanted:
             self._weights = None  # not both at once
             self._of, self._weights = wanted, load_models(config, plan)
@@ -94,7 +98,8 @@ def load_parts(
     planned = planner(config, ranks=ranks.size)
     plan = planned.plan()
     check_fits(planned, plan, ui)
-    rows = read_prompts(Path(config.prompts))  # before the weights: a bad row is found at once
+    # before the weights: a bad row is found at once
+    rows = read_prompts(Path(config.prompts), {"prompt": config.prompt_column})
     evaluator = load_evaluator(config, ui, load, plan)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
@@ -112,10 +117,14 @@ def load_evaluator(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom, rows = _custom_rewards(config), read_prompts(Path(config.eval_prompts))
+    custom = _custom_rewards(config)
+    columns = {"prompt": config.prompt_column, "response": config.response_column}
+    rows = read_prompts(Path(config.eval_prompts), columns)
     plan = plan or planner(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
+    if backbone.note:
+        ui.warn(backbone.note)
     held_out = _prompts(config.eval_prompts, rows, backbone, config.max_prompt_length, ui)
     one_each = sampling(config, 1, plan)
 
