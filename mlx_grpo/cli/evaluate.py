@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import Quiet
+from mlx_grpo.cli.options import Quiet, check_json_file
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.errors import InputError
 
 
 def evaluate(
@@ -46,9 +45,8 @@ def evaluate(
     from mlx_grpo.evaluation.judge import Judge, compare_answers
     from mlx_grpo.files.atomic import write_json
 
-    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        found = "a directory; name a file" if json_file.is_dir() else "no such directory"
-        raise InputError(f"--json {json_file}: {found}")
+    if json_file:
+        check_json_file(json_file)
     ui = Console(quiet)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     asked = Judge(judge, judge_model, key) if judge else None

@@ -13,6 +13,7 @@ import typer
 
 from mlx_grpo.config.settings import flag_of
 from mlx_grpo.config.sources import field_help, field_types
+from mlx_grpo.core.errors import InputError
 
 T = TypeVar("T")
 ConfigFile = Annotated[
@@ -22,6 +23,13 @@ Assignments = Annotated[
     list[str] | None, typer.Option("--set", help="Any setting as key=value; wins over --config.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+
+def check_json_file(file: Path) -> None:
+    """Raise InputError unless the file of --json can be written."""
+    if file.is_dir() or not file.parent.is_dir():
+        found = "a directory; name a file" if file.is_dir() else "no such directory"
+        raise InputError(f"--json {file}: {found}")
 
 
 def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
