@@ -3,13 +3,15 @@
 Every setting is a field of `GRPOConfig`; they are the flags of `mlx-grpo train`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig as GRPOConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed.launch import launched
+from mlx_grpo.rewards.functions import PYTHON, UserFunction, named
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train as train_run
 
@@ -44,15 +46,27 @@ class Run:
         return self.directory / name if (self.directory / name).is_dir() else None
 
 
-def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> Run:
+def train(
+    config: GRPOConfig,
+    *,
+    rewards: Sequence[UserFunction] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Train; the run directory is `config.output`, or runs/seed-SEED.
 
     A script that mlx.launch has started trains together with its other ranks.
 
+    Args:
+        rewards: reward functions beside those of `config.reward`, called in this process, so that
+            --reward-timeout does not end them. `config.reward_weights` has the weights of all, in
+            this order. They are to be given again with `resume`.
+
     Raises:
         InputError: a setting or a file that cannot work, in one line; it is a ValueError.
     """
-    ui = Console(quiet)
+    ui, functions = Console(quiet), named(rewards)
+    config = replace(config, reward=(*config.reward, *(PYTHON + name for name in functions)))
     with launched(ui) as ranks:
-        finished = train_run(config, ui, resume, ranks=ranks)
+        finished = train_run(config, ui, resume, ranks=ranks, functions=functions)
     return Run(config.run_directory, finished, ranks.leads)

@@ -107,6 +107,16 @@ def check(config: TrainConfig) -> None:
     if c.kl_control == "lr":
         within = c.kl_lr_min <= c.learning_rate <= c.kl_lr_max
         need(c, "learning_rate", within, "between kl-lr-min and kl-lr-max")
+    check_rewards(config)
+
+
+def check_rewards(config: TrainConfig) -> None:
+    """Refuse rewards that cannot be added up; not before those given as Python objects are known.
+
+    Raises:
+        InputError: naming flag, value and bound.
+    """
+    c = config
     need(
         c,
         "reward_weights",

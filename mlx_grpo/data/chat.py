@@ -25,6 +25,16 @@ def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tu
         InputError: the template refuses the conversation, as Gemma's does with a system message, or
             leaves a message out.
     """
+    text = prompt_text(place, tokenizer, messages)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:
+    """What `prompt_tokens` encodes.
+
+    Raises:
+        InputError: as there.
+    """
     try:
         text = _rendered(tokenizer, messages, add_generation_prompt=True)
     except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
@@ -34,7 +44,7 @@ def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tu
             f"{place}: the chat template leaves out the message of role '{role}'; give its text in "
             "a role that the template knows"
         )
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return text
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> str:

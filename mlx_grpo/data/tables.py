@@ -125,7 +125,7 @@ def _lines(text: str, name: str) -> Iterator[Row]:
             ) from None
         except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
             raise InputError(f"{place}: not usable JSON ({e})") from None
-        yield place, _checked(place, row)
+        yield place, _checked(place, row, "\\u" in line)
 
 
 def _known_form(text: str) -> str:
@@ -142,9 +142,11 @@ def _items(items: list[Any], name: str) -> Iterator[Row]:
         yield place, _checked(place, row)
 
 
-def _checked(place: str, row: Any) -> dict[str, Any]:
+def _checked(place: str, row: Any, escapes: bool = True) -> dict[str, Any]:
+    """A row that is an object and, where it has escapes, holds no half characters."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
+        if escapes:
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell what no text can hold
         raise InputError(
             f"{place}: a \\ud... escape stands alone; surrogates come in pairs"

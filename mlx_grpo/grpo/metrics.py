@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.stats import source_means
 from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.advantages import is_dead
@@ -112,7 +113,7 @@ def iteration_metrics(
     state: RunState,
     groups: Sequence[Group],
     raw_PK: Sequence[Sequence[float]],
-    by_source: dict[str, list[float]],
+    by_source: dict[str, list[float | None]],
     measures: Measures,
     stats: UpdateStats,
     target: float,
@@ -126,7 +127,7 @@ def iteration_metrics(
         "step": state.iteration + 1,
         "reward": rewards_PK.mean().item(),
         "reward_std": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
-        **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in by_source.items()},
+        **source_means(by_source, "rewards"),
         "frac_reward_zero_std": sum(len(set(row)) == 1 for row in raw_PK) / len(groups),
         "frac_dead_groups": measures.dead_groups / len(groups),
         "loss": stats.loss / steps,

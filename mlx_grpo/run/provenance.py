@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
 from mlx_grpo.data.tables import digest
-from mlx_grpo.files.manifest import directory_digest, sha256
+from mlx_grpo.files.manifest import directory_digest
 from mlx_grpo.rewards.functions import CustomReward
 
 
@@ -29,7 +29,7 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
         "--eval-prompts": digest(Path(config.eval_prompts)),
         "--actor-model": directory_digest(Path(config.actor_model)),
         "--rm-model": rm,
-        **{f"--reward {r.name}": sha256(Path(r.file)) for r in custom if r.file},
+        **{f"--reward {r.name}": found for r in custom if (found := r.digest())},
     }
 
 

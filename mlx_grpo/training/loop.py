@@ -1,7 +1,7 @@
 """A run: load, iterate, evaluate, save; stop and go on. The algorithm is `iteration.py`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.report.health import new_findings
 from mlx_grpo.report.write import try_report
+from mlx_grpo.rewards.functions import UserFunction
 from mlx_grpo.run import directory as run_directory
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import REPORT, Snapshot
@@ -46,6 +47,7 @@ def train(
     allow_change: bool = False,
     load: LoadModels = load_models,
     ranks: Ranks = ALONE,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal ended it early.
 
@@ -55,6 +57,7 @@ def train(
         allow_change: resume although settings or inputs that shape the numbers have changed.
         load: gets the weights; several runs may share them.
         ranks: those that share the work.
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
@@ -65,25 +68,31 @@ def train(
     if ranks.leads:
         check_installed(config.log)
     if dry_run:
-        with _loaded(config, ui, load, ranks) as parts:
+        with _loaded(config, ui, load, ranks, functions) as parts:
             _dry_run(parts, ui)
         return True
     if not ranks.leads:
-        with _loaded(config, ui, load, ranks) as parts:
+        with _loaded(config, ui, load, ranks, functions) as parts:
             return follow(parts, ui)
     run = config.run_directory
     with locked(run):
         run_directory.check_vacant(run, resume)
-        with _loaded(config, ui, load, ranks) as parts:
+        with _loaded(config, ui, load, ranks, functions) as parts:
             return _run(parts, run, ui, resume, allow_change)
 
 
 @contextmanager
-def _loaded(config: TrainConfig, ui: Console, load: LoadModels, ranks: Ranks) -> Iterator[Learner]:
+def _loaded(
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels,
+    ranks: Ranks,
+    functions: Mapping[str, UserFunction] | None = None,
+) -> Iterator[Learner]:
     names = [*([] if config.rm_model == "none" else [config.rm_model]), *config.reward]
     ui.say(f"mlx-grpo: {config.actor_model}, rewards: {', '.join(names)}, seed {config.seed}")
     with ui.working("loading"):
-        parts = load_parts(config, ui, load, ranks)
+        parts = load_parts(config, ui, load, ranks, functions)
     try:
         yield parts
     finally:

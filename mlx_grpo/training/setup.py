@@ -1,7 +1,7 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,13 @@ from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_stre
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
 from mlx_grpo.plan.planner import planner
 from mlx_grpo.plan.tables import check_fits
-from mlx_grpo.rewards.functions import CustomReward, load_reward
+from mlx_grpo.rewards.functions import (
+    PYTHON,
+    CustomReward,
+    UserFunction,
+    given_reward,
+    load_reward,
+)
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run import log
 from mlx_grpo.run.provenance import input_digests, recorded
@@ -84,13 +90,18 @@ class SharedModels:
 
 
 def load_parts(
-    config: TrainConfig, ui: Console, load: LoadModels = load_models, ranks: Ranks = ALONE
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels = load_models,
+    ranks: Ranks = ALONE,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> Learner:
     """Build everything a run needs.
 
     Args:
         load: gets the weights; not before everything else has been found good.
         ranks: those that share the work.
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
@@ -100,7 +111,7 @@ def load_parts(
     check_fits(planned, plan, ui)
     # before the weights: a bad row is found at once
     rows = read_prompts(Path(config.prompts), {"prompt": config.prompt_column})
-    evaluator = load_evaluator(config, ui, load, plan)
+    evaluator = load_evaluator(config, ui, load, plan, functions)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
@@ -110,14 +121,21 @@ def load_parts(
 
 
 def load_evaluator(
-    config: TrainConfig, ui: Console, load: LoadModels = load_models, plan: Plan | None = None
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels = load_models,
+    plan: Plan | None = None,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
+
+    Args:
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom = _custom_rewards(config)
+    custom = _custom_rewards(config, functions or {})
     columns = {"prompt": config.prompt_column, "response": config.response_column}
     rows = read_prompts(Path(config.eval_prompts), columns)
     plan = plan or planner(config).plan()
@@ -144,7 +162,9 @@ def load_evaluator(
     )
 
 
-def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
+def _custom_rewards(
+    config: TrainConfig, functions: Mapping[str, UserFunction]
+) -> tuple[CustomReward, ...]:
     weights = config.reward_weights or (1.0,) * len(config.reward)
     weighted = [*zip(config.reward, weights, strict=True), *((s, 0.0) for s in config.eval_reward)]
     names = [spec.rpartition(":")[2] for spec, _ in weighted]
@@ -152,7 +172,25 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
+    return tuple(
+        given_reward(spec, weight, functions)
+        if spec.startswith(PYTHON)
+        else load_reward(spec, weight, config.reward_timeout)
+        for spec, weight in weighted
+    )
+
+
+def without_given(config: TrainConfig) -> TrainConfig:
+    """The settings without the reward functions that were given as Python objects."""
+    weights = config.reward_weights or (1.0,) * len(config.reward)
+    kept = [
+        (spec, weight)
+        for spec, weight in zip(config.reward, weights, strict=True)
+        if not spec.startswith(PYTHON)
+    ]
+    return replace(
+        config, reward=tuple(s for s, _ in kept), reward_weights=tuple(w for _, w in kept)
+    )
 
 
 def _prompts(
