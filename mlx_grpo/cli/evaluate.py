@@ -15,6 +15,14 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
     ] = None,
+    prompt_column: Annotated[
+        str,
+        typer.Option(help="Field of --prompts that holds the prompt, if not prompt or messages."),
+    ] = "",
+    response_column: Annotated[
+        str,
+        typer.Option(help="Field of --prompts that holds the reference answer, if not response."),
+    ] = "",
     limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
     eval_reward: Annotated[
@@ -52,7 +60,8 @@ def evaluate(
     asked = Judge(judge, judge_model, key) if judge else None
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
-    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or ())
+    columns = (prompt_column, response_column)
+    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or (), columns)
     verdicts = None
     try:
         if asked:

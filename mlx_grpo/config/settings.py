@@ -167,6 +167,11 @@ class TrainConfig:
         return Path(self.output or f"runs/seed-{self.seed}")
 
     @property
+    def columns(self) -> dict[str, str]:
+        """What `prompt` and `response` are called in the file of held-out prompts."""
+        return {"prompt": self.prompt_column, "response": self.response_column}
+
+    @property
     def gold_names(self) -> list[str]:
         """What the figures call the --eval-reward functions."""
         return [spec.rpartition(":")[2] for spec in self.eval_reward]

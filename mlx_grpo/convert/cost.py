@@ -5,7 +5,7 @@ measured on the machine that can convert it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -81,9 +81,9 @@ class QuantizationCost:
         return None
 
 
-def check_texts(texts: Path) -> None:
+def check_texts(texts: Path, columns: Mapping[str, str] | None = None) -> None:
     """Raise InputError unless the file has texts to measure on."""
-    count = sum(isinstance(row.get("response"), str) for _, row in read_rows(texts))
+    count = sum(isinstance(row.get("response"), str) for _, row in read_rows(texts, columns))
     if count < 2:
         raise InputError(
             f"{texts}: {count} rows have a 'response', two are needed to measure what quantization "
@@ -91,9 +91,15 @@ def check_texts(texts: Path) -> None:
         )
 
 
-def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> QuantizationCost:
+def policy_cost(
+    before: Open,
+    after: Open,
+    tokenizer: Any,
+    texts: Path,
+    columns: Mapping[str, str] | None = None,
+) -> QuantizationCost:
     """KL(source || converted) per token and both perplexities, on reference answers."""
-    prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT)
+    prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT, columns)
     chosen = [p for p in prompts if p.response][:TEXTS]
     rows = [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
     targets = [token for _, answer in rows for token in answer]

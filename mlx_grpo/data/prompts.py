@@ -28,9 +28,11 @@ class PromptRow:
     """What else the row holds."""
 
 
-def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
-    """Read and tokenize prompts, see `tokenize_prompts`."""
-    return tokenize_prompts(path, read_prompts(path), tokenizer, max_tokens)
+def load_prompts(
+    path: Path, tokenizer: Any, max_tokens: int, columns: Mapping[str, str] | None = None
+) -> tuple[list[Prompt], int]:
+    """Read and tokenize prompts, see `read_prompts` and `tokenize_prompts`."""
+    return tokenize_prompts(path, read_prompts(path, columns), tokenizer, max_tokens)
 
 
 def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[PromptRow]:

@@ -42,12 +42,14 @@ def compare_run(
     ui: Console,
     limit: int = 0,
     judges: Sequence[str] = (),
+    columns: tuple[str, str] = ("", ""),
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
     Args:
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
+        columns: what `prompt` and `response` are called in `prompts`.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
@@ -62,6 +64,7 @@ def compare_run(
     directory = chosen_adapter(run, adapter)
     if prompts:
         config = replace(config, eval_prompts=str(prompts))
+        config = replace(config, prompt_column=columns[0], response_column=columns[1])
     with ui.working("loading"):
         evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone

@@ -136,8 +136,7 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {})
-    columns = {"prompt": config.prompt_column, "response": config.response_column}
-    rows = read_prompts(Path(config.eval_prompts), columns)
+    rows = read_prompts(Path(config.eval_prompts), config.columns)
     plan = plan or planner(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
