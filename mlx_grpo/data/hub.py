@@ -6,6 +6,7 @@ from pathlib import Path
 from mlx_grpo.core.errors import InputError, one_line
 
 ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 CONVERTED = "refs/convert/parquet"
 """The branch with the Hub's own copy: CONFIG/SPLIT/0000.parquet and so on."""
 
@@ -20,7 +21,8 @@ def dataset_files(source: Path) -> list[Path]:
         InputError: no such file and no such data set, no such split, or the Hub does not answer.
     """
     found = ID.fullmatch(str(source))
-    if not found or source.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz"):
+    # a directory of that name is here: a file was meant
+    if not found or source.suffix in SUFFIXES or source.parent.is_dir():
         raise InputError(f"{source}: no such file")
     from huggingface_hub import hf_hub_download
 

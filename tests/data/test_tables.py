@@ -198,6 +198,32 @@ def test_what_can_be_no_data_set_is_a_missing_file(source: str) -> None:
         list(read_rows(Path(source)))
 
 
+def test_a_missing_file_in_a_directory_that_is_here_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^data/prompts: no such file$"):
+        list(read_rows(Path("data/prompts")))
+
+
+def test_what_was_fetched_before_is_read_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    repository = tmp_path / "datasets--me--data"
+    file = repository / "snapshots" / "abc" / "default" / "train" / "0000.parquet"
+    file.parent.mkdir(parents=True)
+    parquet(file, [{"prompt": "x"}])
+    reference = repository / "refs" / hub.CONVERTED
+    reference.parent.mkdir(parents=True)
+    reference.write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert list(read_rows(Path("me/data"))) == [("me/data/0000.parquet:row 1", {"prompt": "x"})]
+
+
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 

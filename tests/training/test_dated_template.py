@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.chat import conversation_tokens
 from mlx_grpo.evaluation.compare import compare_run
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.learner import Learner
+from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD
 from mlx_grpo.reward_modeling.train import train_rm
 from mlx_grpo.run.directory import CONFIG, with_date
 from mlx_grpo.training import loop
@@ -116,6 +119,23 @@ def test_a_reward_model_keeps_the_date_it_was_trained_with(
     )
     train_rm(config)
     assert read_json(out / "reward_model.json")["training"]["template_date"] == "2026-01-31"
+
+
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+def test_a_reward_model_with_a_template_of_its_own_sees_the_date_of_the_run(
+    dated: TrainConfig, residency: str
+) -> None:
+    judge = Path(dated.actor_model)
+    head = {"weight": mx.random.normal((1, 32), key=mx.random.key(0))}
+    mx.save_safetensors(str(judge / REWARD_HEAD), head)
+    (judge / REWARD_CONFIG).write_text('{"kind": "full", "input": "chat_template"}')
+    own = {"rm_model": str(judge), "rm_residency": residency, "template_date": "2026-01-31"}
+    parts = load_parts(replace(dated, **own), QUIET)
+    parts.evaluator.rewards.close()
+    model = parts.evaluator.rewards.model
+    assert model and model.tokenizer
+    shown = model.tokenizer.decode(list(conversation_tokens(model.tokenizer, [], "x")))
+    assert shown.startswith("31Jan")
 
 
 @pytest.mark.parametrize("date", ["tomorrow", "2026-02-30", "31.01.2026"])
