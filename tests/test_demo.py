@@ -1,13 +1,12 @@
 """The demo, whole, on a tiny model in the place of SmolLM2."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlx_grpo import demo
-from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
+from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
@@ -45,7 +44,7 @@ def run(
     }
     monkeypatch.setattr(demo, "asset", assets.__getitem__)
     monkeypatch.setattr(demo, "smollm2_gguf", lambda: gguf)
-    small = replace(demo.DEMO, K=2, batch_size=2, max_completion_length=4, lora_rank=2)
+    small = with_settings(demo.DEMO, K=2, batch_size=2, max_completion_length=4, lora_rank=2)
     monkeypatch.setattr(demo, "DEMO", small)
     work = tmp_path / "work"
     return lambda: demo.demo(work, 1, 42, Console()), work

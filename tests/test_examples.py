@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from examples.constraints import all_met, constraints
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.data.tables import read_rows
 from mlx_grpo.training.loop import train
@@ -72,7 +72,7 @@ def test_the_files_are_what_their_script_makes(
 
 
 def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[str, Any]) -> None:
-    config = TrainConfig(
+    config = train_config(
         **{
             **train_arguments,
             "rm_model": "none",

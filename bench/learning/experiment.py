@@ -12,10 +12,11 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.config.settings import flat_values, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
@@ -87,7 +88,7 @@ class Scores:
 def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str, Any]:
     """Train, measure, and return the figures of one run; what is there is not done again."""
     run = output / variant.name / f"seed-{seed}"
-    config = replace(build_config(SETTINGS), seed=seed, output=str(run), **variant.changes)
+    config = with_settings(build_config(SETTINGS), seed=seed, output=str(run), **variant.changes)
     if not (run / "final").is_dir():
         ui.say(f"{variant.name}, seed {seed}")
         if not train(config, ui, resume=is_run(run)):
@@ -164,7 +165,7 @@ def main() -> None:
     ]
     show(runs, ui)
     if arguments.json:
-        write_json(arguments.json, {"settings": asdict(build_config(SETTINGS)), "runs": runs})
+        write_json(arguments.json, {"settings": flat_values(build_config(SETTINGS)), "runs": runs})
 
 
 def show(runs: list[dict[str, Any]], ui: Console) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.kl_controller import Actuator, KLController, kl_target
 from mlx_grpo.grpo.learner import first_state
@@ -90,7 +90,7 @@ def simulate(
     Args:
         disturb: the factor that the policy's KL is multiplied by before an iteration.
     """
-    config = TrainConfig(
+    config = train_config(
         kl_control=actuator,
         learning_rate=learning_rate,
         kl_lr_min=learning_rate / 100,

@@ -168,9 +168,9 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str,
     return found
 
 
-def peak(decoder: dict[str, Figures]) -> int:
+def peak(stages: dict[str, Figures]) -> int:
     """Bytes of an iteration."""
-    return max(f.bytes for f in decoder.values())
+    return max(f.bytes for f in stages.values())
 
 
 def sampling_form(plan: Plan, actor: nn.Module, stored: Path) -> AbstractContextManager[nn.Module]:
@@ -271,7 +271,7 @@ def main() -> None:
             "choice": asdict(c),
             "fits": plan.fits,
             "weight_bytes": plan.weights,
-            "planned": plan.decoder,
+            "planned": plan.stages,
             "measured": {n: asdict(f) for n, f in found[-1].items()} if found else {},
             "peaks": list(map(peak, found)),
         }
@@ -282,7 +282,7 @@ def main() -> None:
 def show(plan: Plan, found: list[dict[str, Figures]]) -> None:
     """The last iteration beside the plan, and whether the peak has grown."""
     last = found[-1] if found else {}
-    for name, size in plan.decoder.items():
+    for name, size in plan.stages.items():
         got = last.get(name)
         compared = (
             f"{got.bytes / 1e9:8.3f} measured {size / got.bytes - 1:+7.1%} {got.seconds:8.1f} s"

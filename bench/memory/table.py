@@ -1,4 +1,4 @@
-"""PlannedRun against measured peaks of many shapes, lengths and limits.
+"""Run against measured peaks of many shapes, lengths and limits.
 
 usage: python bench/memory/table.py [--json FILE] [--only gemma-2b]
 
@@ -71,7 +71,7 @@ def run(flags: str) -> dict[str, Any]:
 
 
 def peaks(line: dict[str, Any]) -> tuple[float, float]:
-    """PlannedRun and measured bytes of the iteration."""
+    """Run and measured bytes of the iteration."""
     return max(line["planned"].values()), max(s["bytes"] for s in line["measured"].values())
 
 

@@ -15,14 +15,14 @@ import common
 from common import LEARNING_RATE, PACKED, RANK, SCALE, SEED, K
 
 from mlx_grpo.backend.device import peak_memory
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import Learner, first_state, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.merging import merged_for_rollout
-from mlx_grpo.training.setup import load_parts
+from mlx_grpo.training.setup import load_learner
 
 
 def parts_for(args: argparse.Namespace, place: Path) -> Learner:
@@ -31,7 +31,7 @@ def parts_for(args: argparse.Namespace, place: Path) -> Learner:
     lines = [json.dumps({"id": str(i), "messages": r["messages"]}) for i, r in enumerate(rows)]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (place / "held_out.jsonl").write_text('{"prompt": "Hello", "response": "Hello!"}\n')
-    config = TrainConfig(
+    config = train_config(
         actor_model=str(PACKED),
         rm_model="none",
         reward=(f"{Path(common.__file__).resolve()}:length_reward",),
@@ -46,7 +46,7 @@ def parts_for(args: argparse.Namespace, place: Path) -> Learner:
         lora_rank=RANK,
         lora_scale=SCALE,
     )
-    return load_parts(config, Console(quiet=True))
+    return load_learner(config, Console(quiet=True))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters, TrainingGroup
-from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
+from mlx_grpo.grpo.loss import Clip, LossInputs, clipped_surrogate, token_weights
 from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
@@ -76,8 +76,8 @@ def plain_gradients(actor: nn.Module, group: TrainingGroup, weights_KT: mx.array
         logits = actor(whole[:, :-1])[:, prompt - 1 :].astype(mx.float32)
         picked = mx.take_along_axis(logits, group.tokens_KT[..., None], axis=-1)[..., 0]
         logp_KT = picked - mx.logsumexp(logits, axis=-1)
-        fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, Clip())
-        return clipped_surrogate(logp_KT, *fixed)
+        inputs = LossInputs(group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT)
+        return clipped_surrogate(logp_KT, inputs, Clip())[0]
 
     _, gradients = mx.value_and_grad(loss)(parameters)
     mx.eval(gradients)
@@ -142,7 +142,8 @@ def compare(name: str, config: dict[str, Any], args: argparse.Namespace) -> None
         return plain_gradients(actor, group, weights_KT)
 
     def staged() -> Parameters:
-        return backward_pass(decoder, group, forward_pass(decoder, group, 1.0), weights_KT, Clip())
+        ahead = forward_pass(decoder, group, 1.0)
+        return backward_pass(decoder, group, ahead, weights_KT, Clip())[2]
 
     results: dict[str, Measured] = {}
     for run in range(1 + args.runs):

@@ -104,8 +104,8 @@ def run_stages(bench: Bench, rows: int, completion: int) -> dict[str, float]:
     marks.append(time.perf_counter())
     _update(bench, scored)
     marks.append(time.perf_counter())
-    decoder = ("rollout", "reward", "log-prob", "update")
-    return {n: b - a for n, a, b in zip(decoder, [start, *marks], marks, strict=False)}
+    stages = ("rollout", "reward", "log-prob", "update")
+    return {n: b - a for n, a, b in zip(stages, [start, *marks], marks, strict=False)}
 
 
 def _scored(bench: Bench, group: Group) -> TrainingGroup:
@@ -122,7 +122,7 @@ def _update(bench: Bench, groups: list[TrainingGroup]) -> None:
     for group in groups:
         weights_KT = token_weights(group.mask_KT, "sequence", rows, 1, 1)
         ahead = forward_pass(bench.actor, group, 1.0)
-        found = backward_pass(bench.actor, group, ahead, weights_KT, Clip())
+        _, _, found = backward_pass(bench.actor, group, ahead, weights_KT, Clip())
         total = {n: total[n] + g if total else g for n, g in found.items()}
         mx.eval(total)
     adamw_step(new_optimizer(1e-4, 0.0), total, lora_parameters(bench.actor.model), 0.5)

@@ -4,23 +4,37 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from mlx_grpo.config.settings import flag_of
-from mlx_grpo.config.sources import field_help, field_types
+from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of
+from mlx_grpo.config.sources import field_help, field_types, setting_help, setting_types
 from mlx_grpo.core.errors import InputError
 
 T = TypeVar("T")
+FIRST = (
+    *("actor_model", "rm_model", "reward", "prompts", "eval_prompts", "output", "seed"),
+    *("num_iterations", "K", "batch_size", "max_completion_length", "learning_rate"),
+    "memory_limit",
+)
+"""Settings that most runs need."""
+PANELS = {
+    "model": "Model and adapter",
+    "data": "Prompts",
+    "rollout": "Rollout",
+    "reward": "Rewards and advantages",
+    "kl": "KL to the reference",
+    "optimizer": "Loss and optimizer",
+    "evaluation": "Evaluation",
+    "run": "The run",
+}
 ConfigFile = Annotated[
-    Path | None, typer.Option(help="TOML file with any of these settings, e.g. batch_size = 8.")
-]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting as key=value; wins over --config.")
+    Path | None,
+    typer.Option(help="TOML file with any of these settings, such as `batch_size = 8`."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 
@@ -53,16 +67,49 @@ def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def with_flags(
-    cls: type, repeated: tuple[str, ...] = ()
-) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a command one option per field of a configuration class.
+@dataclass(frozen=True)
+class Flag:
+    """An option that sets one setting."""
 
-    The function receives those that were given, as `flags`.
+    name: str
+    """The setting's flat name."""
+    kind: Any
+    default: Any
+    text: str
+    panel: str
+    repeated: bool = False
+    """Whether it may be given several times."""
+
+
+def train_flags(*repeated: str) -> list[Flag]:
+    """An option for every setting of a training run, those that most runs need first.
 
     Args:
-        repeated: fields whose option may be given several times.
+        repeated: names whose option may be given several times, beside those that always may.
     """
+    order = [*FIRST, *(name for name in SETTINGS if name not in FIRST)]
+    kinds, texts = setting_types(), setting_help()
+    return [
+        Flag(
+            name=s.flat,
+            kind=kinds[s.flat],
+            default=s.default,
+            text=texts[s.flat],
+            panel="Most used" if s.flat in FIRST else PANELS[s.section],
+            repeated=s.flat in (*REPEATED, *repeated),
+        )
+        for s in map(SETTINGS.__getitem__, order)
+    ]
+
+
+def class_flags(cls: type) -> list[Flag]:
+    """An option for every field of a flat configuration class."""
+    kinds, texts = field_types(cls), field_help(cls)
+    return [Flag(f.name, kinds[f.name], f.default, texts[f.name], "Options") for f in fields(cls)]
+
+
+def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command these options; it receives those that were given, as `flags`."""
 
     def decorate(command: Callable[..., T]) -> Callable[..., T]:
         kinds = typing.get_type_hints(command, include_extras=True)
@@ -70,9 +117,7 @@ def with_flags(
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kinds[p.name])
             for p in list(inspect.signature(command).parameters.values())[1:]
         ]
-        options = [
-            _option(cls, field.name, field.default, field.name in repeated) for field in fields(cls)
-        ]
+        options = [_option(flag) for flag in flags]
         names = [option.name for option in options]
 
         def wrapper(**arguments: Any) -> T:
@@ -88,20 +133,25 @@ def with_flags(
     return decorate
 
 
-def _option(cls: type, name: str, default: Any, repeated: bool) -> inspect.Parameter:
-    kind = field_types(cls)[name]
-    text = field_help(cls)[name]
-    if typing.get_origin(kind) is typing.Literal:
-        text += f" One of: {', '.join(typing.get_args(kind))}."
+def _option(flag: Flag) -> inspect.Parameter:
+    text, default = flag.text, flag.default
+    if typing.get_origin(flag.kind) is typing.Literal:
+        text += f" One of: {', '.join(typing.get_args(flag.kind))}."
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     text += f" (default: {shown})" if shown else ""
     # read as text, so that one place checks types for flags and files
-    plain = list[str] if repeated else str
+    plain = list[str] if flag.repeated else str
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
-        kind, "CHOICE" if "One of" in text else "LIST"
+        flag.kind, "CHOICE" if "One of" in text else "LIST"
     )
-    option = typer.Option(flag_of(name), help=text, show_default=False, metavar=metavar)
+    option = typer.Option(
+        flag_of(flag.name),
+        help=text,
+        show_default=False,
+        metavar=metavar,
+        rich_help_panel=flag.panel,
+    )
     annotation = Annotated[plain | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )

@@ -4,18 +4,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
-from mlx_grpo.config.settings import REPEATED, TrainConfig
+from mlx_grpo.cli.options import ConfigFile, Quiet, train_flags, with_flags
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.plan.devices import MACS, THIS, check_name
 
 
-@with_flags(TrainConfig, repeated=REPEATED)
+@with_flags(train_flags())
 def plan(
     flags: dict[str, Any],
     config: ConfigFile = None,
-    set: Assignments = None,
     device: Annotated[
         str,
         typer.Option(
@@ -35,20 +33,20 @@ def plan(
 
     Takes the flags of train and reads no weights: each stage's peak, what fits the limit, seconds.
     """
-    from mlx_grpo.plan.planner import machine_of, planner
+    from mlx_grpo.plan.planner import machine_of, planner_for
     from mlx_grpo.plan.scaling import link_speed
     from mlx_grpo.plan.tables import check_fits, show, show_scaling, show_time
 
-    settings, ui = build_config(config, set or (), flags), Console(quiet)
+    settings, ui = build_config(config, flags), Console(quiet)
     check_name(device)
     here = device == THIS
     speed = link_speed(link)
-    planned = planner(settings, here, ranks)
-    found = planned.plan()
+    planner = planner_for(settings, here, ranks)
+    found = planner.plan()
     if found.fits:
         machine = machine_of(device, found)
         show(found, ui)
-        show_time(planned.times(found, machine), settings.num_iterations, machine, ui)
+        show_time(planner.times(found, machine), settings.run.num_iterations, machine, ui)
         if ranks > 1:
-            show_scaling(planned.scaled(machine, speed), link, ui)
-    check_fits(planned, found, ui)
+            show_scaling(planner.scaled(machine, speed), link, ui)
+    check_fits(planner, found, ui)

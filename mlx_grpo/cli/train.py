@@ -1,81 +1,140 @@
-"""`mlx-grpo train`."""
+"""`mlx-grpo train`: one run, or one for each seed."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_grpo.cli.options import Assignments, ConfigFile, Quiet, with_flags
-from mlx_grpo.config.settings import FREE, REPEATED, ROUNDING, TrainConfig
+from mlx_grpo.cli.options import ConfigFile, Quiet, train_flags, with_flags
+from mlx_grpo.config.checks import check
+from mlx_grpo.config.settings import (
+    FREE,
+    ROUNDING,
+    TrainConfig,
+    flag_of,
+    flat_values,
+    with_settings,
+)
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_grpo.training.seeds import PlannedRun
+    from mlx_grpo.distributed.ranks import Ranks
 
 
-@with_flags(TrainConfig, repeated=("seed", *REPEATED))
+@dataclass(frozen=True)
+class Run:
+    """A run to be trained."""
+
+    config: TrainConfig
+    resume: bool = False
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(map(flag_of, names))
+
+
+@with_flags(train_flags("seed"))
 def train(
     flags: dict[str, Any],
     config: ConfigFile = None,
-    set: Assignments = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --output with its own settings, bit for bit. Free to change: "
-            f"{', '.join(FREE)}; {', '.join(ROUNDING)} move the last bits; inputs may move to "
-            "another path.",
+            help="Continue the run in --output with its own settings, bit for bit. These may "
+            f"change: {_flags(FREE)}. These change the last bits: {_flags(ROUNDING)}. Input files "
+            "may move to another path.",
         ),
     ] = False,
     allow_config_change: Annotated[
         bool,
         typer.Option(
             "--allow-config-change",
-            help="Resume although other settings, or the contents of inputs, have changed.",
+            help="Resume even though other settings, or the contents of inputs, have changed.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="One iteration; nothing is kept.")
+        bool, typer.Option("--dry-run", help="Run one iteration and keep nothing.")
     ] = False,
     quiet: Quiet = False,
 ) -> bool:
     """Train a LoRA on the SFT model with GRPO.
 
-    --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C or
-    SIGTERM ended it early.
+    Give --seed several times to train one run after the other. Exits with 130 if Ctrl-C or SIGTERM
+    stopped a run early.
     """
     from mlx_grpo.distributed.launch import launched
-    from mlx_grpo.training.seeds import planned_by_leader, train_all
 
     ui = Console(quiet)
     with launched(ui) as ranks:
-        runs = _planned(flags, config, set or (), resume) if ranks.leads else []
-        runs = planned_by_leader(ranks, runs)
+        runs = _runs(flags, config, resume) if ranks.leads else []
+        runs = _shared(ranks, runs)
         return train_all(runs, ui, dry_run, allow_config_change, ranks)
 
 
-def _planned(
-    flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
-) -> list["PlannedRun"]:
+def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
     from mlx_grpo.run.directory import CONFIG, is_run
-    from mlx_grpo.training.seeds import PlannedRun
 
     seeds = flags.pop("seed", [])
-    configs = [build_config(file, assignments, {**flags, "seed": s}) for s in seeds]
+    configs = [build_config(file, {**flags, "seed": s}) for s in seeds]
     if not configs:
-        configs = [build_config(file, assignments, flags)]
+        configs = [build_config(file, flags)]
     if len(configs) > 1:
-        configs = [replace(c, output=c.output and f"{c.output}/seed-{c.seed}") for c in configs]
+        outputs = (c.run.output and f"{c.run.output}/seed-{c.run.seed}" for c in configs)
+        configs = [with_settings(c, output=o) for c, o in zip(configs, outputs, strict=True)]
     runs = []
     for c in configs:
         started = is_run(c.run_directory)
         if resume and started and file is None:
             # the run knows its own settings; flags that contradict them are refused later
-            given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
-            c = build_config(c.run_directory / CONFIG, assignments, given)
+            given = {**flags, "output": c.run.output, **({"seed": c.run.seed} if seeds else {})}
+            c = build_config(c.run_directory / CONFIG, given)
         # of several seeds, those not started yet start now
-        runs.append(PlannedRun(c, resume and (started or len(configs) == 1)))
+        runs.append(Run(c, resume and (started or len(configs) == 1)))
     return runs
+
+
+def _shared(ranks: "Ranks", runs: Sequence[Run]) -> list[Run]:
+    """Rank 0's runs on every rank: only rank 0 sees the run directories."""
+    plain = ranks.gather([(flat_values(r.config), r.resume) for r in runs])[0]
+    if ranks.leads:
+        return list(runs)
+    return [Run(build_config(flags=values), resume) for values, resume in plain]
+
+
+def train_all(
+    runs: Sequence[Run], ui: Console, dry_run: bool, allow_change: bool, ranks: "Ranks"
+) -> bool:
+    """Train one run after the other on weights that are loaded once; False if a signal stopped one.
+
+    Raises:
+        InputError: wrong input; a directory in the way of the last run is found before the first.
+    """
+    from mlx_grpo.run.directory import check_vacant
+    from mlx_grpo.training.loop import train
+    from mlx_grpo.training.setup import SharedModels
+
+    if len({run.config.run_directory for run in runs}) < len(runs):
+        raise InputError("--seed: the same seed twice; give each once")
+    for run in runs:
+        check(run.config)
+        if not dry_run and ranks.leads:
+            check_vacant(run.config.run_directory, run.resume)
+    load = SharedModels()
+    done = all(train(r.config, ui, r.resume, dry_run, allow_change, load, ranks) for r in runs)
+    if done and len(runs) > 1 and not dry_run and ranks.leads:
+        _compare([r.config.run_directory for r in runs], ui)
+    return done
+
+
+def _compare(runs: Sequence[Path], ui: Console) -> None:
+    from mlx_grpo.report.write import comparison, try_report
+
+    if page := try_report(runs, ui.warn):
+        title = f"{len(runs)} runs on held-out prompts, mean ± standard deviation"
+        ui.table(title, ("", "SFT model", "after GRPO"), comparison(runs))
+        ui.say(f"compared in {page}")

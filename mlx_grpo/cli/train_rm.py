@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from mlx_grpo.cli.options import Quiet, with_flags
+from mlx_grpo.cli.options import Quiet, class_flags, with_flags
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.config.sources import typed_flags
 from mlx_grpo.console.output import Console
 
 
-@with_flags(RewardTrainConfig)
+@with_flags(class_flags(RewardTrainConfig))
 def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     """Train a reward model on preference pairs: LoRA and scalar head, Bradley-Terry loss."""
     from mlx_grpo.reward_modeling.quality import show_quality

@@ -1,12 +1,12 @@
 """Refuse settings that cannot work, naming flag, value and bound."""
 
 import re
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig, flag_of
+from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig, flag_of, flat_values
+from mlx_grpo.core.dates import is_date
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.clock import is_date
 
 POSITIVE = {
     "temperature",
@@ -26,16 +26,18 @@ AT_LEAST_ZERO = {
     "weight_decay",
     "kl_stop_factor",
     "lora_blocks",
+    "lora_layers",
+    "update_rows",
     "clip_range_high",
     "show_every",
     "patience",
 }
 
 
-def need(config: Any, name: str, condition: bool, rule: str) -> None:
-    """Raise InputError that `name` must be `rule` unless `condition` holds."""
+def need(flat: str, value: Any, condition: bool, rule: str) -> None:
+    """Raise InputError that a flag must be `rule` unless `condition` holds."""
     if not condition:
-        raise InputError(f"{flag_of(name)}: must be {rule}, not {getattr(config, name)!r}")
+        raise InputError(f"{flag_of(flat)}: must be {rule}, not {value!r}")
 
 
 def parse_bytes(text: str) -> int:
@@ -53,74 +55,80 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-def check_ranges(config: Any) -> None:
+def check_ranges(values: Mapping[str, Any]) -> None:
     """Refuse numbers no configuration can work with: counts below 1, rates not positive.
 
     Raises:
         InputError: naming flag, value and bound.
     """
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
+    for name, value in values.items():
         if name == "template_date":
-            need(config, name, not value or is_date(value), "a date such as 2026-01-31")
+            need(name, value, not value or is_date(value), "a date such as 2026-01-31")
         elif name in POSITIVE:
-            need(config, name, value > 0, "more than 0")
+            need(name, value, value > 0, "more than 0")
         elif name in AT_LEAST_ZERO:
-            need(config, name, value >= 0, "0 or more")
+            need(name, value, value >= 0, "0 or more")
         elif type(value) is int:
-            need(config, name, value >= 1, "at least 1")
-        elif name == "valid_fraction":
-            need(config, name, 0 <= value < 1, "at least 0 and below 1")
-        elif name == "test_fraction":
-            need(config, name, 0 < value < 1, "between 0 and 1")
+            need(name, value, value >= 1, "at least 1")
 
 
-def check(config: TrainConfig) -> None:
+def check_reward_training(config: RewardTrainConfig) -> None:
+    """Refuse values that cannot work in training a reward model.
+
+    Raises:
+        InputError: naming flag, value and bound.
+    """
+    check_ranges(vars(config))
+    valid, test = config.valid_fraction, config.test_fraction
+    need("valid_fraction", valid, 0 <= valid < 1, "at least 0 and below 1")
+    need("test_fraction", test, 0 < test < 1, "between 0 and 1")
+
+
+def check(config: TrainConfig, more_rewards: bool = False) -> None:
     """Refuse values that cannot work.
 
-    Raises:
-        InputError: naming flag, value and bound.
-    """
-    check_ranges(config)
-    c = config
-    parse_bytes(c.memory_limit)
-    need(c, "K", c.K >= 2, "at least 2: an advantage compares the answers of a group")
-    need(c, "clip_range", 0 < c.clip_range < 1, "between 0 and 1")
-    need(c, "reward_alpha", 0 <= c.reward_alpha < 1, "at least 0 and below 1")
-    need(
-        c, "kl_targets", bool(c.kl_targets) and min(c.kl_targets) > 0, "one or more numbers above 0"
-    )
-    need(
-        c,
-        "kl_phases",
-        len(c.kl_phases) in (0, len(c.kl_targets)),
-        "as many numbers as --kl-targets",
-    )
-    need(c, "kl_phases", all(p > 0 for p in c.kl_phases), "numbers above 0")
-    need(
-        c,
-        "kl_beta_min",
-        0 < c.kl_beta_min <= c.kl_beta <= c.kl_beta_max,
-        "at most kl-beta <= kl-beta-max",
-    )
-    need(c, "kl_lr_min", 0 < c.kl_lr_min <= c.kl_lr_max, "above 0 and at most kl-lr-max")
-    if c.kl_control == "lr":
-        within = c.kl_lr_min <= c.learning_rate <= c.kl_lr_max
-        need(c, "learning_rate", within, "between kl-lr-min and kl-lr-max")
-    check_rewards(config)
-
-
-def check_rewards(config: TrainConfig) -> None:
-    """Refuse rewards that cannot be added up; not before those given as Python objects are known.
+    Args:
+        more_rewards: reward functions may follow as Python objects, so whether the rewards fit
+            together is not checked yet.
 
     Raises:
         InputError: naming flag, value and bound.
     """
-    c = config
-    need(
-        c,
-        "reward_weights",
-        len(c.reward_weights) in (0, len(c.reward)),
-        "as many numbers as --reward",
-    )
-    need(c, "rm_model", c.rm_model != "none" or bool(c.reward), "a directory, or give --reward")
+    values = flat_values(config)
+    check_ranges(values)
+    parse_bytes(config.run.memory_limit)
+
+    def must(flat: str, condition: bool, rule: str) -> None:
+        need(flat, values[flat], condition, rule)
+
+    k = config.rollout.K
+    must("K", k >= 2, "at least 2: an advantage compares the completions of a group")
+    rows = config.optimizer.update_rows
+    must("update_rows", rows == 0 or 2 <= rows <= k, "0, or from 2 to --K")
+    must("clip_range", 0 < config.optimizer.clip_range < 1, "between 0 and 1")
+    must("reward_alpha", 0 <= config.reward.alpha < 1, "at least 0 and below 1")
+    if not more_rewards:
+        _check_rewards(config, must)
+    _check_kl(config, must)
+
+
+def _check_rewards(config: TrainConfig, must: Any) -> None:
+    reward = config.reward
+    counts = (0, len(reward.functions))
+    must("reward_weights", len(reward.weights) in counts, "as many numbers as --reward")
+    some = reward.model != "none" or bool(reward.functions)
+    must("rm_model", some, "a directory, or give --reward")
+
+
+def _check_kl(config: TrainConfig, must: Any) -> None:
+    kl = config.kl
+    must("kl_targets", bool(kl.targets) and min(kl.targets) > 0, "one or more numbers above 0")
+    must("kl_phases", len(kl.phases) in (0, len(kl.targets)), "as many numbers as --kl-targets")
+    must("kl_phases", all(p > 0 for p in kl.phases), "numbers above 0")
+    must("kl_share", 0 < kl.share <= 1, "above 0 and at most 1")
+    betas = 0 < kl.beta_min <= kl.beta <= kl.beta_max
+    must("kl_beta_min", betas, "above 0, with --kl-beta-min <= --kl-beta <= --kl-beta-max")
+    must("kl_lr_min", 0 < kl.lr_min <= kl.lr_max, "above 0 and at most --kl-lr-max")
+    if kl.control == "lr":
+        within = kl.lr_min <= config.optimizer.learning_rate <= kl.lr_max
+        must("learning_rate", within, "between --kl-lr-min and --kl-lr-max")

@@ -1,76 +1,156 @@
-"""Configuration: frozen dataclasses; the docstring under a field is its help on the command line.
+"""Settings: frozen dataclasses by concern. The docstring under a field is its help text.
 
-How files and flags become one: `sources.py`.
+Every setting has one flat name, which is its flag and its old TOML key: `evaluation.every` is
+`eval_every` and `--eval-every`. Where the two differ, the field says so with `named`. How files and
+flags become settings: `sources.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 REPEATED = ("reward", "eval_reward", "log")
-"""Fields whose option may be given several times."""
+"""Settings whose flag may be given several times."""
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
     *("show_every", "log"),
 )
 """May change when a run is resumed: no number depends on them."""
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
-"""May change as well: only the order of sums depends on them, so the last bits may differ; unless
-they make the weights be held in another form, which is compared on its own."""
+"""May change as well: only the order of sums depends on them, so the last bits may differ. A change
+that makes the weights be held in another form is compared separately."""
 BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
-"""Paths: what is there counts, not where it is. Everything else shapes the numbers,
-`num_iterations` too, because the KL targets' phases are shares of it."""
+"""Paths: their content counts, not their place. Everything else shapes the numbers,
+`num_iterations` too, because the phases of the KL target are shares of it."""
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 
-def flag_of(name: str) -> str:
-    """The command line's option for a field."""
-    return "--K" if name == "K" else f"--{name.replace('_', '-')}"
+def named(flat: str, default: Any) -> Any:
+    """A field whose flag is not simply its own name."""
+    return field(default=default, metadata={"flat": flat})
+
+
+def flag_of(flat: str) -> str:
+    """The flag of a setting, by its flat name."""
+    return "--K" if flat == "K" else f"--{flat.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Every number of a training run."""
+class ModelSettings:
+    """The SFT model and the adapter that is trained on it."""
 
-    actor_model: str = "weights/sft-4bit"
-    """Directory of the supervised fine-tuned model (mlx-lm format, see `mlx-grpo convert`)."""
-    rm_model: str = "weights/rm-4bit"
-    """Directory of the reward model; `none` to train on --reward functions alone."""
-    prompts: str = "data/rl_prompts.jsonl"
-    """Training prompts: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
-    eval_prompts: str = "data/eval_prompts.jsonl"
-    """Held-out prompts, likewise; a `response` field serves as reference answer for the
-    perplexity."""
-    output: str = ""
-    """Run directory; empty means runs/seed-SEED."""
-    seed: int = 42
-    """Seed of every random number of the run."""
-
+    actor: str = named("actor_model", "weights/sft-4bit")
+    """SFT model: a directory in mlx-lm format, as `mlx-grpo convert` writes it."""
     template_date: str = ""
     """Date that a chat template sees as today, such as 2026-01-31; empty means the day on which the
-    run starts, which it then keeps."""
-    prompt_column: str = ""
-    """Field of both prompt files that holds the prompt, where it is not `prompt` or `messages`."""
-    response_column: str = ""
-    """Field of --eval-prompts that holds the reference answer, where it is not `response`."""
+    run starts, and the run keeps it."""
+    lora_rank: int = 16
+    """Rank of the LoRA on the linear layers of the blocks."""
+    lora_scale: float = 2.0
+    """Factor of the LoRA (absolute: what other libraries write as alpha / rank)."""
+    lora_layers: int = 0
+    """Last blocks that get a LoRA. Fewer cost less, because the backward pass ends there; 0 means
+    all."""
 
-    num_iterations: int = 800
-    """Iterations: one rollout and its update each."""
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The prompts to train on."""
+
+    prompts: str = "data/rl_prompts.jsonl"
+    """Training prompts: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
+    prompt_column: str = ""
+    """Field of both prompt files that holds the prompt, if it is not `prompt` or `messages`."""
+    response_column: str = ""
+    """Field of --eval-prompts that holds the reference answer, if it is not `response`."""
+    max_prompt_length: int = 256
+    """Prompts longer than this many tokens, chat template included, are skipped and counted."""
     batch_size: int = 16
     """Prompts per iteration."""
+    prompt_sampling: Literal["uniform", "adaptive"] = "uniform"
+    """Visit every prompt once per epoch, or prefer those whose completions differ in reward."""
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How completions are sampled."""
+
     K: int = 6
     """Completions per prompt."""
     temperature: float = 1.0
     """Sampling temperature; log-probs are taken at the same temperature."""
     max_completion_length: int = 256
-    """Longest completion in tokens."""
-    max_prompt_length: int = 256
-    """Prompts longer than this, chat template included, are skipped and counted."""
+    """Longest completion, in tokens."""
     decode_rows: int = 0
-    """Completions decoded together; 0 means all of an iteration, or as many as memory allows."""
+    """Completions decoded together; 0 means all of an iteration, or as many as fit in memory."""
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """How completions are scored, and how scores become advantages."""
+
+    model: str = named("rm_model", "weights/rm-4bit")
+    """Reward model directory; `none` to train on --reward functions alone."""
+    model_weight: float = named("rm_weight", 1.0)
+    """Weight of the reward model's score beside custom rewards."""
+    residency: Literal["auto", "resident", "swap"] = named("rm_residency", "auto")
+    """Whether a reward model with its own backbone stays in memory or is read again for each
+    scoring; auto keeps it if it fits."""
+    functions: tuple[str, ...] = named("reward", ())
+    """Custom reward function, module:function or file.py:function; may be given several times."""
+    weights: tuple[float, ...] = named("reward_weights", ())
+    """Weights of the custom rewards, in their order; empty means 1 each."""
+    timeout: float = named("reward_timeout", 60.0)
+    """Seconds a custom reward function may take for the completions of one prompt; after that the
+    run ends."""
+    alpha: float = named("reward_alpha", 0.99)
+    """Decay of the moving mean and standard deviation that normalise scores."""
+    clip: float = named("reward_clip", 5.0)
+    """Normalised scores are clipped to plus or minus this."""
+    scale_advantages: Literal["none", "std"] = "none"
+    """Whether advantages are divided by the group's standard deviation."""
+
+
+@dataclass(frozen=True)
+class KLSettings:
+    """How the KL to the reference is held on its target."""
+
+    control: Literal["decay", "reward", "lr", "none"] = named("kl_control", "decay")
+    """What holds the KL on target: decay of the adapter towards the reference, a penalty in the
+    reward, the learning rate, or nothing."""
+    schedule: Literal["phased", "constant", "linear"] = named("kl_schedule", "phased")
+    """How the KL target moves over the run."""
+    targets: tuple[float, ...] = named("kl_targets", (0.05, 0.02, 0.01))
+    """KL targets in nats per token."""
+    share: float = named("kl_share", 1.0)
+    """Share of the completions on which the KL is measured, drawn at random. Under --kl-control
+    reward and in evaluations it is measured on all of them."""
+    phases: tuple[float, ...] = named("kl_phases", ())
+    """Relative lengths of the phases; empty means equal lengths."""
+    beta: float = named("kl_beta", 10.0)
+    """First weight of the KL penalty of --kl-control reward, in normalised score per (nat per
+    token)."""
+    gain: float = named("kl_gain", 1.0)
+    """Gain of the controller; it was tuned at 1 (bench/learning/kl_simulation.py)."""
+    beta_min: float = named("kl_beta_min", 0.1)
+    """Smallest penalty weight."""
+    beta_max: float = named("kl_beta_max", 1000.0)
+    """Largest penalty weight."""
+    lr_min: float = named("kl_lr_min", 1e-6)
+    """Smallest learning rate under --kl-control lr."""
+    lr_max: float = named("kl_lr_max", 1e-3)
+    """Largest learning rate under --kl-control lr."""
+    stop_factor: float = named("kl_stop_factor", 1.5)
+    """Skip the remaining minibatches once the update's own KL passes this times the target; 0:
+    never."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The loss and the steps of the optimizer."""
 
     learning_rate: float = 1e-4
-    """Learning rate of AdamW. LoRA wants more than full fine-tuning does."""
+    """Learning rate of AdamW. LoRA needs a higher one than full fine-tuning."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5
@@ -79,107 +159,148 @@ class TrainConfig:
     """Prompts per optimizer step."""
     epochs: int = 1
     """Passes over each rollout."""
+    update_rows: int = 0
+    """Completions per prompt that the update learns from: those whose rewards differ most; 0 means
+    all K."""
     rows_per_pass: int = 0
-    """Completions per forward and backward pass; fewer need less memory; 0 means all of similar
-    length, which lets the first forward serve as old log-probs, or as many as memory allows."""
-    memory_limit: str = ""
-    """Most memory MLX may take, as 2.5GB or 6GiB; empty means what the machine recommends. What is
-    left at 0 above is chosen to fit (see `mlx-grpo plan`)."""
-    rm_residency: Literal["auto", "resident", "swap"] = "auto"
-    """A reward model of its own: kept in memory, or read anew for each scoring; auto: kept if it
-    fits."""
-    lora_rank: int = 16
-    """Rank of the LoRA on all linear layers of the blocks."""
-    lora_scale: float = 2.0
-    """Factor of the LoRA (absolute: what other libraries write as alpha / rank)."""
-
+    """Completions per forward and backward pass. Fewer need less memory; 0 means all of similar
+    length, or as many as fit in memory."""
     clip_range: float = 0.2
-    """Clip of the importance ratio: 1 - c to 1 + c."""
+    """Clip range of the importance ratio: 1 - c to 1 + c."""
     clip_range_high: float = 0.0
-    """Upper clip where it differs (clip-higher, DAPO); 0 means the same as --clip-range."""
+    """Upper clip range where it differs (clip-higher, DAPO); 0 means the same as --clip-range."""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
-    """Mean over tokens then completions, over all tokens, or by the constant longest length (Dr.
-    GRPO)."""
+    """Mean over tokens and then completions, mean over all tokens, or sum divided by the longest
+    possible completion (Dr. GRPO)."""
     ratio_level: Literal["token", "sequence"] = "token"
     """Importance ratio per token, or per completion (GSPO)."""
-    scale_advantages: Literal["none", "std"] = "none"
-    """Divide the advantages by the group's standard deviation or not."""
 
-    reward: tuple[str, ...] = ()
-    """Custom reward function, module:function or file.py:function; may be given several times."""
-    reward_weights: tuple[float, ...] = ()
-    """Weights of the custom rewards, in their order; empty means 1 each."""
-    eval_reward: tuple[str, ...] = ()
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation during training."""
+
+    prompts: str = named("eval_prompts", "data/eval_prompts.jsonl")
+    """Held-out prompts, in the same forms; a `response` field is the reference answer for the
+    perplexity."""
+    every: int = named("eval_every", 50)
+    """Iterations between evaluations. There is also one before the first iteration and one after
+    the last."""
+    limit: int = named("eval_limit", 0)
+    """Held-out prompts used by the evaluations during training; 0 means all."""
+    rewards: tuple[str, ...] = named("eval_reward", ())
     """Like --reward, but only measured, never trained on: a gold judge that shows whether the
     reward is being fooled. May be given several times."""
-    reward_timeout: float = 60.0
-    """Seconds a custom reward function may take for one prompt's completions; then the run ends."""
-    rm_weight: float = 1.0
-    """Weight of the reward model's score beside custom rewards."""
-    reward_alpha: float = 0.99
-    """Decay of the score normaliser's moving mean and standard deviation."""
-    reward_clip: float = 5.0
-    """Normalised scores are clipped to plus or minus this."""
 
-    kl_control: Literal["decay", "reward", "lr", "none"] = "decay"
-    """What holds the KL on target: decay of the adapter towards the reference, a penalty in the
-    reward, the learning rate, or nothing."""
-    kl_schedule: Literal["phased", "constant", "linear"] = "phased"
-    """How the KL target moves over the run."""
-    kl_targets: tuple[float, ...] = (0.05, 0.02, 0.01)
-    """KL targets in nats per token."""
-    kl_phases: tuple[float, ...] = ()
-    """Relative lengths of the phases; empty means equal ones."""
-    kl_beta: float = 10.0
-    """First weight of the KL penalty of --kl-control reward, in normalised score per (nat per
-    token)."""
-    kl_gain: float = 1.0
-    """Gain of the controller: 1 is what was tuned (bench/learning/kl_simulation.py)."""
-    kl_beta_min: float = 0.1
-    """Smallest penalty weight."""
-    kl_beta_max: float = 1000.0
-    """Largest penalty weight."""
-    kl_lr_min: float = 1e-6
-    """Smallest learning rate under --kl-control lr."""
-    kl_lr_max: float = 1e-3
-    """Largest learning rate under --kl-control lr."""
-    kl_stop_factor: float = 1.5
-    """Skip remaining minibatches once old-to-new KL passes this times the target; 0: never."""
 
-    eval_every: int = 50
-    """Iterations between evaluations (also one before the first and one after the last)."""
-    eval_limit: int = 0
-    """Held-out prompts used by the evaluations during training; 0 means all."""
+@dataclass(frozen=True)
+class RunSettings:
+    """The run itself: how long, where, what is kept and shown."""
+
+    output: str = ""
+    """Run directory; empty means runs/seed-SEED."""
+    seed: int = 42
+    """Seed of every random number of the run."""
+    num_iterations: int = 800
+    """Iterations, each one rollout and its update."""
     checkpoint_every: int = 50
     """Iterations between checkpoints."""
     keep: int = 3
-    """Checkpoints kept, newest first."""
+    """How many checkpoints to keep."""
+    memory_limit: str = ""
+    """Most memory MLX may take, such as 2.5GB or 6GiB; empty means what the machine recommends.
+    Sizes left at 0 are chosen to fit (see `mlx-grpo plan`)."""
     show_every: int = 10
-    """Iterations between tables of answers on a terminal; 0: none."""
+    """Iterations between tables of sample answers on a terminal; 0: none."""
     log: tuple[TrackerName, ...] = ()
-    """Where else the figures go: tensorboard, trackio, wandb; may be given several times."""
+    """Also log metrics to tensorboard, trackio or wandb; may be given several times."""
     max_skipped_steps: int = 5
-    """Stop after this many iterations in a row that met a value that is not finite."""
+    """Stop after this many iterations in a row with NaN or infinity."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    kl: KLSettings = field(default_factory=KLSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    run: RunSettings = field(default_factory=RunSettings)
 
     @property
     def run_directory(self) -> Path:
         """Where the run is written."""
-        return Path(self.output or f"runs/seed-{self.seed}")
+        return Path(self.run.output or f"runs/seed-{self.run.seed}")
 
     @property
     def columns(self) -> dict[str, str]:
         """What `prompt` and `response` are called in the file of held-out prompts."""
-        return {"prompt": self.prompt_column, "response": self.response_column}
+        return {"prompt": self.data.prompt_column, "response": self.data.response_column}
 
     @property
     def gold_names(self) -> list[str]:
-        """What the figures call the --eval-reward functions."""
-        return [spec.rpartition(":")[2] for spec in self.eval_reward]
+        """What the metrics call the --eval-reward functions."""
+        return [spec.rpartition(":")[2] for spec in self.evaluation.rewards]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a setting lives: `config.SECTION.FIELD`; its flat name names its flag."""
+
+    flat: str
+    section: str
+    field: str
+    default: Any
+
+
+def _settings() -> dict[str, Setting]:
+    found = [
+        Setting(f.metadata.get("flat", f.name), section.name, f.name, f.default)
+        for section in fields(TrainConfig)
+        for f in fields(section.default_factory)  # type: ignore[arg-type]
+    ]
+    return {s.flat: s for s in found}
+
+
+SETTINGS = _settings()
+"""Every setting of a training run by its flat name, in the order of the sections."""
+
+
+def flat_values(config: TrainConfig) -> dict[str, Any]:
+    """The value of every setting, by flat name."""
+    return {s.flat: getattr(getattr(config, s.section), s.field) for s in SETTINGS.values()}
+
+
+def with_settings(config: TrainConfig, **values: Any) -> TrainConfig:
+    """The configuration with other values, by flat name.
+
+    Raises:
+        KeyError: an unknown name.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        s = SETTINGS[name]
+        sections.setdefault(s.section, {})[s.field] = value
+    new = {name: replace(getattr(config, name), **own) for name, own in sections.items()}
+    return replace(config, **new)
+
+
+def train_config(**values: Any) -> TrainConfig:
+    """A configuration from flat names, as flags give them: `train_config(K=4, eval_every=10)`.
+
+    Raises:
+        KeyError: an unknown name.
+    """
+    return with_settings(TrainConfig(), **values)
 
 
 @dataclass(frozen=True)
 class RewardTrainConfig:
-    """Every number of a reward-model training."""
+    """All settings of a reward model training."""
 
     model: str = "weights/sft-4bit"
     """Directory of the SFT model the reward model grows on."""
@@ -217,10 +338,10 @@ class RewardTrainConfig:
     template_date: str = ""
     """Date that a chat template sees as today, such as 2026-01-31; empty means today's."""
     prompt_column: str = ""
-    """Field that holds the prompt, where it is not `prompt` or `messages`."""
+    """Field that holds the prompt, if it is not `prompt` or `messages`."""
     chosen_column: str = ""
-    """Field that holds the preferred answer, where it is not `chosen`."""
+    """Field that holds the preferred answer, if it is not `chosen`."""
     rejected_column: str = ""
-    """Field that holds the other answer, where it is not `rejected`."""
+    """Field that holds the other answer, if it is not `rejected`."""
     max_length: int = 512
     """Pairs longer than this many tokens, prompt included, are skipped and counted."""

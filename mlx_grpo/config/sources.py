@@ -1,8 +1,7 @@
-"""TOML file, `--set` texts and command-line flags to one checked configuration, and back to TOML.
+"""Command-line flags and TOML files to one checked configuration, and back to TOML.
 
-Precedence: flags, then `--set`, then the file, then the defaults. In TOML and in `--set` a table
-name and a key join with an underscore: `[kl] control = "lr"`, `kl.control=lr` and `kl_control=lr`
-say the same.
+Flags win over the file, the file wins over the defaults. A TOML key is a field in the table of its
+section (`[kl] targets = [0.05]`) or a setting's flat name, in any table or none (`kl_targets`).
 """
 
 import ast
@@ -14,13 +13,13 @@ import sys
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_grpo.config.checks import check
-from mlx_grpo.config.settings import TrainConfig, flag_of
+from mlx_grpo.config.settings import SETTINGS, TrainConfig, flag_of, flat_values, train_config
 from mlx_grpo.core.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -52,30 +51,58 @@ def field_types(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _known(cls: type, key: str, place: str) -> str:
-    name = key.replace(".", "_").replace("-", "_")
-    names = [f.name for f in fields(cls)]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean '{near[0]}'?" if near else "see --help for the fields"
-        raise InputError(f"{place}: unknown key '{key}'; {hint}")
-    return name
+@cache
+def setting_help() -> dict[str, str]:
+    """The help text of every setting of a training run, by flat name."""
+    return {s.flat: field_help(_section(s.section))[s.field] for s in SETTINGS.values()}
 
 
-def _coerce(place: str, name: str, kind: Any, value: Any) -> Any:
-    """The value in the field's type; a text is parsed, a wrong type is refused."""
+@cache
+def setting_types() -> dict[str, Any]:
+    """The type of every setting of a training run, by flat name."""
+    return {s.flat: field_types(_section(s.section))[s.field] for s in SETTINGS.values()}
+
+
+def _section(name: str) -> type:
+    found: type = typing.get_type_hints(TrainConfig)[name]
+    return found
+
+
+def flat_name(place: str, key: str) -> str:
+    """The flat name that a TOML key or an argument of the Python interface means.
+
+    Raises:
+        InputError: there is no such setting; a near one is suggested.
+    """
+    table, _, leaf = key.replace("-", "_").rpartition(".")
+    for s in SETTINGS.values():
+        if (table, leaf) == (s.section, s.field):
+            return s.flat
+    for name in (f"{table}_{leaf}".replace(".", "_"), leaf):
+        if name.lstrip("_") in SETTINGS:
+            return name.lstrip("_")
+    wanted = key.replace(".", "_").replace("-", "_")
+    near = difflib.get_close_matches(wanted, SETTINGS, 1)
+    hint = f"did you mean '{near[0]}'?" if near else "see mlx-grpo train --help"
+    raise InputError(f"{place}: unknown setting '{key}'; {hint}")
+
+
+def typed(place: str, kind: Any, value: Any) -> Any:
+    """A value in a setting's type; a text is parsed.
+
+    Raises:
+        InputError: `place` and what it must be.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value not in arguments:
-            raise InputError(
-                f"{place}: field '{name}' must be one of {', '.join(arguments)}, not {value!r}"
-            )
+            raise InputError(f"{place}: must be one of {', '.join(arguments)}, not {value!r}")
         return value
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, Sequence):
             items = [items]
-        return tuple(_coerce(place, name, arguments[0], i) for i in items if i != "")
+        return tuple(typed(place, arguments[0], i) for i in items if i != "")
     try:
         if kind is str and isinstance(value, str):
             return value
@@ -88,7 +115,7 @@ def _coerce(place: str, name: str, kind: Any, value: Any) -> Any:
                 return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(f"{place}: field '{name}' must be {_TYPE_NAMES[kind]}, not {value!r}")
+    raise InputError(f"{place}: must be {_TYPE_NAMES[kind]}, not {value!r}")
 
 
 _TYPE_NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
@@ -120,46 +147,45 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def build_config(
-    file: Path | None = None,
-    assignments: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, more_rewards: bool = False
 ) -> TrainConfig:
-    """The configuration from a TOML file, `--set key=value` texts and command-line flags, checked.
+    """The configuration from a TOML file and from flags by flat name, checked.
+
+    Args:
+        more_rewards: see `check`.
 
     Raises:
-        InputError: unknown key, wrong type, or a value out of range.
+        InputError: unknown setting, wrong type, or a value out of range.
     """
-    kinds = field_types(TrainConfig)
     values: dict[str, Any] = {}
     for key, value in (read_toml(file) if file else {}).items():
-        name = _known(TrainConfig, key, str(file))
-        values[name] = _coerce(str(file), name, kinds[name], value)
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set {text}: write it as key=value")
-        name = _known(TrainConfig, key.strip(), f"--set {text}")
-        values[name] = _coerce(f"--set {text}", name, kinds[name], value.strip())
-    config = TrainConfig(**{**values, **typed_flags(TrainConfig, flags or {})})
-    check(config)
+        name = flat_name(str(file), key)
+        values[name] = typed(f"{file}: {key}", setting_types()[name], value)
+    for name, value in (flags or {}).items():
+        values[name] = typed(flag_of(name), setting_types()[name], value)
+    config = train_config(**values)
+    check(config, more_rewards)
     return config
 
 
 def typed_flags(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Command-line texts in the types of the fields.
+    """Command-line texts in the types of a flat dataclass's fields.
 
     Raises:
         InputError: a text that does not fit.
     """
     kinds = field_types(cls)
-    return {n: _coerce(flag_of(n), n, kinds[n], value) for n, value in flags.items()}
+    return {n: typed(flag_of(n), kinds[n], value) for n, value in flags.items()}
 
 
 def to_toml(config: TrainConfig) -> str:
-    """The configuration as TOML, each field under its help text."""
-    lines = []
-    for name, value in asdict(config).items():
+    """The configuration as TOML: a table for each section, each field under its help text."""
+    lines, section, values = [], "", flat_values(config)
+    for s in SETTINGS.values():
+        if s.section != section:
+            section = s.section
+            lines += [f"[{section}]"]
         # JSON's texts, numbers and lists are TOML's too, but for DEL
-        written = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        lines += [f"# {' '.join(field_help(TrainConfig)[name].split())}", f"{name} = {written}", ""]
+        written = json.dumps(values[s.flat], ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines += [f"# {' '.join(setting_help()[s.flat].split())}", f"{s.field} = {written}", ""]
     return "\n".join(lines)

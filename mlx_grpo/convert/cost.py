@@ -6,15 +6,13 @@ measured on the machine that can convert it.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.core.errors import InputError
@@ -23,8 +21,8 @@ from mlx_grpo.data.chat import answer_tokens, conversation_tokens
 from mlx_grpo.data.messages import pair_conversation
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.data.tables import read_rows
-from mlx_grpo.grpo.logprob import chunk_tokens
-from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.models.block_reader import cast_around_blocks, embed_rows, let_go, run_blocks
+from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 from mlx_grpo.models.reward_model import reward_head, without_padding
 
 TEXTS = 24
@@ -193,23 +191,13 @@ def streamed(
 ) -> list[tuple[mx.array, mx.array]]:
     """Hidden states after the last block, [1, S, D] and [1, T, D] for each row, with the weights of
     one block in memory at a time."""
-    # looking tokens up needs no unpacked embedding, but scales that do not round what is looked up
-    decoder = _without_blocks(open_model(), replace(precision, dense=False))
+    decoder = Decoder(open_model())
+    cast_around_blocks(decoder, precision.dtype)
+    entered = [embed_rows(decoder, mx.array([a]), mx.array([b])) for a, b in rows]
     with decoder.without_blocks():
-        floats = partial(_floats_as, precision.dtype)
-        decoder.model.update(tree_map(floats, decoder.model.parameters()))
-    entered = [decoder.embed(mx.array([a]), mx.array([b])) for a, b in rows]
-    states = [(e.h_prompt, e.h_rows) for e in entered]
-    mx.eval(states)
-    with decoder.without_blocks():
-        _let_go(decoder.model)
-    for i, block in enumerate(decoder.blocks):
-        apply_precision(block, precision)
-        for j, e in enumerate(entered):
-            states[j] = decoder.run_block(e, i, *states[j])
-            mx.eval(states[j])
-        _let_go(block)
-    return states
+        let_go(decoder.model)
+    run_blocks(decoder, entered, precision)
+    return [(r.h_prompt, r.h_rows) for r in entered]
 
 
 def _without_blocks(model: nn.Module, precision: Precision) -> Decoder:
@@ -218,15 +206,6 @@ def _without_blocks(model: nn.Module, precision: Precision) -> Decoder:
     with decoder.without_blocks():
         apply_precision(model, precision)
     return decoder
-
-
-def _floats_as(dtype: mx.Dtype, value: mx.array) -> mx.array:
-    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-
-
-def _let_go(module: nn.Module) -> None:
-    module.update(tree_map(lambda _: mx.array(0.0), module.parameters()))
-    mx.clear_cache()
 
 
 def _logps(open_model: Open, hidden_ND: mx.array, precision: Precision) -> Iterator[mx.array]:

@@ -5,14 +5,11 @@ Rows of similar length are run together, so that little is computed on padding.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.core.types import Group, RewardedGroup, TrainingGroup
-
-AnyGroup = TypeVar("AnyGroup", RewardedGroup, TrainingGroup)
+from mlx_grpo.core.types import Completion, TrainingGroup
 
 PAD = 0  # any token will do; masks go by length
 
@@ -23,11 +20,17 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[mx.array, list[int]]:
     return mx.array([[*r, *([PAD] * (longest - len(r)))] for r in rows]), [len(r) for r in rows]
 
 
-def completion_arrays(group: Group) -> tuple[mx.array, mx.array]:
-    """(tokens int [K, T], mask fp32 [K, T]) of a group's completions."""
-    tokens_KT, lengths = pad_right([c.token_ids for c in group.completions])
+def completion_arrays(completions: Sequence[Completion]) -> tuple[mx.array, mx.array]:
+    """(tokens int [K, T], mask fp32 [K, T]) of completions."""
+    tokens_KT, lengths = pad_right([c.token_ids for c in completions])
     mask_KT = mx.arange(tokens_KT.shape[1])[None] < mx.array(lengths)[:, None]
     return tokens_KT, mask_KT.astype(mx.float32)
+
+
+def sampled_logps(completions: Sequence[Completion]) -> mx.array:
+    """Log-probs [K, T] of completions as the sampler saw them, zero on padding."""
+    longest = max(len(c.logps) for c in completions)
+    return mx.array([[*c.logps, *([0.0] * (longest - len(c.logps)))] for c in completions])
 
 
 def row_lengths(mask_KT: mx.array) -> list[int]:
@@ -65,7 +68,7 @@ def length_buckets(lengths: Sequence[int], prompt: int, most: int = 0) -> list[l
     return buckets[::-1]
 
 
-def rows_of(group: AnyGroup, rows: Sequence[int]) -> AnyGroup:
+def rows_of(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:
     """Some rows of a group, cut to the longest of them; fields' names say what their axes are."""
     index = mx.array(rows)
     longest = max(row_lengths(group.mask_KT[index]))

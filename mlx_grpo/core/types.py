@@ -10,6 +10,8 @@ from typing import Any, Literal
 import mlx.core as mx
 
 FinishReason = Literal["stop", "length"]
+Parameters = dict[str, mx.array]
+"""Arrays by full name, as `model.layers.0.mlp.up_proj.lora_a`."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +50,16 @@ class Group:
 
 
 @dataclass(frozen=True)
-class RewardedGroup:
-    """A group as reward and reference judge it, before the actor's log-probs are known."""
+class TrainingGroup:
+    """Completions of a group that the update learns from, with their advantages."""
 
     position: int
     """Which of the iteration's groups."""
     prompt_ids: tuple[int, ...]
     tokens_KT: mx.array
     mask_KT: mx.array
-    ref_logp_KT: mx.array
-    scores_K: mx.array
-    """Normalised scores, not yet shaped by the KL."""
-
-
-@dataclass(frozen=True)
-class TrainingGroup:
-    """A group with all that the update needs."""
-
-    prompt_ids: tuple[int, ...]
-    tokens_KT: mx.array
-    mask_KT: mx.array
-    old_logp_KT: mx.array
-    ref_logp_KT: mx.array
+    sampled_logp_KT: mx.array
+    """Log-probs as the sampler saw them."""
     advantages_K: mx.array
 
 
@@ -83,6 +73,3 @@ class PreferencePair:
     rejected_ids: tuple[int, ...]
     split: str = ""
     """`train`, `valid` or `test`, where the file says so."""
-
-
-Parameters = dict[str, mx.array]

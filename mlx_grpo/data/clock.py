@@ -12,19 +12,6 @@ CODES = "aAbBcdeDfFgGhHIjklmMnpPrRsSTtuUVwWxXyYzZ"
 """Format codes of strftime; each is also known with a `-` (no padding) before it."""
 
 
-def today() -> str:
-    """Today's date, YYYY-MM-DD."""
-    return datetime.date.today().isoformat()
-
-
-def is_date(text: str) -> bool:
-    """Whether a text is a date, YYYY-MM-DD."""
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
 def pinned(template: Any, date: str) -> Any:
     """A chat template, or several by name, in which it is always midnight at the start of `date`.
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.rng import permutation
+from mlx_grpo.core.rng import key, permutation
 from mlx_grpo.core.types import Prompt
 from mlx_grpo.data.chat import prompt_tokens
 from mlx_grpo.data.messages import Message, row_messages
@@ -123,4 +125,39 @@ def batch_indices(seed: int, iteration: int, batch_size: int, n: int) -> list[in
         epoch, place = divmod(position, n)
         epochs.setdefault(epoch, order(seed, epoch, n))
         indices.append(epochs[epoch][place])
+    return indices
+
+
+SELDOM = 0.2
+"""Weight of a prompt whose completions all had the same reward: it is visited less, never not."""
+
+
+def prompt_weights(ids: Sequence[str], spreads: Mapping[str, float]) -> list[float]:
+    """How much each prompt is preferred, from `SELDOM` to 1.
+
+    A prompt that the model always or never gets right teaches nothing (Bae et al. 2025,
+    arXiv:2504.03380). One that has not been visited counts like the most useful ones.
+
+    Args:
+        spreads: standard deviation of a prompt's scores when it was last visited, by id.
+    """
+    known = [spread for spread in spreads.values() if spread > 0]
+    typical = sum(known) / len(known) if known else 1.0
+    return [
+        SELDOM + (1 - SELDOM) * min(spreads[i] / typical, 1.0) if i in spreads else 1.0 for i in ids
+    ]
+
+
+def weighted_indices(seed: int, iteration: int, size: int, weights: Sequence[float]) -> list[int]:
+    """Different prompts for an iteration, drawn in proportion to their weights.
+
+    The largest of u ** (1 / w), u uniform (Efraimidis & Spirakis 2006,
+    doi:10.1016/j.ipl.2005.11.003). More prompts than there are: all of them, again and again.
+    """
+    indices: list[int] = []
+    while len(indices) < size:
+        drawn = key(seed, "prompts", iteration, len(indices))
+        u_N = mx.random.uniform(shape=(len(weights),), key=drawn)
+        ranked = mx.argsort(-mx.log(u_N) / mx.array(weights)).tolist()
+        indices += [int(i) for i in ranked[: size - len(indices)]]
     return indices

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.config.settings import with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
@@ -14,7 +15,7 @@ from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
-from mlx_grpo.run.directory import chosen_adapter, settings
+from mlx_grpo.run.directory import chosen_adapter, run_settings
 from mlx_grpo.training.setup import load_evaluator, without_given
 
 SHOWN = 3
@@ -54,28 +55,32 @@ def compare_run(
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    config = settings(run)
-    measured = tuple(dict.fromkeys((*config.eval_reward, *judges)))
-    config = replace(config, eval_limit=limit, eval_reward=measured)
-    if not_here := [spec for spec in config.reward if spec.startswith(PYTHON)]:
+    config = run_settings(run)
+    measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
+    config = with_settings(config, eval_limit=limit, eval_reward=measured)
+    if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
         config = without_given(config)
         names = ", ".join(spec.removeprefix(PYTHON) for spec in not_here)
         ui.warn(f"{run}: {names} was given from Python and is left out here; see --eval-reward")
     directory = chosen_adapter(run, adapter)
     if prompts:
-        config = replace(config, eval_prompts=str(prompts))
-        config = replace(config, prompt_column=columns[0], response_column=columns[1])
+        config = with_settings(
+            config,
+            eval_prompts=str(prompts),
+            prompt_column=columns[0],
+            response_column=columns[1],
+        )
     with ui.working("loading"):
         evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
-    ui.say(f"comparing {directory} with {config.actor_model}, {len(evaluator.prompts)} prompts")
+    ui.say(f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts")
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
             before = evaluator(evaluator.reference, ui.progress)
         with ui.working("evaluating the adapter"):
             after = evaluator(Decoder(actor, evaluator.reference.sizes), ui.progress)
-    return Comparison(before, after, str(directory), config.eval_prompts, config.gold_names)
+    return Comparison(before, after, str(directory), config.evaluation.prompts, config.gold_names)
 
 
 def contests(comparison: Comparison) -> dict[str, Scores]:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, flat_values
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.run import log
@@ -31,7 +31,7 @@ FIGURES = {
     "eval_completions/mean_length": "length, tokens",
     "eval_completions/clipped_ratio": "answers cut off",
 }
-SETTINGS = ("num_iterations", "batch_size", "K", "seed", "learning_rate", "lora_rank", "kl_targets")
+SHOWN = ("num_iterations", "batch_size", "K", "seed", "learning_rate", "lora_rank", "kl_targets")
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,12 @@ def _number(row: dict[str, Any], name: str) -> str:
 
 
 def _settings(subject: Subject, config: TrainConfig) -> list[str]:
-    rewards = [n for n in (Path(config.rm_model).name,) if config.rm_model != "none"]
-    rewards += [Path(spec).name for spec in config.reward]
+    rewards = [n for n in (Path(config.reward.model).name,) if config.reward.model != "none"]
+    rewards += [Path(spec).name for spec in config.reward.functions]
+    values = flat_values(config)
     rows = {
         "rewards": ", ".join(rewards),
-        **{name.replace("_", " "): getattr(config, name) for name in SETTINGS},
+        **{name.replace("_", " "): values[name] for name in SHOWN},
         "made with": ", ".join(f"{p} {version(p)}" for p in ("mlx-grpo", "mlx", "mlx-lm")),
     }
     return ["| | |", "|---|---|", *(f"| {what} | {_text(value)} |" for what, value in rows.items())]

@@ -19,7 +19,7 @@ from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files.atomic import atomic_directory, write_text
 from mlx_grpo.files.manifest import verify_manifest, write_manifest
-from mlx_grpo.run.directory import REPORT, chosen_adapter, settings
+from mlx_grpo.run.directory import REPORT, chosen_adapter, run_settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]
 
@@ -64,8 +64,8 @@ def export_run(export: Export) -> Exported:
         InputError: no finished run, its SFT model is gone, or the directory exists and `replace` is
             false.
     """
-    config = settings(export.run)
-    adapter, sft = chosen_adapter(export.run, export.adapter), Path(config.actor_model)
+    config = run_settings(export.run)
+    adapter, sft = chosen_adapter(export.run, export.adapter), Path(config.model.actor)
     if not (sft / "config.json").is_file():
         raise InputError(f"{sft}: the run's SFT model is not here; run from where it was trained")
     verify_manifest(adapter)
@@ -93,7 +93,7 @@ def _texts(export: Export, config: TrainConfig) -> Path | None:
     """What to measure a fused model on, found good before the long work."""
     if not export.verify or export.form not in ("fused", "dequantized"):
         return None
-    texts = export.texts or Path(config.eval_prompts)
+    texts = export.texts or Path(config.evaluation.prompts)
     try:
         data_files(texts)
     except InputError as e:

@@ -7,19 +7,12 @@ al. 2025, arXiv:2503.20783).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
-from mlx_grpo.core.finite import check_finite
-from mlx_grpo.core.padding import completion_arrays
-from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group, RewardedGroup, TrainingGroup
-from mlx_grpo.grpo.kl_estimators import kl_k1
-from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.rewards.normalizer import ScoreNormalizer
+from mlx_grpo.core.padding import completion_arrays, sampled_logps
+from mlx_grpo.core.types import Group, TrainingGroup
 
 AdvantageScale = Literal["none", "std"]
 STD_EPSILON = 1e-4
@@ -43,74 +36,49 @@ def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx
     return centred_PK
 
 
-@dataclass(frozen=True)
-class Shaping:
-    """How log-probs and scores become advantages."""
+def rows_that_teach(scores_K: Sequence[float], m: int) -> list[int]:
+    """The m of K completions whose scores vary most, in their order; all of them if m is 0.
 
-    kl_penalty: float
-    """Weight of a completion's KL in its reward, in normalised score per (nat per token)."""
-    scale: AdvantageScale = "none"
-
-
-def rate(
-    groups: Sequence[Group],
-    raw_PK: Sequence[Sequence[float]],
-    reference: Decoder,
-    normalizer: ScoreNormalizer,
-    temperature: float,
-    safe_point: SafePoint = never_stop,
-    share: slice = slice(None),
-) -> list[RewardedGroup]:
-    """Normalise raw scores and take log-probs under the reference, of the groups of the share."""
-    rated = []
-    for position, (group, raw_K) in list(enumerate(zip(groups, raw_PK, strict=True)))[share]:
-        safe_point()
-        ids = group.prompt.token_ids
-        tokens_KT, mask_KT = completion_arrays(group)
-        ref_KT = token_logps(reference, mx.array([ids]), tokens_KT, mask_KT, temperature)
-        scores_K = mx.array([normalizer(r) for r in raw_K])
-        rated.append(RewardedGroup(position, ids, tokens_KT, mask_KT, ref_KT, scores_K))
-    return rated
-
-
-def score(group: RewardedGroup, old_logp_KT: mx.array, shaping: Shaping) -> TrainingGroup:
-    """Shape the scores, z - penalty * KL, and take advantages.
-
-    Raises:
-        NotFinite: a log-prob is not finite.
+    Among all subsets of m, one of the lowest few and the highest others has the largest variance
+    (Xu et al. 2025, arXiv:2504.13818, lemma 3.1): m + 1 of them are compared.
     """
-    kl_K = kl_k1(old_logp_KT, group.ref_logp_KT, group.mask_KT)
-    check_finite("logprob", {group.position: kl_K.tolist()})
-    shaped_K = group.scores_K - shaping.kl_penalty * kl_K
+    if not 0 < m < len(scores_K):
+        return list(range(len(scores_K)))
+    order = sorted(range(len(scores_K)), key=lambda i: scores_K[i])
+
+    def variance(low: int) -> float:
+        chosen = [scores_K[i] for i in (*order[:low], *order[len(order) - m + low :])]
+        mean = sum(chosen) / m
+        return sum((s - mean) ** 2 for s in chosen)
+
+    low = max(range(m + 1), key=variance)
+    return sorted((*order[:low], *order[len(order) - m + low :]))
+
+
+def training_group(
+    position: int,
+    group: Group,
+    rows: Sequence[int],
+    shaped_scores: Sequence[float],
+    scale: AdvantageScale = "none",
+) -> TrainingGroup:
+    """Completions of a group with their advantages over one another.
+
+    Args:
+        position: of the group in the iteration.
+        rows: which completions.
+        shaped_scores: of these, as they are compared.
+    """
+    chosen = [group.completions[i] for i in rows]
+    tokens_KT, mask_KT = completion_arrays(chosen)
     return TrainingGroup(
-        prompt_ids=group.prompt_ids,
-        tokens_KT=group.tokens_KT,
-        mask_KT=group.mask_KT,
-        old_logp_KT=old_logp_KT,
-        ref_logp_KT=group.ref_logp_KT,
-        advantages_K=group_advantages(shaped_K[None], shaping.scale)[0],
+        position=position,
+        prompt_ids=group.prompt.token_ids,
+        tokens_KT=tokens_KT,
+        mask_KT=mask_KT,
+        sampled_logp_KT=sampled_logps(chosen),
+        advantages_K=group_advantages(mx.array([list(shaped_scores)]), scale)[0],
     )
-
-
-def advantages_under(
-    actor: Decoder,
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
-    temperature: float,
-    safe_point: SafePoint = never_stop,
-) -> list[TrainingGroup]:
-    """Take log-probs under the actor and score with them.
-
-    Raises:
-        NotFinite: a log-prob is not finite.
-    """
-    scored = []
-    for g in groups:
-        safe_point()
-        prompt_1S = mx.array([g.prompt_ids])
-        logp_KT = token_logps(actor, prompt_1S, g.tokens_KT, g.mask_KT, temperature)
-        scored.append(score(g, logp_KT, shaping))
-    return scored
 
 
 def is_dead(group: TrainingGroup) -> bool:

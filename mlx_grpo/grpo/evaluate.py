@@ -8,15 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.stats import source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
 from mlx_grpo.distributed.gather import Rewards, all_groups, all_rewards
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.kl_estimators import kl_k3_sum
 from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.reference import kl_to_reference, mean_kl
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
@@ -113,7 +112,7 @@ class Evaluator:
         completions = [c for g in groups for c in g.completions]
         return Evaluation(
             reward=sum(flat) / len(flat),
-            kl=0.0 if policy is self.reference else self._kl(mine, policy, after_each, ranks),
+            kl=0.0 if policy is self.reference else self._kl(mine, after_each, ranks),
             perplexity=perplexity(policy, self.prompts, self.answers, after_each, ranks),
             mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
@@ -122,21 +121,14 @@ class Evaluator:
             by_source=by_source,
         )
 
-    def _kl(
-        self, groups: Sequence[Group], policy: Decoder, progress: Progress, ranks: Ranks
-    ) -> float:
-        each = []
+    def _kl(self, groups: Sequence[Group], progress: Progress, ranks: Ranks) -> float:
+        found = []
         for done, group in enumerate(groups, 1):
-            prompt_1S = mx.array([group.prompt.token_ids])
-            tokens_KT, mask_KT = completion_arrays(group)
-            logp_KT, ref_KT = (
-                token_logps(decoder, prompt_1S, tokens_KT, mask_KT, self.sampling.temperature)
-                for decoder in (policy, self.reference)
-            )
-            each.append((kl_k3_sum(logp_KT, ref_KT, mask_KT).item(), mask_KT.sum().item()))
+            rows = [list(range(len(group.completions)))]
+            temperature = self.sampling.temperature or 1.0
+            found += kl_to_reference([group], rows, self.reference, temperature)
             progress("held-out KL", done, len(groups))
-        total, tokens = map(sum, zip(*ranks.merged(each), strict=True))
-        return total / tokens
+        return mean_kl(found, ranks)[0]
 
 
 def reference_answers(

@@ -1,10 +1,14 @@
-"""One iteration of GRPO: prompts -> rollout -> reward -> log-probs -> advantage -> update.
+"""One iteration of GRPO: prompts -> rollout -> reward -> KL -> advantage -> update.
 
-Shao et al. 2024, arXiv:2402.03300, with the advantage left unscaled and the KL in the reward.
+Shao et al. 2024, arXiv:2402.03300, with the advantage left unscaled and the KL held from outside
+the loss.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import pstdev
 from typing import Any
 
 import mlx.core as mx
@@ -12,18 +16,17 @@ import mlx.core as mx
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.finite import NotFinite, Skip, check_finite
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group
-from mlx_grpo.data.prompts import batch_indices
+from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.gather import all_groups, all_rewards
-from mlx_grpo.grpo.advantages import Shaping, advantages_under, rate
-from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
-from mlx_grpo.grpo.metrics import Clock, iteration_metrics, measure, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.advantages import is_dead, rows_that_teach, training_group
+from mlx_grpo.grpo.learner import Learner, kl_share, sampling, target_at, update_settings
+from mlx_grpo.grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.reference import GroupKL, kl_to_reference, mean_kl, measured_rows
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
-from mlx_grpo.grpo.update import reused_groups, update
+from mlx_grpo.grpo.update import update
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import merged_for_rollout
-from mlx_grpo.training.agreement import check_adapter
 
 
 @dataclass(frozen=True)
@@ -38,83 +41,107 @@ class Iteration:
 
 
 def iterate(
-    parts: Learner, state: RunState, ui: Console, safe_point: SafePoint = never_stop
+    learner: Learner, state: RunState, ui: Console, safe_point: SafePoint = never_stop
 ) -> Iteration:
-    """One iteration of GRPO; of several ranks each works on its share and learns the whole.
+    """One iteration of GRPO. With several ranks each works on its share and learns the whole.
 
     Raises:
         StopRequested: at a safe point; adapter and optimizer may have moved by then.
     """
-    config, roles, ranks, clock = parts.config, parts.roles, parts.ranks, Clock()
+    config, roles, ranks, clock = learner.config, learner.roles, learner.ranks, Clock()
+    temperature, target = config.rollout.temperature, target_at(config, state.iteration)
+    prompts, k = learner.batch(state), config.rollout.K
     mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
-    step = state.iteration + 1
-    indices = batch_indices(config.seed, state.iteration, config.batch_size, len(parts.prompts))
-    prompts = [parts.prompts[i] for i in indices]
-    target = target_at(config, state.iteration)
 
-    with clock.stage("rollout"), ui.stage(step, "rollout"):
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        with clock.stage(name), ui.stage(state.iteration + 1, name):
+            yield
+
+    with stage("rollout"):
         with merged_for_rollout(roles.backbone, roles.actor.model) as model:
             mine = rollout(
                 model,
                 roles.backbone.tokenizer,
                 roles.backbone.stop_ids,
                 prompts,
-                sampling(config, config.K, parts.plan),
-                config.seed,
+                sampling(config, k, learner.choice),
+                config.run.seed,
                 "rollout",
                 state.iteration,
                 safe_point=safe_point,
                 share=ranks.share,
             )
         groups = all_groups(ranks, mine, prompts)
-    with clock.stage("reward"), ui.stage(step, "reward"):
-        scores = parts.evaluator.rewards(mine, safe_point)
-        raw_PK, by_source = all_rewards(ranks, scores, config.K)
-    shaping = Shaping(state.controller.penalty, config.scale_advantages)
-    settings = update_settings(config, target, parts.plan)
+    with stage("reward"):
+        rewards = learner.evaluator.rewards(mine, safe_point)
+        raw_PK, by_source = all_rewards(ranks, rewards, k)
     try:
         check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
-        with clock.stage("logprob"), ui.stage(step, "logprob"), ranks.failing_together():
-            rated = rate(
-                groups,
-                raw_PK,
-                roles.reference,
-                normalizer,
-                config.temperature,
-                safe_point,
-                ranks.share,
+        scores_PK = [[normalizer(r) for r in row] for row in raw_PK]
+        with stage("logprob"), ranks.failing_together():
+            measured = measured_rows(
+                config.run.seed, state.iteration, len(groups), k, kl_share(config)
             )
-            reused = ranks.own(range(reused_groups(settings))).stop
-            first, rest = rated[:reused], rated[reused:]
-            later = advantages_under(roles.actor, rest, shaping, config.temperature, safe_point)
-        with clock.stage("update"), ui.stage(step, "update"):
-            parts.optimizer.learning_rate = state.controller.learning_rate
-            scored, stats = update(
-                roles.actor, parts.optimizer, first, later, shaping, settings, safe_point, ranks
+            kls = kl_to_reference(
+                groups, measured, roles.reference, temperature, safe_point, ranks.share
             )
+            positions = range(len(groups))[ranks.share]
+            k1 = {p: list(kl.k1.values()) for p, kl in zip(positions, kls, strict=True)}
+            check_finite("logprob", k1)
+        with stage("update"):
+            learner.optimizer.learning_rate = state.controller.learning_rate
+            training = _advantages(learner, state, groups, scores_PK, kls)
+            settings = update_settings(config, target, learner.choice)
+            stats = update(roles.actor, learner.optimizer, training, settings, safe_point, ranks)
     except NotFinite as e:  # raised before the first step of the optimizer
         metrics = skipped_metrics(state, groups, e.skip, clock)
         return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
-    state = replace(state, normalizer=normalizer)
-    measures = measure(mine, scored, ranks)
-    controller = state.controller.step(measures.kl, target)
+    kl, dead = mean_kl(kls, ranks), sum(ranks.merged([is_dead(g) for g in training]))
+    controller = state.controller.step(kl[0], target)
     if controller.decay:
         scale_adapter(roles.actor.model, math.exp(-controller.decay))
 
+    state = replace(
+        state, normalizer=normalizer, spreads=state.spreads | _spreads(groups, scores_PK)
+    )
+    left = config.run.num_iterations - state.iteration - 1
     metrics = {
-        **iteration_metrics(state, groups, raw_PK, by_source, measures, stats, target),
+        **iteration_metrics(state, groups, raw_PK, by_source, kl, dead, stats, target),
         "kl/decay": controller.decay,
-        **clock.iteration_metrics(
-            measures.tokens, stats.tokens, config.num_iterations - state.iteration - 1
-        ),
+        **clock.iteration_metrics(sampled_tokens(groups), stats.tokens, left),
     }
-    check_adapter(ranks, roles.actor.model, step)
     state = replace(
         state,
         iteration=state.iteration + 1,
         controller=controller,
-        tokens_seen=state.tokens_seen + measures.tokens,
+        tokens_seen=state.tokens_seen + sampled_tokens(groups),
         skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
     )
     return Iteration(state, metrics, groups, raw_PK, stats.skips)
+
+
+def _advantages(
+    learner: Learner,
+    state: RunState,
+    groups: Sequence[Group],
+    scores_PK: Sequence[Sequence[float]],
+    kls: Sequence[GroupKL],
+) -> list[TrainingGroup]:
+    """The completions that teach most, of the groups of this rank's share, with advantages."""
+    config, beta = learner.config, state.controller.penalty
+    positions = range(len(groups))[learner.ranks.share]
+    training = []
+    for position, kl in zip(positions, kls, strict=True):
+        scores_K = scores_PK[position]
+        rows = rows_that_teach(scores_K, config.optimizer.update_rows)
+        shaped = [scores_K[i] - (beta * kl.k1[i] if beta else 0.0) for i in rows]
+        scale = config.reward.scale_advantages
+        training.append(training_group(position, groups[position], rows, shaped, scale))
+    return training
+
+
+def _spreads(groups: Sequence[Group], scores_PK: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Standard deviation of the scores of each prompt's completions."""
+    return {g.prompt.id: pstdev(scores) for g, scores in zip(groups, scores_PK, strict=True)}

@@ -7,6 +7,7 @@ import mlx.optimizers as optim
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.types import Prompt
+from mlx_grpo.data.prompts import batch_indices, prompt_weights, weighted_indices
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.kl_controller import KLController, kl_target
@@ -16,69 +17,83 @@ from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateSettings
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.roles import Roles
-from mlx_grpo.plan.memory import Plan
+from mlx_grpo.plan.memory import Choice
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What a run works with; only the actor's arrays and the optimizer's state change inside."""
+    """What iterations work with; only the actor's arrays and the optimizer's state change."""
 
     config: TrainConfig
-    plan: Plan
+    choice: Choice
+    """How much is worked on at a time, as planned."""
     roles: Roles
     prompts: list[Prompt]
     evaluator: Evaluator
     optimizer: optim.AdamW
     ranks: Ranks = ALONE
 
+    def batch(self, state: RunState) -> list[Prompt]:
+        """The prompts of the next iteration."""
+        seed, size = self.config.run.seed, self.config.data.batch_size
+        if self.config.data.prompt_sampling == "adaptive":
+            weights = prompt_weights([p.id for p in self.prompts], state.spreads)
+            places = weighted_indices(seed, state.iteration, size, weights)
+        else:
+            places = batch_indices(seed, state.iteration, size, len(self.prompts))
+        return [self.prompts[i] for i in places]
+
+    def policy(self, iteration: int) -> Decoder:
+        """What is evaluated after so many iterations: before the first update the actor is the
+        reference, so its KL needs no measuring."""
+        return self.roles.actor if iteration else self.roles.reference
+
 
 def first_state(config: TrainConfig) -> RunState:
     """The state before the first iteration."""
     controller = KLController(
-        actuator=config.kl_control,
-        beta=config.kl_beta,
-        learning_rate=config.learning_rate,
-        gain=config.kl_gain,
-        beta_min=config.kl_beta_min,
-        beta_max=config.kl_beta_max,
-        learning_rate_min=config.kl_lr_min,
-        learning_rate_max=config.kl_lr_max,
+        actuator=config.kl.control,
+        beta=config.kl.beta,
+        learning_rate=config.optimizer.learning_rate,
+        gain=config.kl.gain,
+        beta_min=config.kl.beta_min,
+        beta_max=config.kl.beta_max,
+        learning_rate_min=config.kl.lr_min,
+        learning_rate_max=config.kl.lr_max,
     )
-    return RunState(controller, ScoreNormalizer(config.reward_alpha, config.reward_clip))
+    return RunState(controller, ScoreNormalizer(config.reward.alpha, config.reward.clip))
 
 
-def sampling(config: TrainConfig, k: int, plan: Plan) -> Sampling:
-    """How this run samples k answers per prompt; never more rows at a time than a rollout has."""
-    rows = plan.choice.decode_rows
-    return Sampling(k, config.max_completion_length, config.temperature, rows)
+def sampling(config: TrainConfig, k: int, choice: Choice) -> Sampling:
+    """How this run samples k completions per prompt, no more rows at a time than planned."""
+    rollout = config.rollout
+    return Sampling(k, rollout.max_completion_length, rollout.temperature, choice.decode_rows)
 
 
 def target_at(config: TrainConfig, iteration: int) -> float:
     """KL target of an iteration, counted from 0."""
-    return kl_target(
-        iteration, config.num_iterations, config.kl_schedule, config.kl_targets, config.kl_phases
-    )
+    kl = config.kl
+    return kl_target(iteration, config.run.num_iterations, kl.schedule, kl.targets, kl.phases)
 
 
-def update_settings(config: TrainConfig, target: float, plan: Plan) -> UpdateSettings:
+def kl_share(config: TrainConfig) -> float:
+    """The share of an iteration's completions that the KL is measured on; a penalty in the reward
+    needs it for all."""
+    return 1.0 if config.kl.control == "reward" else config.kl.share
+
+
+def update_settings(config: TrainConfig, target: float, choice: Choice) -> UpdateSettings:
     """Constants of an iteration's update."""
+    o = config.optimizer
     return UpdateSettings(
-        clip=Clip(
-            config.clip_range, config.clip_range_high or config.clip_range, config.ratio_level
-        ),
-        aggregation=config.loss_aggregation,
-        temperature=config.temperature,
-        max_tokens=config.max_completion_length,
-        max_grad_norm=config.max_grad_norm,
-        minibatch_size=config.minibatch_size,
-        epochs=config.epochs,
-        kl_stop=config.kl_stop_factor * target if config.kl_stop_factor else math.inf,
-        rows_per_pass=plan.choice.sizes.rows,
+        clip=Clip(o.clip_range, o.clip_range_high or o.clip_range, o.ratio_level),
+        aggregation=o.loss_aggregation,
+        temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_completion_length,
+        max_grad_norm=o.max_grad_norm,
+        minibatch_size=o.minibatch_size,
+        epochs=o.epochs,
+        kl_stop=config.kl.stop_factor * target if config.kl.stop_factor else math.inf,
+        rows_per_pass=choice.sizes.rows,
     )
-
-
-def policy_at(parts: Learner, iteration: int) -> Decoder:
-    """What is evaluated after so many iterations: before the first update the actor is the
-    reference, so its KL needs no measuring."""
-    return parts.roles.actor if iteration else parts.roles.reference

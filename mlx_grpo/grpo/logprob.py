@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths
-from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 
 
 def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -21,11 +21,6 @@ def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, m
     exp_NV, top_N1 = exp_rows(z_NV)
     sum_N1 = exp_NV.sum(axis=-1, keepdims=True)
     return (picked_N1 - top_N1 - mx.log(sum_N1))[:, 0], exp_NV, sum_N1
-
-
-def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
-    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 def _logits(decoder: Decoder, hidden_ND: mx.array, temperature: float) -> mx.array:

@@ -14,6 +14,8 @@ from typing import Literal
 
 import mlx.core as mx
 
+from mlx_grpo.grpo.kl_estimators import kl_k3_sum
+
 Aggregation = Literal["sequence", "token", "constant"]
 RatioLevel = Literal["token", "sequence"]
 
@@ -63,30 +65,40 @@ def log_ratio(
     return mx.broadcast_to(mean_K1, mask_KT.shape)
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a group's completions is taken from, beside their log-probs."""
+
+    old_logp_KT: mx.array
+    """Log-probs under the policy before the iteration's first step."""
+    advantages_K: mx.array
+    mask_KT: mx.array
+    """1 on real completion tokens."""
+    weights_KT: mx.array
+    """See `token_weights`."""
+
+
 def clipped_surrogate(
-    logp_KT: mx.array,
-    old_logp_KT: mx.array,
-    advantages_K: mx.array,
-    mask_KT: mx.array,
-    weights_KT: mx.array,
-    clip: Clip,
-) -> mx.array:
-    """The loss, a scalar: PPO's clipped surrogate, negated and weighted.
+    logp_KT: mx.array, inputs: LossInputs, clip: Clip
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """PPO's clipped surrogate, negated and weighted.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+
+    Returns:
+        (the loss, a scalar; sums over real tokens: `clipped`, tokens whose gradient the clip
+        removes, `kl`, k3 between the old and the current policy, and `tokens`, how many there are).
     """
-    ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
+    ratio_KT = mx.exp(log_ratio(logp_KT, inputs.old_logp_KT, inputs.mask_KT, clip.level))
     clipped_KT = mx.clip(ratio_KT, 1 - clip.low, 1 + clip.high)
-    advantages_K1 = advantages_K[:, None]
-    return -(weights_KT * mx.minimum(ratio_KT * advantages_K1, clipped_KT * advantages_K1)).sum()
-
-
-def clipped_tokens(
-    logp_KT: mx.array, old_logp_KT: mx.array, advantages_K: mx.array, mask_KT: mx.array, clip: Clip
-) -> mx.array:
-    """Number of real tokens whose gradient the clip removes."""
-    ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
-    up_K1 = advantages_K[:, None] > 0
-    down_K1 = advantages_K[:, None] < 0
-    outside_KT = (up_K1 & (ratio_KT > 1 + clip.high)) | (down_K1 & (ratio_KT < 1 - clip.low))
-    return (outside_KT * mask_KT).sum()
+    up_K1 = inputs.advantages_K[:, None]
+    loss = -(inputs.weights_KT * mx.minimum(ratio_KT * up_K1, clipped_KT * up_K1)).sum()
+    outside_KT = ((up_K1 > 0) & (ratio_KT > 1 + clip.high)) | (
+        (up_K1 < 0) & (ratio_KT < 1 - clip.low)
+    )
+    metrics = {
+        "clipped": (outside_KT * inputs.mask_KT).sum(),
+        "kl": kl_k3_sum(logp_KT, inputs.old_logp_KT, inputs.mask_KT),
+        "tokens": inputs.mask_KT.sum(),
+    }
+    return loss, metrics

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,60 +10,9 @@ import mlx.core as mx
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.stats import source_means
-from mlx_grpo.core.types import Group, TrainingGroup
-from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.advantages import is_dead
-from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
+from mlx_grpo.core.types import Group
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateStats
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What scoring learns about a rollout."""
-
-    tokens: int
-    kl: float
-    """Mean k3 to the reference, nats per token: what controller and gates read."""
-    kl_k1: float
-    """Mean k1, unbiased and noisy."""
-    logp_gap: float
-    """Largest difference between a log-prob at rollout time and the recomputed one."""
-    dead_groups: int
-    """Groups whose advantages are all zero."""
-
-
-def measure(
-    groups: Sequence[Group], scored: Sequence[TrainingGroup], ranks: Ranks = ALONE
-) -> Measures:
-    """Figures of a scored rollout.
-
-    Args:
-        groups: those of this rank's share, as `scored`.
-    """
-    pairs = zip(groups, scored, strict=True)
-    each = ranks.merged([(*_sums(s), _logp_gap(group, s.old_logp_KT)) for group, s in pairs])
-    lengths, k1, k3, dead, gaps = zip(*each, strict=True)
-    tokens = sum(lengths)
-    return Measures(tokens, sum(k3) / tokens, sum(k1) / tokens, max(gaps), sum(dead))
-
-
-def _sums(s: TrainingGroup) -> tuple[int, float, float, bool]:
-    """(tokens, sum of k1, sum of k3, whether the group is dead)."""
-    lengths_K = s.mask_KT.sum(axis=-1)
-    k1 = (kl_k1(s.old_logp_KT, s.ref_logp_KT, s.mask_KT) * lengths_K).sum().item()
-    k3 = kl_k3_sum(s.old_logp_KT, s.ref_logp_KT, s.mask_KT).item()
-    return int(lengths_K.sum().item()), k1, k3, is_dead(s)
-
-
-def _logp_gap(group: Group, old_KT: mx.array) -> float:
-    recomputed = old_KT.tolist()
-    return max(
-        abs(sampled - again)
-        for completion, row in zip(group.completions, recomputed, strict=True)
-        # a row is padded on the right
-        for sampled, again in zip(completion.logps, row, strict=False)
-    )
 
 
 class Clock:
@@ -114,11 +62,17 @@ def iteration_metrics(
     groups: Sequence[Group],
     raw_PK: Sequence[Sequence[float]],
     by_source: dict[str, list[float | None]],
-    measures: Measures,
+    kl: tuple[float, float],
+    dead_groups: int,
     stats: UpdateStats,
     target: float,
 ) -> dict[str, Any]:
-    """One row of metrics.jsonl, without times; `state` is the one the iteration ran with."""
+    """One row of metrics.jsonl, without times; `state` is the one the iteration ran with.
+
+    Args:
+        kl: mean k3 and k1 to the reference, nats per token.
+        dead_groups: whose advantages are all zero.
+    """
     completions = [c for g in groups for c in g.completions]
     lengths = [len(c.token_ids) for c in completions]
     rewards_PK = mx.array(raw_PK)
@@ -129,7 +83,7 @@ def iteration_metrics(
         "reward_std": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
         **source_means(by_source, "rewards"),
         "frac_reward_zero_std": sum(len(set(row)) == 1 for row in raw_PK) / len(groups),
-        "frac_dead_groups": measures.dead_groups / len(groups),
+        "frac_dead_groups": dead_groups / len(groups),
         "loss": stats.loss / steps,
         "grad_norm": stats.grad_norm / steps,
         "clip_ratio/region_mean": stats.clipped / seen,
@@ -138,8 +92,8 @@ def iteration_metrics(
         "policy/stopped_early": stats.stopped_early,
         "policy/skipped_nonfinite": len(stats.skips),
         "learning_rate": state.controller.learning_rate,
-        "kl": measures.kl,
-        "kl/k1": measures.kl_k1,
+        "kl": kl[0],
+        "kl/k1": kl[1],
         "kl/target": target,
         "kl/beta": state.controller.penalty,
         "completions/mean_length": sum(lengths) / len(lengths),
@@ -147,7 +101,8 @@ def iteration_metrics(
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
-        "sampling/sampling_logp_difference/max": measures.logp_gap,
+        "sampling/sampling_logp_difference/max": stats.logp_gap,
+        "prompts/visited": len(state.spreads),
         "normalizer/mean": state.normalizer.mean,
         "normalizer/std": state.normalizer.std,
         "num_tokens": state.tokens_seen + sum(lengths),

@@ -19,10 +19,9 @@ from mlx_grpo.backend.kernels import exp_rows
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
+from mlx_grpo.models.decoder import PREFILL_TOKENS
 
 SAMPLER_BLOCK = 256
-PREFILL_TOKENS = 512
-"""Of a prompt at a time."""
 GROW_TOKENS = 64
 """Of the caches at a time, at most."""
 # Finished rows are dropped once they are an eighth: copying the cache costs a fraction of a step.

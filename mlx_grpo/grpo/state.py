@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.kl_controller import KLController
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 
@@ -16,9 +15,19 @@ class Best:
     step: int | None = None
     perplexity: float = math.inf
 
-    def passed_by(self, evaluation: Evaluation, target: float) -> bool:
-        """The KL gate, then the perplexity."""
-        return evaluation.kl < target and evaluation.perplexity < self.perplexity
+    def refusal(self, kl: float, perplexity: float, gate: float) -> str:
+        """Why a later evaluation is not the best one: the KL gate first, then the perplexity.
+
+        Args:
+            kl: of its policy to the reference, nats per token.
+            gate: the KL target at that time.
+
+        Returns:
+            The reason, or nothing if it is the best so far.
+        """
+        if not kl < gate:
+            return f"KL above its gate of {gate:g}"
+        return "" if perplexity < self.perplexity else "perplexity not better"
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class RunState:
     """Latest iterations that met a value that is not finite."""
     evaluated: int = -1
     """Iterations done at the last evaluation; -1 before the first."""
+    spreads: dict[str, float] = field(default_factory=dict)
+    """Standard deviation of the normalised scores of each prompt's completions, by its id, when it
+    was last visited."""
 
     def skipping(self, tokens: int) -> "RunState":
         """After an iteration that taught nothing: normaliser and controller stay as they are."""
@@ -64,6 +76,7 @@ class RunState:
             "tokens_seen": self.tokens_seen,
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated": self.evaluated,
+            "spreads": self.spreads,
         }
 
     def with_json(self, saved: dict[str, Any]) -> "RunState":
@@ -84,4 +97,5 @@ class RunState:
             tokens_seen=saved["tokens_seen"],
             skipped_in_a_row=saved["skipped_in_a_row"],
             evaluated=saved["evaluated"],
+            spreads=saved.get("spreads", {}),
         )

@@ -1,24 +1,28 @@
-"""The update: staged gradients of the clipped surrogate, clipped by global norm, guarded, and one
-AdamW step a minibatch."""
+"""The update: gradients of the clipped surrogate, and one AdamW step for each minibatch, clipped by
+global norm and guarded against NaN and infinity.
+
+Old log-probs are the actor's before its first step. They are computed beforehand, except for the
+first minibatch: there the forward pass of its own gradient gives the same numbers.
+"""
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.finite import Skip, check_finite
 from mlx_grpo.core.padding import joined, length_buckets, row_lengths, rows_of
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
+from mlx_grpo.core.types import Parameters, TrainingGroup
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.advantages import Shaping, is_dead, score
-from mlx_grpo.grpo.kl_estimators import kl_k3_sum
-from mlx_grpo.grpo.logprob import logps_with_gradient
-from mlx_grpo.grpo.loss import Aggregation, Clip, clipped_surrogate, clipped_tokens, token_weights
-from mlx_grpo.models import backward
-from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.grpo.advantages import is_dead
+from mlx_grpo.grpo.logprob import logps_with_gradient, token_logps
+from mlx_grpo.grpo.loss import Aggregation, Clip, LossInputs, clipped_surrogate, token_weights
+from mlx_grpo.models.backward import Pass, States, gradients
+from mlx_grpo.models.decoder import Decoder, shift_right, unshift
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.optimizer import adamw_step
 
@@ -54,27 +58,18 @@ class UpdateStats:
     skips: list[Skip] = field(default_factory=list)
     """Minibatches left out because their loss or gradient was not finite."""
     stopped_early: bool = False
-
-
-def reused_groups(settings: UpdateSettings) -> int:
-    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's.
-
-    There the actor has not moved yet: the first forward of the update gives the old log-probs, the
-    same numbers. A group in several passes is scored before; its advantages need all of its rows.
-    """
-    return 0 if settings.rows_per_pass else settings.minibatch_size
+    logp_gap: float = 0.0
+    """Largest difference between a log-prob at rollout time and the recomputed one."""
 
 
 def update(
-    decoder: Decoder,
+    actor: Decoder,
     optimizer: optim.AdamW,
-    first: Sequence[RewardedGroup],
-    later: Sequence[TrainingGroup],
-    shaping: Shaping,
+    groups: Sequence[TrainingGroup],
     settings: UpdateSettings,
     safe_point: SafePoint = never_stop,
     ranks: Ranks = ALONE,
-) -> tuple[list[TrainingGroup], UpdateStats]:
+) -> UpdateStats:
     """All optimizer steps of one iteration, in the order the groups come in.
 
     Every minibatch counts all of its completions, those of dead groups too, so a group without a
@@ -82,77 +77,121 @@ def update(
     its own groups; minibatches are those of the whole batch, and all ranks take the same steps.
 
     Args:
-        first: the first minibatch, scored on the way (see `reused_groups`), or nothing.
-        later: the groups after it.
+        groups: this rank's share of the iteration.
         safe_point: called before each pass; it may stop the update halfway.
 
-    Returns:
-        This rank's groups, scored, and the sums over the minibatches.
-
     Raises:
-        NotFinite: a log-prob of the first minibatch is not finite; nothing has moved by then.
+        NotFinite: a log-prob is not finite; nothing has moved by then.
     """
-    stats = UpdateStats()
-    sizes = ranks.merged([*map(_size, first), *map(_size, later)])
-    groups: list[TrainingGroup] = list(later)
+    stats, sizes = UpdateStats(), ranks.merged([*map(_size, groups)])
+    live = [not is_dead(group) for group in groups]
+    own_first = ranks.own(range(_reused(settings))).stop
+    with ranks.failing_together():
+        old = [
+            _old_logps(actor, g, settings, safe_point) if live[i] and i >= own_first else None
+            for i, g in enumerate(groups)
+        ]
     for epoch in range(settings.epochs):
         for start in range(0, len(sizes), settings.minibatch_size):
             positions = range(len(sizes))[start : start + settings.minibatch_size]
             total = _MinibatchSum.over(positions, sizes, settings)
-            if epoch == start == 0:
-                with ranks.failing_together():
-                    scored = _first_minibatch(decoder, total, first, shaping, safe_point)
-                    groups = [*scored, *later]
-            if epoch or start or not first:
-                _minibatch(decoder, total, groups[ranks.own(positions)], safe_point)
+            first = epoch == start == 0
+            with ranks.failing_together() if first else nullcontext():
+                for i in range(len(groups))[ranks.own(positions)]:
+                    if live[i]:
+                        old[i] = total.add(actor, groups[i], old[i], safe_point)
+            if first:
+                stats.logp_gap = max(ranks.gather(_logp_gap(groups, old)))
             total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
                 stats.stopped_early = True
-                return groups, stats
-            _step(decoder, optimizer, total, stats, ranks)
-    return groups, stats
+                return stats
+            _step(actor, optimizer, total, stats, ranks)
+    return stats
 
 
-def _size(group: RewardedGroup | TrainingGroup) -> tuple[int, int]:
+def _size(group: TrainingGroup) -> tuple[int, int]:
     """(completions, tokens)."""
     return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
 
 
-def _first_minibatch(
-    decoder: Decoder,
-    total: "_MinibatchSum",
-    groups: Sequence[RewardedGroup],
-    shaping: Shaping,
-    safe_point: SafePoint,
-) -> list[TrainingGroup]:
-    """Forward, score, backward, group by group: the traces of one group at a time are held."""
-    scored = []
-    for group in groups:
-        safe_point()
-        buckets = _buckets(group, 0)
-        temperature = total.settings.temperature
-        ahead = [forward_pass(decoder, rows_of(group, b), temperature) for b in buckets]
-        parts = [(rows, a.logp_KT) for rows, a in zip(buckets, ahead, strict=True)]
-        scored.append(score(group, joined(parts, group.mask_KT.shape), shaping))
-        for rows in [] if is_dead(scored[-1]) else buckets:
-            total.add(decoder, rows_of(scored[-1], rows), ahead.pop(0))
-    return scored
+def _reused(settings: UpdateSettings) -> int:
+    """How many groups of an iteration need no old log-probs beforehand: the first minibatch's. In
+    several passes the old log-probs of a group would not all be there when its first one steps."""
+    return 0 if settings.rows_per_pass else settings.minibatch_size
 
 
-def _minibatch(
-    decoder: Decoder, total: "_MinibatchSum", groups: Sequence[TrainingGroup], safe_point: SafePoint
-) -> None:
-    """Forward and backward of the groups that are not dead."""
-    for group in groups:
-        for rows in [] if is_dead(group) else _buckets(group, total.settings.rows_per_pass):
-            safe_point()
-            part = rows_of(group, rows)
-            total.add(decoder, part, forward_pass(decoder, part, total.settings.temperature))
+def _old_logps(
+    actor: Decoder, group: TrainingGroup, settings: UpdateSettings, safe_point: SafePoint
+) -> mx.array:
+    safe_point()
+    prompt_1S = mx.array([group.prompt_ids])
+    logp_KT = token_logps(actor, prompt_1S, group.tokens_KT, group.mask_KT, settings.temperature)
+    _check(group, logp_KT)
+    return logp_KT
 
 
-def _buckets(group: RewardedGroup | TrainingGroup, rows: int) -> list[list[int]]:
-    return length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
+def _check(group: TrainingGroup, logp_KT: mx.array) -> None:
+    check_finite("logprob", {group.position: logp_KT.sum(axis=-1).tolist()})
+
+
+def _logp_gap(groups: Sequence[TrainingGroup], old: Sequence[mx.array | None]) -> float:
+    gaps = [
+        mx.abs((g.sampled_logp_KT - logp_KT) * g.mask_KT).max().item()
+        for g, logp_KT in zip(groups, old, strict=True)
+        if logp_KT is not None
+    ]
+    return max(gaps, default=0.0)
+
+
+def surrogate_gradients(
+    actor: Decoder,
+    parts: Sequence[TrainingGroup],
+    old: Sequence[mx.array | None],
+    weights: Sequence[mx.array],
+    settings: UpdateSettings,
+    total: Parameters | None = None,
+) -> tuple[float, dict[str, float], list[mx.array], Parameters]:
+    """The loss of some completions of one group, and its gradient.
+
+    Args:
+        parts: completions of similar length; a forward and backward pass each.
+        old: their old log-probs; None where they are those of this very forward pass.
+        weights: of their tokens in the loss, see `token_weights`.
+        total: gradients to which these are added.
+
+    Returns:
+        (loss, summed metrics of the loss, log-probs [K, T] of each part, gradients by name).
+    """
+    losses, metrics, logps = [], dict[str, float](), []
+
+    def cotangents(states: list[States]) -> list[States]:
+        found = []
+        for part, old_KT, weights_KT, (h_prompt, h_rows) in zip(
+            parts, old, weights, states, strict=True
+        ):
+            hidden_KTD = shift_right(h_prompt, h_rows)
+            logp_KT, dlogp_KTD = logps_with_gradient(
+                actor, hidden_KTD, part.tokens_KT, part.mask_KT, settings.temperature
+            )
+            logps.append(logp_KT)
+            before_KT = logp_KT if old_KT is None else old_KT
+            inputs = LossInputs(before_KT, part.advantages_K, part.mask_KT, weights_KT)
+            (loss, sums), dloss_KT = mx.value_and_grad(clipped_surrogate)(
+                logp_KT, inputs, settings.clip
+            )
+            losses.append(loss.item())
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, 0.0) + value.item()
+            grad_KTD = (dloss_KT[..., None] * dlogp_KTD).astype(hidden_KTD.dtype)
+            found.append(unshift(grad_KTD, len(part.prompt_ids)))
+        mx.eval(found)
+        return found
+
+    passes = [Pass(mx.array([p.prompt_ids]), p.tokens_KT) for p in parts]
+    total = gradients(actor, passes, cotangents, total)
+    return sum(losses), metrics, logps, total
 
 
 @dataclass
@@ -179,24 +218,47 @@ class _MinibatchSum:
         completions, tokens = (sum(s) for s in zip(*(sizes[p] for p in positions), strict=True))
         return cls(settings, tuple(positions), completions, tokens)
 
+    def add(
+        self, actor: Decoder, group: TrainingGroup, old_KT: mx.array | None, safe_point: SafePoint
+    ) -> mx.array:
+        """Add the gradient and figures of a group; returns its old log-probs."""
+        rows = self.settings.rows_per_pass
+        buckets = length_buckets(row_lengths(group.mask_KT), len(group.prompt_ids), rows)
+        found: list[tuple[list[int], mx.array]] = []
+        for together in [[b] for b in buckets] if rows else [buckets]:
+            safe_point()
+            parts = [rows_of(group, b) for b in together]
+            old = [_rows(old_KT, b, p) for b, p in zip(together, parts, strict=True)]
+            logps = self._add(actor, parts, old)
+            found += zip(together, logps, strict=True)
+        if old_KT is not None:
+            return old_KT
+        logp_KT = joined(found, group.mask_KT.shape)
+        _check(group, logp_KT)
+        return logp_KT
+
+    def _add(
+        self, actor: Decoder, parts: Sequence[TrainingGroup], old: Sequence[mx.array | None]
+    ) -> list[mx.array]:
+        s = self.settings
+        weights = [
+            token_weights(p.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens)
+            for p in parts
+        ]
+        loss, metrics, logps, self.gradients = surrogate_gradients(
+            actor, parts, old, weights, s, self.gradients
+        )
+        self.loss += loss
+        self.clipped += metrics["clipped"]
+        self.kl += metrics["kl"]
+        self.seen += int(metrics["tokens"])
+        return logps
+
     def join(self, ranks: Ranks) -> None:
         """Sum the figures over the ranks; the gradient is left to the step."""
         mine = (self.loss, self.clipped, self.kl, self.seen, bool(self.gradients))
         whole = zip(*ranks.gather(mine), strict=True)
         self.loss, self.clipped, self.kl, self.seen, self.live = map(sum, whole)
-
-    def add(self, decoder: Decoder, part: TrainingGroup, ahead: "ForwardPass") -> None:
-        """Run the backward of a pass and add what it gives."""
-        s = self.settings
-        weights_KT = token_weights(
-            part.mask_KT, s.aggregation, self.completions, self.tokens, s.max_tokens
-        )
-        arguments = (ahead.logp_KT, part.old_logp_KT, part.advantages_K, part.mask_KT)
-        self.loss += clipped_surrogate(*arguments, weights_KT, s.clip).item()
-        self.clipped += clipped_tokens(*arguments, s.clip).item()
-        self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
-        self.seen += int(part.mask_KT.sum().item())
-        self.gradients = backward_pass(decoder, part, ahead, weights_KT, s.clip, self.gradients)
 
     def note(self, stats: UpdateStats) -> None:
         """Add the figures to those of the iteration."""
@@ -205,47 +267,13 @@ class _MinibatchSum:
         stats.approx_kl += self.kl
 
 
-@dataclass(frozen=True)
-class ForwardPass:
-    """What a forward leaves: all that a backward needs but the loss."""
-
-    trace: backward.Trace
-    logp_KT: mx.array
-    dlogp_KTD: mx.array
-    """Gradient of each log-prob with respect to the hidden state that predicts its token."""
-
-
-def forward_pass(
-    decoder: Decoder, group: RewardedGroup | TrainingGroup, temperature: float
-) -> ForwardPass:
-    """Forward and head of a group, once."""
-    trace = backward.forward(decoder, mx.array([group.prompt_ids]), group.tokens_KT)
-    hidden_KTD = shift_right(trace.h_prompt, trace.h_rows)
-    logp_KT, dlogp_KTD = logps_with_gradient(
-        decoder, hidden_KTD, group.tokens_KT, group.mask_KT, temperature
-    )
-    return ForwardPass(trace, logp_KT, dlogp_KTD)
-
-
-def backward_pass(
-    decoder: Decoder,
-    group: TrainingGroup,
-    ahead: ForwardPass,
-    weights_KT: mx.array,
-    clip: Clip,
-    total: Parameters | None = None,
-) -> Parameters:
-    """Gradient of a group's weighted clipped surrogate by adapter name, added to `total`; uses up
-    `ahead`."""
-    fixed = (group.old_logp_KT, group.advantages_K, group.mask_KT, weights_KT, clip)
-    dloss_KT = mx.grad(lambda logp_KT: clipped_surrogate(logp_KT, *fixed))(ahead.logp_KT)
-    grad_KTD = (dloss_KT[..., None] * ahead.dlogp_KTD).astype(ahead.dlogp_KTD.dtype)
-    g_prompt, g_rows = backward.unshift(grad_KTD, len(group.prompt_ids))
-    return backward.backward(decoder, ahead.trace, g_prompt, g_rows, total)
+def _rows(values_KT: mx.array | None, rows: Sequence[int], part: TrainingGroup) -> mx.array | None:
+    """Those of a part of a group, cut to its longest row."""
+    return None if values_KT is None else values_KT[mx.array(rows), : part.mask_KT.shape[1]]
 
 
 def _step(
-    decoder: Decoder,
+    actor: Decoder,
     optimizer: optim.AdamW,
     total: _MinibatchSum,
     stats: UpdateStats,
@@ -258,14 +286,14 @@ def _step(
     if not math.isfinite(total.loss):
         stats.skips.append(Skip("loss", total.positions, (total.loss,)))
         return
-    current = lora_parameters(decoder.model)
-    gradients = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
+    current = lora_parameters(actor.model)
+    own = total.gradients or {n: mx.zeros_like(v) for n, v in current.items()}
     max_norm = total.settings.max_grad_norm
-    updated, norm = adamw_step(optimizer, ranks.sum(gradients), current, max_norm)
+    updated, norm = adamw_step(optimizer, ranks.sum(own), current, max_norm)
     if not math.isfinite(norm):
         stats.skips.append(Skip("gradient", total.positions, (norm,)))
         return
-    set_parameters(decoder.model, updated)
+    set_parameters(actor.model, updated)
     stats.loss += total.loss
     stats.grad_norm += norm
     stats.steps += 1

@@ -1,110 +1,192 @@
-"""Staged backward: the gradient of a loss with respect to an adapter, one block in memory at a
-time.
+"""Gradients of an adapter, with as much of the forward pass kept in memory as there is room for.
 
-1. Forward, block by block; the input of each block is kept, evaluated after each.
+1. Forward, block by block, each evaluated before the next. Of the lower blocks only the inputs are
+   kept. The last `sizes.kept_blocks` blocks belong to one graph with its gradient: evaluating it
+   piece by piece keeps their arrays, so none of them has to run again.
 2. The caller turns the last hidden states into their gradient (a head over chunks, or a scalar
    head).
-3. Backward, `mx.vjp` of one block alone, from the last to the first that can learn, evaluated after
-   each.
+3. Backward from the last block to the first that can learn, each evaluated before the next. A lower
+   block runs again, alone, under `mx.vjp`.
 
 The prompt runs once, [1, S], beside its K completions, [K, T]; the gradient that reaches its keys
 and values through the completions flows back with it. Equal to `mx.value_and_grad` over K whole
-sequences (a test compares them on eight families).
+sequences (a test compares them, family by family).
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder, Embedded
 from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 
+States = tuple[mx.array, mx.array]
+"""Hidden states of a prompt, [1, S, D], and of its completions, [K, T, D]."""
+Cotangents = Callable[[list[States]], list[States]]
+"""From the hidden states after the last block, of each pass, to the gradients of a loss there."""
+
+
+_BITS = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
+"""Unsigned integers of the same size: numpy knows no bf16."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A prompt, int [1, S], and completions behind it, int [K, T], padded on the right."""
+
+    prompt_1S: mx.array
+    rows_KT: mx.array
+
 
 @dataclass
-class Trace:
-    """What a forward leaves for its backward."""
+class _Trace:
+    """What the lower blocks leave for their backward."""
 
     embedded: Embedded
-    inputs: list[tuple[mx.array, mx.array]]
-    h_prompt: mx.array
-    h_rows: mx.array
+    inputs: list[States]
+    states: States
+    """Entering the first block that is kept."""
 
 
-def forward(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Trace:
-    """Run a prompt, int [1, S], and its completions, int [K, T] padded on the right; keep the input
-    of each block."""
-    embedded = decoder.embed(prompt_1S, rows_KT)
-    h_prompt, h_rows = embedded.h_prompt, embedded.h_rows
-    inputs = []
-    for i in range(len(decoder.blocks)):
-        inputs.append((h_prompt, h_rows))
-        h_prompt, h_rows = decoder.run_block(embedded, i, h_prompt, h_rows)
-        mx.eval(h_prompt, h_rows)
-    return Trace(embedded, inputs, h_prompt, h_rows)
-
-
-def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]:
-    """Transpose of `decoder.shift_right`: gradient of predicting states -> gradients of prompt and
-    rows."""
-    first_11D = grad_KTD[:, :1].sum(axis=0, keepdims=True)
-    g_prompt = mx.pad(first_11D, [(0, 0), (prompt_length - 1, 0), (0, 0)])
-    g_rows = mx.pad(grad_KTD[:, 1:], [(0, 0), (0, 1), (0, 0)])
-    return g_prompt, g_rows
-
-
-def backward(
+def gradients(
     decoder: Decoder,
-    trace: Trace,
-    g_prompt: mx.array,
-    g_rows: mx.array,
+    passes: Sequence[Pass],
+    cotangents: Cotangents,
     total: Parameters | None = None,
 ) -> Parameters:
-    """Gradients of the trainable parameters of the blocks by full name; empties `trace.inputs` on
-    the way.
+    """Gradients of a loss with respect to the trainable parameters of the blocks, by full name.
 
     Args:
+        cotangents: called once, when all passes have run.
         total: gradients to which these are added, block by block, so that one set is alive.
     """
     total = {} if total is None else total
-    trainable = [bool(tree_flatten(block.trainable_parameters())) for block in decoder.blocks]
-    first = trainable.index(True)
-    for i in reversed(range(first, len(decoder.blocks))):
-        g_prompt, g_rows, found = _block_vjp(decoder, trace, i, g_prompt, g_rows)
-        prefix = decoder.block_names[i]
-        for name in [n for n in found if f"{prefix}.{n}" in total]:
-            found[name] = total.pop(f"{prefix}.{name}") + found[name]
-        mx.eval(found)
-        total |= {f"{prefix}.{n}": g for n, g in found.items()}
-    trace.inputs.clear()
+    first = next(i for i, block in enumerate(decoder.blocks) if _trainable(block))
+    cut = max(first, len(decoder.blocks) - decoder.sizes.kept_blocks)
+    traces = [_forward(decoder, p, first, cut) for p in passes]
+    if cut == len(decoder.blocks):
+        wanted = cotangents([trace.states for trace in traces])
+    else:
+        wanted = _through_kept_blocks(decoder, traces, cut, cotangents, total)
+    for i in reversed(range(first, cut)):
+        for j, trace in enumerate(traces):
+            wanted[j], found = _block_vjp(decoder, trace, i, wanted[j])
+            _add(total, decoder.block_names[i], found)
     return total
 
 
+def _forward(decoder: Decoder, p: Pass, first: int, cut: int) -> _Trace:
+    """Run the blocks below `cut`; keep the inputs of those from `first` on."""
+    embedded = decoder.embed(p.prompt_1S, p.rows_KT)
+    states = embedded.h_prompt, embedded.h_rows
+    inputs = []
+    for i in range(cut):
+        if i >= first:
+            inputs.append(states)
+        states = decoder.run_block(embedded, i, *states)
+        mx.eval(states)
+    return _Trace(embedded, inputs, states)
+
+
+def _through_kept_blocks(
+    decoder: Decoder,
+    traces: Sequence[_Trace],
+    cut: int,
+    cotangents: Cotangents,
+    total: Parameters,
+) -> list[States]:
+    """Forward and backward of the blocks from `cut` on; the gradients of the states that enter it.
+
+    The graph of the gradient is built before the cotangents are known. They are read from buffers
+    that are filled once the forward has been evaluated, and nothing reads them earlier.
+    """
+    blocks, entering = decoder.blocks[cut:], [trace.states for trace in traces]
+    buffers = [tuple(mx.zeros(h.shape, _BITS[h.dtype]) for h in states) for states in entering]
+    mx.eval(buffers)
+
+    def surrogate(
+        states: list[States], values: list[Parameters]
+    ) -> tuple[mx.array, list[list[States]]]:
+        """The scalar whose gradient is wanted, and the states after each block of each pass."""
+        for block, own in zip(blocks, values, strict=True):
+            block.update(tree_unflatten(list(own.items())))
+        after: list[list[States]] = [[] for _ in blocks]
+        scalar = mx.array(0.0)
+        for trace, h, buffer in zip(traces, states, buffers, strict=True):
+            for i in range(len(blocks)):
+                h = decoder.call_block(trace.embedded, cut + i, *h)
+                after[i].append(h)
+            for value, bits in zip(h, buffer, strict=True):
+                scalar = scalar + (bits.view(value.dtype) * value).sum()
+        return scalar, after
+
+    with _put_back(blocks):
+        (_, after), (g_states, g_values) = mx.value_and_grad(surrogate, argnums=(0, 1))(
+            entering, [_trainable(block) for block in blocks]
+        )
+    for states in after:
+        mx.eval(states)
+    last = after[-1]
+    del after, states
+    for buffer, wanted in zip(buffers, cotangents(last), strict=True):
+        for bits, value in zip(buffer, wanted, strict=True):
+            np.asarray(bits)[...] = np.asarray(value.view(bits.dtype))
+    del last
+    for i in reversed(range(len(blocks))):
+        _add(total, decoder.block_names[cut + i], g_values.pop())
+    mx.eval(g_states)
+    return list(g_states)
+
+
 def _block_vjp(
-    decoder: Decoder, trace: Trace, i: int, g_prompt: mx.array, g_rows: mx.array
-) -> tuple[mx.array, mx.array, Parameters]:
-    """Gradients of the block's inputs and of its trainable parameters by name within the block."""
+    decoder: Decoder, trace: _Trace, i: int, cotangents: States
+) -> tuple[States, Parameters]:
+    """Gradients of a block's inputs and of its trainable parameters by name within the block."""
     block, inputs = decoder.blocks[i], trace.inputs.pop()
     tokens = decoder.sizes.mlp_tokens
     if MLP in block and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs):
 
-        def call(h_prompt: mx.array, h_rows: mx.array) -> tuple[mx.array, mx.array]:
+        def call(h_prompt: mx.array, h_rows: mx.array) -> States:
             return decoder.call_block(trace.embedded, i, h_prompt, h_rows)
 
-        g_inputs, found = vjp_in_chunks(block, call, inputs, (g_prompt, g_rows), tokens)
-        return *g_inputs, found
-    current = dict(tree_flatten(block.trainable_parameters()))
-    names = list(current)
+        return vjp_in_chunks(block, call, inputs, cotangents, tokens)
+    current = _trainable(block)
 
     def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
-        block.update(tree_unflatten(list(zip(names, values, strict=True))))
+        block.update(tree_unflatten(list(zip(current, values, strict=True))))
         return list(decoder.call_block(trace.embedded, i, h_prompt, h_rows))
 
-    try:
+    with _put_back([block]):
         values = [*inputs, *current.values()]
-        _, (g_prompt, g_rows, *gradients) = mx.vjp(run, values, [g_prompt, g_rows])
+        _, (g_prompt, g_rows, *found) = mx.vjp(run, values, list(cotangents))
+    mx.eval(g_prompt, g_rows, found)
+    return (g_prompt, g_rows), dict(zip(current, found, strict=True))
+
+
+def _add(total: Parameters, prefix: str, found: Parameters) -> None:
+    """Add the gradients of one block and evaluate them."""
+    for name in [n for n in found if f"{prefix}.{n}" in total]:
+        found[name] = total.pop(f"{prefix}.{name}") + found[name]
+    mx.eval(found)
+    total |= {f"{prefix}.{n}": g for n, g in found.items()}
+
+
+def _trainable(block: nn.Module) -> Parameters:
+    return dict(tree_flatten(block.trainable_parameters()))
+
+
+@contextmanager
+def _put_back(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Whatever a differentiated function put into the blocks, they have their own arrays after."""
+    current = [_trainable(block) for block in blocks]
+    try:
+        yield
     finally:
-        block.update(tree_unflatten(list(current.items())))  # out with the tracers
-    mx.eval(g_prompt, g_rows, gradients)
-    return g_prompt, g_rows, dict(zip(names, gradients, strict=True))
+        for block, own in zip(blocks, current, strict=True):
+            block.update(tree_unflatten(list(own.items())))

@@ -34,9 +34,18 @@ class Sizes:
     head_bytes: int = 32 << 20
     """Of the fp32 logits of one chunk of the head. A handful of arrays of this size live at
     once."""
+    kept_blocks: int = 0
+    """Last blocks whose arrays an update keeps, so that they do not run twice."""
 
 
 WHOLE = Sizes()
+PREFILL_TOKENS = 512
+"""Of a prompt at a time, where its keys and values are computed for a rollout."""
+
+
+def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
+    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
+    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 class _Prefix:
@@ -244,3 +253,12 @@ def shift_right(h_prompt: mx.array, h_rows: mx.array) -> mx.array:
     """Hidden states [K, T, D] whose position t predicts completion token t."""
     last = mx.broadcast_to(h_prompt[:, -1:], (h_rows.shape[0], 1, h_rows.shape[2]))
     return mx.concatenate([last, h_rows[:, :-1]], axis=1)
+
+
+def unshift(grad_KTD: mx.array, prompt_length: int) -> tuple[mx.array, mx.array]:
+    """Transpose of `shift_right`: from the gradient of predicting states, [K, T, D], to those of
+    the prompt, [1, S, D], and of the rows, [K, T, D]."""
+    first_11D = grad_KTD[:, :1].sum(axis=0, keepdims=True)
+    g_prompt = mx.pad(first_11D, [(0, 0), (prompt_length - 1, 0), (0, 0)])
+    g_rows = mx.pad(grad_KTD[:, 1:], [(0, 0), (0, 1), (0, 0)])
+    return g_prompt, g_rows

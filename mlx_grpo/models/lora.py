@@ -24,6 +24,16 @@ from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import share
 
 
+class AddmmLoRALinear(LoRALinear):
+    """mlx-lm's layer with fewer passes over its output: in W x + scale * (x A) B the last product,
+    its scale and the sum are one `addmm`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        a, b = (p.astype(x.dtype) for p in (self.lora_a, self.lora_b))
+        return mx.addmm(y, x @ a, b, alpha=self.scale)
+
+
 def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:
     """A tree that shares the arrays of `model` and has fresh fp32 LoRA layers; the draw depends on
     seed and layer name.
@@ -63,6 +73,8 @@ def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any])
         }
     )
     linear_to_lora_layers(adapted, blocks, {**parameters, "keys": keys})
+    for _, module in lora_modules(adapted):
+        module.__class__ = AddmmLoRALinear
     return adapted
 
 

@@ -1,12 +1,16 @@
 """AdamW (arXiv:1711.05101): one clipped step, and its state as named arrays."""
 
 import math
+from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.core.types import Parameters
+
+STEP_BYTES = 4 << 20
+"""Of parameters that a step evaluates at a time."""
 
 
 def new_optimizer(learning_rate: float, weight_decay: float) -> optim.AdamW:
@@ -30,8 +34,9 @@ def adamw_step(
 ) -> tuple[Parameters, float]:
     """Clip the gradient to a global norm and step: (new parameters, norm before clipping).
 
-    Array by array, so that no second set of gradients and moments is alive; empties `gradients`.
-    A norm that is not finite returns the parameters as they were and leaves the optimizer alone.
+    A few arrays at a time, so that no second set of gradients and moments is alive; empties
+    `gradients`. A norm that is not finite returns the parameters as they were and leaves the
+    optimizer alone.
     """
     squares = mx.stack([mx.square(g.astype(mx.float32)).sum() for g in gradients.values()])
     norm = float(mx.sqrt(squares.sum()).item())
@@ -44,7 +49,22 @@ def adamw_step(
     flat, state = dict(tree_flatten(updated)), dict(tree_flatten(optimizer.state))
     gradients.clear()
     del scaled
-    for name, value in flat.items():
-        mx.eval(value, state[f"{name}.m"], state[f"{name}.v"])
+    for names in _groups(flat):
+        mx.eval([(flat[n], state[f"{n}.m"], state[f"{n}.v"]) for n in names])
     mx.eval(optimizer.state)
     return flat, norm
+
+
+def _groups(arrays: Parameters) -> Iterator[list[str]]:
+    """Names whose arrays take about `STEP_BYTES` together: a GPU would wait longer for each single
+    array than it works on it."""
+    names: list[str] = []
+    size = 0
+    for name, value in arrays.items():
+        names.append(name)
+        size += value.nbytes
+        if size >= STEP_BYTES:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names

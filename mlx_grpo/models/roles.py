@@ -20,9 +20,18 @@ class Roles:
 
 
 def new_actor(
-    backbone: Backbone, rank: int, scale: float, seed: int, sizes: Sizes = WHOLE
+    backbone: Backbone,
+    rank: int,
+    scale: float,
+    seed: int,
+    sizes: Sizes = WHOLE,
+    layers: int = 0,
 ) -> Decoder:
-    """The backbone with a fresh LoRA, which starts as the backbone itself."""
-    actor = add_lora(backbone.model, rank, scale, seed)
+    """The backbone with a fresh LoRA, which starts as the backbone itself.
+
+    Args:
+        layers: how many of the last blocks get one; 0 means all.
+    """
+    actor = add_lora(backbone.model, rank, scale, seed, layers)
     actor.train()  # some model families have kernels without a gradient in eval mode
     return Decoder(actor, sizes)

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
 
-from mlx_grpo.backend.precision import Precision, apply_precision
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.decoder import Decoder, Embedded, Sizes
+from mlx_grpo.models.block_reader import Rows, cast_around_blocks, embed_rows, run_blocks
+from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
     REWARD_HEAD,
@@ -31,16 +30,15 @@ from mlx_grpo.models.reward_model import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Bucket:
-    """Rows of one group on their way through the blocks."""
+    """Rows of similar length of one group."""
 
     group: int
-    rows: list[int]
+    places: list[int]
+    """Which completions of the group."""
     lengths: list[int]
-    embedded: Embedded
-    h_prompt: mx.array
-    h_rows: mx.array
+    rows: Rows
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ class StreamedRewardModel:
         for buckets in self._waves(groups):
             safe_point()
             for b, found in zip(buckets, self._run(buckets), strict=True):
-                for row, score in zip(b.rows, found, strict=True):
-                    scores[b.group][row] = score
+                for place, score in zip(b.places, found, strict=True):
+                    scores[b.group][place] = score
         return scores
 
     def _waves(self, groups: Sequence[Group]) -> Iterator[list[_Bucket]]:
@@ -79,7 +77,8 @@ class StreamedRewardModel:
         wave: list[_Bucket] = []
         for i, group in enumerate(groups):
             wave += self._embedded(i, group)
-            if 2 * sum(b.h_prompt.nbytes + b.h_rows.nbytes for b in wave) > self.hidden_bytes:
+            held = sum(b.rows.h_prompt.nbytes + b.rows.h_rows.nbytes for b in wave)
+            if 2 * held > self.hidden_bytes:
                 yield wave
                 wave = []
         if wave:
@@ -90,40 +89,25 @@ class StreamedRewardModel:
         prompt, rows = reward_inputs(group, self.tokenizer, self.padding)
         for bucket in length_buckets(list(map(len, rows)), len(prompt), self.sizes.rows):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
-            e = decoder.embed(mx.array([prompt]), rows_KT)
-            mx.eval(e.h_prompt, e.h_rows)
-            yield _Bucket(index, bucket, lengths, e, e.h_prompt, e.h_rows)
+            entered = embed_rows(decoder, mx.array([prompt]), rows_KT)
+            yield _Bucket(index, bucket, lengths, entered)
 
     def _run(self, buckets: Sequence[_Bucket]) -> Iterator[list[float]]:
         decoder = self._open()
-        for i, block in enumerate(decoder.blocks):
-            apply_precision(block, self.precision)
-            for b in buckets:
-                b.h_prompt, b.h_rows = decoder.run_block(b.embedded, i, b.h_prompt, b.h_rows)
-                mx.eval(b.h_prompt, b.h_rows)
-            block.update(tree_map(lambda _: mx.zeros((0,)), block.parameters()))
+        run_blocks(decoder, [b.rows for b in buckets], self.precision)
         for b in buckets:
-            last_KD = b.h_rows[mx.arange(len(b.rows)), mx.array(b.lengths) - 1]
+            last_KD = b.rows.h_rows[mx.arange(len(b.lengths)), mx.array(b.lengths) - 1]
             yield reward_head(decoder, last_KD, self.weight_1D, self.bias).tolist()
 
     def _open(self) -> Decoder:
         """The model with nothing read yet."""
         model = load_unchanged(self.path, self.stamps)
-        if self.precision.dense:
-            _in_dtype(model, self.precision.dtype)
         model.freeze()
         model.eval()
-        return Decoder(model, self.sizes)
-
-
-def _in_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Let what is around the blocks compute in a dtype; a quantized embedding gives that of its
-    scales."""
-    for name, module in model.named_modules():
-        if ".layers." not in name:
-            for leaf, value in module.items():
-                if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
-                    module[leaf] = value.astype(dtype)
+        decoder = Decoder(model, self.sizes)
+        if self.precision.dense:
+            cast_around_blocks(decoder, self.precision.dtype)
+        return decoder
 
 
 def open_streamed(

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from mlx_grpo.grpo.rollout import PREFILL_TOKENS
-from mlx_grpo.models.decoder import Sizes
+from mlx_grpo.models.decoder import PREFILL_TOKENS, Sizes
 from mlx_grpo.plan.footprint import Footprint
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)

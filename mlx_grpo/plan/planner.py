@@ -6,7 +6,7 @@ from pathlib import Path
 from mlx_grpo.backend.device import recommended_memory
 from mlx_grpo.backend.precision import choose_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.plan.devices import Device, device
@@ -33,22 +33,25 @@ class Planner:
         """Of the rank that has most."""
         config = self.config
         return Workload(
-            prompts=-(-config.batch_size // self.ranks),
-            k=config.K,
-            prompt_tokens=config.max_prompt_length,
-            completion_tokens=config.max_completion_length,
-            lora_rank=config.lora_rank,
-            steps=-(-config.batch_size // config.minibatch_size) * config.epochs,
-            epochs=config.epochs,
+            prompts=-(-config.data.batch_size // self.ranks),
+            k=config.rollout.K,
+            prompt_tokens=config.data.max_prompt_length,
+            completion_tokens=config.rollout.max_completion_length,
+            lora_rank=config.model.lora_rank,
+            steps=-(-config.data.batch_size // config.optimizer.minibatch_size)
+            * config.optimizer.epochs,
+            epochs=config.optimizer.epochs,
         )
 
     def plan(self) -> Plan:
         """What fits into the run's memory limit, or the leanest if nothing does."""
         config = self.config
         dense = self.here and choose_precision(self.model.parameters).dense
-        given = Choice(dense, config.decode_rows, Sizes(rows=config.rows_per_pass))
-        limit = parse_bytes(config.memory_limit) or recommended_memory()
-        return choose(self.model, self.reward, self.work, limit, given, config.rm_residency)
+        given = Choice(
+            dense, config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
+        )
+        limit = parse_bytes(config.run.memory_limit) or recommended_memory()
+        return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
 
     def times(self, plan: Plan, machine: Device) -> dict[str, StageTime]:
         """Seconds of each stage of an iteration, without those that there are not."""
@@ -69,21 +72,21 @@ class Planner:
         return scaled
 
 
-def planner(config: TrainConfig, here: bool = True, ranks: int = 1) -> Planner:
+def planner_for(config: TrainConfig, here: bool = True, ranks: int = 1) -> Planner:
     """Read the models' configurations and headers, no weight.
 
     Raises:
         InputError: a model is missing or cannot be loaded.
     """
     return Planner(
-        config, footprint(Path(config.actor_model)), reward_footprint(config), here, ranks
+        config, footprint(Path(config.model.actor)), reward_footprint(config), here, ranks
     )
 
 
 def reward_footprint(config: TrainConfig) -> RewardFootprint:
-    if config.rm_model == "none":
+    if config.reward.model == "none":
         return RewardFootprint()
-    path = Path(config.rm_model)
+    path = Path(config.reward.model)
     if reward_config(path)["kind"] == "full":
         return RewardFootprint(model=footprint(path))
     return RewardFootprint(adapter_bytes(path))
@@ -94,18 +97,18 @@ def machine_of(name: str, plan: Plan) -> Device:
     return device(name, precision_for(plan.choice.dense).dtype)
 
 
-def way_out(planned: Planner) -> str:
+def way_out(planner: Planner) -> str:
     """The least that would have to change."""
 
     def fits(**change: int) -> bool:
-        return replace(planned, config=replace(planned.config, **change)).plan().fits  # type: ignore[arg-type]
+        return replace(planner, config=with_settings(planner.config, **change)).plan().fits
 
-    length = planned.config.max_completion_length // 2
+    length = planner.config.rollout.max_completion_length // 2
     while length >= 16:
         if fits(max_completion_length=length):
             return f"it fits with --max-completion-length {length}"
         length //= 2
-    rank = planned.config.lora_rank // 2
+    rank = planner.config.model.lora_rank // 2
     while rank >= 1:
         if fits(lora_rank=rank):
             return f"it fits with --lora-rank {rank}"

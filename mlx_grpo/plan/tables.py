@@ -55,7 +55,7 @@ def show_scaling(scaled: Sequence[Scaled], link: str, ui: Console) -> None:
     ui.say(f"pays up to {up_to} {'rank' if up_to == 1 else 'ranks'}; {more}")
 
 
-def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
+def check_fits(planner: Planner, plan: Plan, ui: Console) -> None:
     """Say what is planned; where it does not fit, show the table.
 
     Raises:
@@ -63,13 +63,13 @@ def check_fits(planned: Planner, plan: Plan, ui: Console) -> None:
     """
     if plan.fits:
         ui.say(summary(plan))
-        if planned.here and precision_for(plan.choice.dense).slow:
+        if planner.here and precision_for(plan.choice.dense).slow:
             ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
         return
     show(plan, ui)
     raise InputError(
-        f"{planned.config.actor_model}: needs {gigabytes(plan.peak)} of memory and may take "
-        f"{gigabytes(plan.limit)}; {way_out(planned)}"
+        f"{planner.config.model.actor}: needs {gigabytes(plan.peak)} of memory and may take "
+        f"{gigabytes(plan.limit)}; {way_out(planner)}"
     )
 
 

@@ -62,7 +62,7 @@ def _several(records: Sequence[Record]) -> list[Chart]:
 
 
 def _mean(records: Sequence[Record], key: str, title: str, unit: str) -> Chart:
-    runs = [(f"seed {r.config.seed}", s) for r in records if (s := r.series(key))]
+    runs = [(f"seed {r.config.run.seed}", s) for r in records if (s := r.series(key))]
     runs = [(seed, smoothed(s) if len(s) > FEW else s) for seed, s in runs]
     mean, area = spread([s for _, s in runs])
     each = [Line(seed, s, "faint") for seed, s in runs]

@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from mlx_grpo.config.settings import REPEATED, TrainConfig, flag_of
-from mlx_grpo.config.sources import field_help
+from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
+from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.live import duration
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
@@ -57,7 +57,7 @@ def render(records: Sequence[Record], title: str) -> str:
         number=number,
         over=over,
         examples=examples,
-        settings=settings,
+        settings=settings_table,
         command=command,
     )
 
@@ -71,7 +71,7 @@ def number(row: Row, key: str, form: str) -> str:
 
 def status(r: Record) -> str:
     """How far a run is."""
-    place = f"iteration {r.step} of {r.config.num_iterations}"
+    place = f"iteration {r.step} of {r.config.run.num_iterations}"
     if r.running:
         return f"running, {place}"
     return "finished" if r.finished else f"stopped at {place}"
@@ -81,7 +81,7 @@ def pace(r: Record) -> str:
     """Roughly how long it is from one page of a run to the next, once that is known."""
     if not r.iterations:
         return ""
-    between = r.config.eval_every * fmean(row["time/iteration"] for row in r.iterations[-10:])
+    between = r.config.evaluation.every * fmean(row["time/iteration"] for row in r.iterations[-10:])
     return f", about every {duration(between + r.evaluations[-1].get('time/evaluate', 0.0))}"
 
 
@@ -177,27 +177,27 @@ def examples(r: Record) -> list[tuple[Row, Row]]:
     return [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def settings(r: Record) -> list[tuple[str, str, bool, str]]:
+def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:
     """(field, value, whether it is not the default, help) of the configuration."""
-    texts, values = field_help(TrainConfig), asdict(r.config)
+    texts, values = setting_help(), flat_values(r.config)
     return [
-        (f.name, _text(values[f.name]), values[f.name] != f.default, texts[f.name])
-        for f in fields(TrainConfig)
+        (s.flat, _text(values[s.flat]), values[s.flat] != s.default, texts[s.flat])
+        for s in SETTINGS.values()
     ]
 
 
 def command(r: Record) -> str:
     """What to type to train the run again, beside the first one."""
     words = ["mlx-grpo", "train"]
-    values = asdict(r.config)
-    for f in fields(TrainConfig):
-        value = values[f.name]
-        if f.name == "output":
+    values = flat_values(r.config)
+    for s in SETTINGS.values():
+        value = values[s.flat]
+        if s.flat == "output":
             value = f"{r.config.run_directory}-again"
-        elif value == f.default and f.name != "seed":
+        elif value == s.default and s.flat != "seed":
             continue
-        for one in value if f.name in REPEATED else [value]:
-            words += [flag_of(f.name), shlex.quote(_text(one))]
+        for one in value if s.flat in REPEATED else [value]:
+            words += [flag_of(s.flat), shlex.quote(_text(one))]
     return " ".join(words)
 
 

@@ -1,5 +1,6 @@
 """What a run directory tells, read once for its report."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,13 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import WinRate, win_rate
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.learner import target_at
+from mlx_grpo.grpo.state import Best
 from mlx_grpo.models.reward_model import LEARNING_CURVE
 from mlx_grpo.report.charts import Point
 from mlx_grpo.report.health import Finding, Row, findings
 from mlx_grpo.run import log
 from mlx_grpo.run.checkpoint import step_directories
-from mlx_grpo.run.directory import CHECKPOINTS, settings
+from mlx_grpo.run.directory import CHECKPOINTS, run_settings
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Record:
     @property
     def finished(self) -> bool:
         """Whether the last iteration was evaluated too, and nothing is at work."""
-        done = "eval_reward" in self.rows[-1] and self.step >= self.config.num_iterations
+        done = "eval_reward" in self.rows[-1] and self.step >= self.config.run.num_iterations
         return done and not self.running
 
     @property
@@ -81,19 +83,20 @@ class Record:
 
     def decisions(self) -> list[tuple[Row, float, str]]:
         """(evaluation, its KL gate, whether it became best or why not), in order."""
-        decided = []
+        decided, best = [], Best()
         for row in self.evaluations:
             gate = target_at(self.config, max(row["step"] - 1, 0))
-            if row["step"] == 0:
-                why = "SFT model"
-            elif row["eval_best"]:
-                why = "best so far"
-            elif row["eval_kl"] is None or row["eval_kl"] >= gate:
-                why = "KL too high"
-            else:
-                why = "perplexity not better"
+            kl, perplexity = (_number(row[name]) for name in ("eval_kl", "eval_perplexity"))
+            why = best.refusal(kl, perplexity, gate) if row["step"] else "SFT model"
+            if row["eval_best"]:
+                best, why = Best(row["step"], perplexity), "best so far"
             decided.append((row, gate, why))
         return decided
+
+
+def _number(value: float | None) -> float:
+    """A figure of a row; the log has null where it was NaN or infinite."""
+    return math.nan if value is None else value
 
 
 def gold_names(records: Sequence[Record]) -> list[str]:
@@ -107,12 +110,14 @@ def read(run: Path, running: bool) -> Record:
     Raises:
         InputError: no run here, one without any figures yet, or damage.
     """
-    config = settings(run)
+    config = run_settings(run)
     rows = _log(run / log.METRICS)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
     answers = _log(run / log.EVAL_COMPLETIONS)
-    curve = [] if config.rm_model == "none" else _log(Path(config.rm_model) / LEARNING_CURVE)
+    curve = (
+        [] if config.reward.model == "none" else _log(Path(config.reward.model) / LEARNING_CURVE)
+    )
     return Record(run, config, rows, answers, curve, _origin(run), running)
 
 

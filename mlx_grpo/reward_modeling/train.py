@@ -17,13 +17,13 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_grpo.config.checks import check_ranges
+from mlx_grpo.config.checks import check_reward_training
 from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.core.dates import today
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import pad_right
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.data.clock import today
 from mlx_grpo.data.pairs import (
     SIDES,
     PairGroup,
@@ -38,8 +38,8 @@ from mlx_grpo.data.tables import digest
 from mlx_grpo.files.atomic import atomic_directory, write_json, write_text
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.files.safetensors import save_arrays
-from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import Backbone, load_backbone
+from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
@@ -82,22 +82,28 @@ def group_gradients(
     """Gradients of LoRA and head for one prompt's pairs, each pair weighted by `weight`, and the
     summed loss."""
     rows_KT, lengths = pad_right(list(group.answers))
-    trace = backward.forward(decoder, mx.array([group.prompt_ids]), rows_KT)
     ends = (mx.arange(len(lengths)), mx.array(lengths) - 1)
+    found: list[mx.array] = []
 
     def loss(last_KD: mx.array, head_1D: mx.array) -> mx.array:
-        return weight * bradley_terry_loss(
-            reward_head(decoder, last_KD, head_1D, None), group.pairs
-        )
+        scores_K = reward_head(decoder, last_KD, head_1D, None)
+        return weight * bradley_terry_loss(scores_K, group.pairs)
 
-    value, (g_last_KD, g_head_1D) = mx.value_and_grad(loss, argnums=(0, 1))(
-        trace.h_rows[ends], weight_1D
-    )
-    g_rows = mx.zeros_like(trace.h_rows)
-    g_rows[ends] = g_last_KD
-    gradients = backward.backward(decoder, trace, mx.zeros_like(trace.h_prompt), g_rows)
-    mx.eval(g_head_1D)
-    return {**gradients, HEAD: g_head_1D}, value.item() / weight
+    def cotangents(states: list[States]) -> list[States]:
+        ((h_prompt, h_rows),) = states
+        value, (g_last_KD, g_head_1D) = mx.value_and_grad(loss, argnums=(0, 1))(
+            h_rows[ends], weight_1D
+        )
+        found.extend((value, g_head_1D))
+        g_rows = mx.zeros_like(h_rows)
+        g_rows[ends] = g_last_KD
+        mx.eval(value, g_head_1D, g_rows)
+        return [(mx.zeros_like(h_prompt), g_rows)]
+
+    whole = [Pass(mx.array([group.prompt_ids]), rows_KT)]
+    adapter = gradients(decoder, whole, cotangents)
+    value, g_head_1D = found
+    return {**adapter, HEAD: g_head_1D}, value.item() / weight
 
 
 def batch_gradients(
@@ -108,8 +114,8 @@ def batch_gradients(
     total: Parameters = {}
     loss = 0.0
     for group in batch:
-        gradients, group_loss = group_gradients(decoder, weight_1D, group, weight)
-        total = {n: total[n] + g for n, g in gradients.items()} if total else gradients
+        found, group_loss = group_gradients(decoder, weight_1D, group, weight)
+        total = {n: total[n] + g for n, g in found.items()} if total else found
         mx.eval(total)
         loss += group_loss
     return total, loss
@@ -126,7 +132,7 @@ def train_rm(
     Raises:
         InputError: any of the inputs is missing or wrong, or the output directory exists.
     """
-    check_ranges(config)
+    check_reward_training(config)
     config = replace(config, template_date=config.template_date or today())
     with atomic_directory(Path(config.output)) as directory:
         backbone = backbone or load_backbone(Path(config.model), date=config.template_date)
@@ -184,10 +190,10 @@ def _fit(
     batches = list(_batches(config, split.train))
     loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
     for step, batch in enumerate(batches, 1):
-        gradients, batch_loss = batch_gradients(decoder, weights[HEAD], batch)
+        found, batch_loss = batch_gradients(decoder, weights[HEAD], batch)
         done = (step - 1) * config.batch_size / (config.epochs * len(split.train))
         optimizer.learning_rate = config.learning_rate * (1 - done)
-        weights, norm = adamw_step(optimizer, gradients, weights, config.max_grad_norm)
+        weights, norm = adamw_step(optimizer, found, weights, config.max_grad_norm)
         if not math.isfinite(norm):
             raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")
         _set_adapter(adapted, weights)

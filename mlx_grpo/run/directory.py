@@ -9,12 +9,12 @@ from typing import Any
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config, to_toml
+from mlx_grpo.core.dates import today
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
-from mlx_grpo.data.clock import today
 from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, write_text
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
@@ -74,7 +74,7 @@ def is_run(run: Path) -> bool:
     return (run / CONFIG).is_file()
 
 
-def settings(run: Path) -> TrainConfig:
+def run_settings(run: Path) -> TrainConfig:
     """The settings of the run in a directory.
 
     Raises:
@@ -86,13 +86,13 @@ def settings(run: Path) -> TrainConfig:
 
 
 def with_date(config: TrainConfig, resume: bool) -> TrainConfig:
-    """The settings with the date that chat templates see: what is set, or what the run that goes on
-    was started with, or today."""
-    if config.template_date:
+    """The settings with the date that chat templates see: what is set, or what the run that is
+    resumed was started with, or today."""
+    if config.model.template_date:
         return config
     started = resume and is_run(config.run_directory)
-    date = settings(config.run_directory).template_date if started else today()
-    return replace(config, template_date=date)
+    date = run_settings(config.run_directory).model.template_date if started else today()
+    return with_settings(config, template_date=date)
 
 
 def chosen_adapter(run: Path, name: str) -> Path:
@@ -125,9 +125,9 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
     """
     adapter = _adapter_bytes(actor)
     # while a checkpoint is written the oldest is still there; best/ and final/ are one adapter each
-    arrays = 3 * adapter * (config.keep + 1) + 2 * adapter
-    completions = config.num_iterations * config.batch_size * config.K
-    logs = LOG_BYTES_PER_TOKEN * completions * config.max_completion_length
+    arrays = 3 * adapter * (config.run.keep + 1) + 2 * adapter
+    completions = config.run.num_iterations * config.data.batch_size * config.rollout.K
+    logs = LOG_BYTES_PER_TOKEN * completions * config.rollout.max_completion_length
     need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
 
 
@@ -153,7 +153,7 @@ def save(
     checkpoint.save(
         run / CHECKPOINTS,
         checkpoint.Checkpoint(state.iteration, now.adapter, now.optimizer, saved),
-        config.keep,
+        config.run.keep,
     )
 
 
@@ -208,7 +208,7 @@ def restore(
         log.cut(run / name, logs.get(name, 0))  # an older checkpoint knows fewer logs
     write_text(run / CONFIG, to_toml(config))
     restored = state.with_json(saved.state)
-    if restored.skipped_in_a_row >= config.max_skipped_steps:  # it ended there; count anew
+    if restored.skipped_in_a_row >= config.run.max_skipped_steps:  # it ended there; count anew
         restored = replace(restored, skipped_in_a_row=0)
     restored = _with_changes(restored, state, provenance.changed_fields(saved.state, about))
     if restored.best.step is None:

@@ -5,12 +5,18 @@ On resume these are compared with those the checkpoint recorded.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig, flag_of
+from mlx_grpo.config.settings import (
+    BY_CONTENT,
+    FREE,
+    ROUNDING,
+    TrainConfig,
+    flag_of,
+    flat_values,
+)
 from mlx_grpo.data.tables import digest
 from mlx_grpo.files.manifest import directory_digest
 from mlx_grpo.rewards.functions import CustomReward
@@ -23,11 +29,11 @@ def versions() -> dict[str, str]:
 
 def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[str, str]:
     """sha256 of every input, by the flag that names it."""
-    rm = "none" if config.rm_model == "none" else directory_digest(Path(config.rm_model))
+    rm = "none" if config.reward.model == "none" else directory_digest(Path(config.reward.model))
     return {
-        "--prompts": digest(Path(config.prompts)),
-        "--eval-prompts": digest(Path(config.eval_prompts)),
-        "--actor-model": directory_digest(Path(config.actor_model)),
+        "--prompts": digest(Path(config.data.prompts)),
+        "--eval-prompts": digest(Path(config.evaluation.prompts)),
+        "--actor-model": directory_digest(Path(config.model.actor)),
         "--rm-model": rm,
         **{f"--reward {r.name}": found for r in custom if (found := r.digest())},
     }
@@ -43,7 +49,7 @@ def recorded(
         ranks: processes that share the work; only the order of sums depends on it.
     """
     about = {
-        "config": asdict(config),
+        "config": flat_values(config),
         "inputs": inputs,
         "versions": versions(),
         "weights": "dense fp32" if dense else "packed",
@@ -61,7 +67,7 @@ def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a checkpoint; a field that its version did not have is at its default."""
-    defaults = json.loads(json.dumps(asdict(TrainConfig())))
+    defaults = json.loads(json.dumps(flat_values(TrainConfig())))
     return {**defaults, **saved["config"]}
 
 

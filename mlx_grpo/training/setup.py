@@ -1,13 +1,13 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.backend.device import limit_memory
 from mlx_grpo.backend.precision import precision_for
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
@@ -16,7 +16,6 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
 from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
-from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.optimizer import new_optimizer
@@ -24,7 +23,7 @@ from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
-from mlx_grpo.plan.planner import planner
+from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.plan.tables import check_fits
 from mlx_grpo.rewards.functions import (
     PYTHON,
@@ -34,7 +33,6 @@ from mlx_grpo.rewards.functions import (
     load_reward,
 )
 from mlx_grpo.rewards.mix import RewardMix
-from mlx_grpo.run import log
 from mlx_grpo.run.provenance import input_digests, recorded
 
 RESERVED = frozenset({"reward", "reward_model", "judge"})
@@ -60,16 +58,15 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     precision, sizes = precision_for(plan.choice.dense), plan.choice.sizes
-    backbone = load_backbone(Path(config.actor_model), precision, config.template_date)
-    if config.rm_model == "none":
+    date = config.model.template_date
+    backbone = load_backbone(Path(config.model.actor), precision, date)
+    if config.reward.model == "none":
         return FrozenModels(backbone, None)
-    path = Path(config.rm_model)
+    path = Path(config.reward.model)
     if plan.choice.swap:
         held = STREAMED_HIDDEN
-        return FrozenModels(
-            backbone, open_streamed(path, precision, sizes, held, config.template_date)
-        )
-    reward_model = load_reward_model(path, backbone, sizes, precision, config.template_date)
+        return FrozenModels(backbone, open_streamed(path, precision, sizes, held, date))
+    reward_model = load_reward_model(path, backbone, sizes, precision, date)
     return FrozenModels(backbone, reward_model)
 
 
@@ -82,14 +79,14 @@ class SharedModels:
         self._weights: FrozenModels | None = None
 
     def __call__(self, config: TrainConfig, plan: Plan) -> FrozenModels:
-        wanted = (config.actor_model, config.rm_model, config.template_date, plan)
+        wanted = (config.model.actor, config.reward.model, config.model.template_date, plan)
         if self._weights is None or self._of != wanted:
             self._weights = None  # not both at once
             self._of, self._weights = wanted, load_models(config, plan)
         return self._weights
 
 
-def load_parts(
+def load_learner(
     config: TrainConfig,
     ui: Console,
     load: LoadModels = load_models,
@@ -106,18 +103,25 @@ def load_parts(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    planned = planner(config, ranks=ranks.size)
-    plan = planned.plan()
-    check_fits(planned, plan, ui)
+    planner = planner_for(config, ranks=ranks.size)
+    plan = planner.plan()
+    check_fits(planner, plan, ui)
     # before the weights: a bad row is found at once
-    rows = read_prompts(Path(config.prompts), {"prompt": config.prompt_column})
+    rows = read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
     evaluator = load_evaluator(config, ui, load, plan, functions)
     backbone = evaluator.backbone
-    prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
-    actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
+    prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
+    actor = new_actor(
+        backbone,
+        config.model.lora_rank,
+        config.model.lora_scale,
+        config.run.seed,
+        plan.choice.sizes,
+        config.model.lora_layers,
+    )
     roles = Roles(backbone, actor, evaluator.reference)
-    optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    return Learner(config, plan, roles, prompts, evaluator, optimizer, ranks)
+    optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
+    return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks)
 
 
 def load_evaluator(
@@ -136,36 +140,41 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {})
-    rows = read_prompts(Path(config.eval_prompts), config.columns)
-    plan = plan or planner(config).plan()
+    rows = read_prompts(Path(config.evaluation.prompts), config.columns)
+    plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
     if backbone.note:
         ui.warn(backbone.note)
-    held_out = _prompts(config.eval_prompts, rows, backbone, config.max_prompt_length, ui)
-    one_each = sampling(config, 1, plan)
+    held_out = _prompts(
+        config.evaluation.prompts, rows, backbone, config.data.max_prompt_length, ui
+    )
+    one_each = sampling(config, 1, plan.choice)
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        return rollout(model, tokenizer, stop_ids, missing, one_each, config.seed, "references")
+        return rollout(model, tokenizer, stop_ids, missing, one_each, config.run.seed, "references")
 
-    prompts = held_out[: config.eval_limit or None]
+    prompts = held_out[: config.evaluation.limit or None]
     return Evaluator(
         backbone=backbone,
         reference=Decoder(backbone.model, plan.choice.sizes),
         prompts=tuple(prompts),
         answers=reference_answers(backbone.tokenizer, prompts, ask),
-        rewards=RewardMix(weights.reward_model, config.rm_weight, custom),
+        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom),
         sampling=one_each,
-        seed=config.seed,
+        seed=config.run.seed,
     )
 
 
 def _custom_rewards(
     config: TrainConfig, functions: Mapping[str, UserFunction]
 ) -> tuple[CustomReward, ...]:
-    weights = config.reward_weights or (1.0,) * len(config.reward)
-    weighted = [*zip(config.reward, weights, strict=True), *((s, 0.0) for s in config.eval_reward)]
+    weights = config.reward.weights or (1.0,) * len(config.reward.functions)
+    weighted = [
+        *zip(config.reward.functions, weights, strict=True),
+        *((s, 0.0) for s in config.evaluation.rewards),
+    ]
     names = [spec.rpartition(":")[2] for spec, _ in weighted]
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
@@ -174,20 +183,21 @@ def _custom_rewards(
     return tuple(
         given_reward(spec, weight, functions)
         if spec.startswith(PYTHON)
-        else load_reward(spec, weight, config.reward_timeout)
+        else load_reward(spec, weight, config.reward.timeout)
         for spec, weight in weighted
     )
 
 
 def without_given(config: TrainConfig) -> TrainConfig:
     """The settings without the reward functions that were given as Python objects."""
-    weights = config.reward_weights or (1.0,) * len(config.reward)
+    specs = config.reward.functions
+    weights = config.reward.weights or (1.0,) * len(specs)
     kept = [
         (spec, weight)
-        for spec, weight in zip(config.reward, weights, strict=True)
+        for spec, weight in zip(specs, weights, strict=True)
         if not spec.startswith(PYTHON)
     ]
-    return replace(
+    return with_settings(
         config, reward=tuple(s for s, _ in kept), reward_weights=tuple(w for _, w in kept)
     )
 
@@ -201,28 +211,7 @@ def _prompts(
     return prompts
 
 
-def evaluation_due(state: RunState, config: TrainConfig) -> bool:
-    """Whether an evaluation comes before the next iteration."""
-    last = state.iteration == config.num_iterations
-    return state.evaluated < state.iteration and (last or state.iteration % config.eval_every == 0)
-
-
-def check_skips(state: RunState, config: TrainConfig) -> None:
-    """Refuse to go on after too many iterations that taught nothing.
-
-    Raises:
-        InputError: with what to look at.
-    """
-    if state.skipped_in_a_row >= config.max_skipped_steps:
-        run = config.run_directory
-        raise InputError(
-            f"{run}: {state.skipped_in_a_row} iterations in a row met values that are not finite "
-            f"(see {run / log.SKIPPED}); check the reward, or resume with a lower --learning-rate "
-            "and --allow-config-change"
-        )
-
-
-def provenance_of(parts: Learner) -> dict[str, Any]:
+def provenance_of(learner: Learner) -> dict[str, Any]:
     """What the run's numbers come from, see `provenance.recorded`."""
-    digests = input_digests(parts.config, parts.evaluator.rewards.custom)
-    return recorded(parts.config, digests, parts.plan.choice.dense, parts.ranks.size)
+    digests = input_digests(learner.config, learner.evaluator.rewards.custom)
+    return recorded(learner.config, digests, learner.choice.dense, learner.ranks.size)

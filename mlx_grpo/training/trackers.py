@@ -9,11 +9,10 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrackerName, TrainConfig
+from mlx_grpo.config.settings import TrackerName, TrainConfig, flat_values
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import write_text
 
@@ -44,14 +43,14 @@ def check_installed(trackers: Sequence[TrackerName]) -> None:
 
 @contextmanager
 def open_trackers(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iterator[Tracker]:
-    """A function that hands a row to every tracker of `config.log`.
+    """A function that hands a row to every tracker of `config.run.log`.
 
     Args:
         step: iterations done; a resumed run goes on where it was.
         warn: told, in a line, that a tracker has failed.
     """
     trackers: dict[TrackerName, OpenTracker] = {}
-    to_open = list(config.log)
+    to_open = list(config.run.log)
 
     def attempt(name: TrackerName, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -81,7 +80,9 @@ def _tensorboard(name: TrackerName, config: TrainConfig, run: Path, step: int) -
     library = importlib.import_module(MODULES[name])
     writer = library.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
     if not step:
-        writer.add_text("config", "\n".join(f"    {k} = {v}" for k, v in asdict(config).items()))
+        writer.add_text(
+            "config", "\n".join(f"    {k} = {v}" for k, v in flat_values(config).items())
+        )
 
     def write(row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -96,7 +97,9 @@ def _tracker(name: TrackerName, config: TrainConfig, run: Path, step: int) -> Op
     library = importlib.import_module(MODULES[name])
     title = _title(run, run / f"{name}.txt", begins=not step)
     identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name
-    library.init(project=PROJECT, name=title, config=asdict(config), resume="allow", **identity)
+    library.init(
+        project=PROJECT, name=title, config=flat_values(config), resume="allow", **identity
+    )
 
     def write(row: dict[str, Any]) -> None:
         figures = {k: v for k, v in row.items() if k != "step"}

@@ -7,7 +7,7 @@ import pytest
 
 from bench.learning import experiment
 from bench.learning.experiment import Scores, Variant, phases, seed_run
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 
 
@@ -30,7 +30,7 @@ def test_a_phase_is_judged_by_its_second_half() -> None:
 def test_a_finished_run_is_read_and_not_run_again(
     train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = TrainConfig(**train_arguments)
+    tiny = train_config(**train_arguments)
     monkeypatch.setattr(experiment, "build_config", lambda _: tiny)
     variant = Variant("tiny", {"kl_targets": (0.5,), "kl_schedule": "constant"})
     first = seed_run(variant, 3, tmp_path, Console(quiet=True))

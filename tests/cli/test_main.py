@@ -61,7 +61,7 @@ def test_a_stop_during_one_seed_does_not_start_the_next(
     monkeypatch.setattr(trainer, "_loop", lambda *_: True)
     seen: list[int] = []
     real = trainer.first_state
-    monkeypatch.setattr(trainer, "first_state", lambda c: (seen.append(c.seed), real(c))[1])
+    monkeypatch.setattr(trainer, "first_state", lambda c: (seen.append(c.run.seed), real(c))[1])
     command(monkeypatch, "train", "--quiet", "--seed", "1", "--seed", "2", *flags)
     assert seen == [1, 2]
 

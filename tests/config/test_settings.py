@@ -1,18 +1,25 @@
-"""Flags win over --set, --set over the file; every mistake is named with its place and a remedy."""
+"""Flags win over the file; every mistake is named with its place and a remedy."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_grpo.config.checks import AT_LEAST_ZERO, POSITIVE, check, check_ranges
-from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig
+from mlx_grpo.config.checks import AT_LEAST_ZERO, POSITIVE, check, check_reward_training
+from mlx_grpo.config.settings import (
+    SETTINGS,
+    RewardTrainConfig,
+    TrainConfig,
+    flat_values,
+    train_config,
+)
 from mlx_grpo.config.sources import (
     build_config,
     field_help,
-    field_types,
     read_toml,
+    setting_help,
+    setting_types,
     to_toml,
     typed_flags,
 )
@@ -26,82 +33,81 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_flags_win_over_set_and_set_over_the_file(file: Path) -> None:
-    config = build_config(file, ["seed=2", "epochs=3"], {"seed": "3"})
-    assert (config.K, config.epochs, config.seed) == (8, 3, 3)
-    assert config.batch_size == TrainConfig().batch_size
+def test_flags_win_over_the_file(file: Path) -> None:
+    config = build_config(file, {"seed": "3"})
+    assert (config.rollout.K, config.optimizer.epochs, config.run.seed) == (8, 2, 3)
+    assert config.data.batch_size == TrainConfig().data.batch_size
 
 
 def test_without_anything_the_defaults_hold() -> None:
     assert build_config() == TrainConfig()
 
 
-def test_the_last_of_several_assignments_holds() -> None:
-    assert build_config(assignments=["K=4", "K=5"]).K == 5
-
-
 def test_a_table_and_a_prefix_mean_the_same(file: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat.toml"
     flat.write_text('K = 8\nseed = 1\nepochs = 2\nkl_control = "lr"\nkl.lr_max = 0.5\n')
     assert build_config(file) == build_config(flat)
-    assert build_config(file).kl_control == "lr"
+    assert build_config(file).kl.control == "lr"
 
 
-@pytest.mark.parametrize("key", ["kl.control", "kl_control", "kl-control", " kl.control "])
-def test_an_assignment_may_be_dotted(key: str) -> None:
-    assert build_config(assignments=[f"{key}= none"]).kl_control == "none"
-
-
-def test_a_value_may_hold_an_equals_sign() -> None:
-    assert build_config(assignments=["output=runs/a=b"]).output == "runs/a=b"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[evaluation]\nevery = 7",
+        "[evaluation]\neval_every = 7",
+        "[eval]\nevery = 7",
+        "[anything]\neval_every = 7",
+        "evaluation.every = 7",
+        "eval_every = 7",
+        "eval-every = 7",
+    ],
+)
+def test_a_setting_is_read_by_its_section_or_by_its_flag(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text + "\n")
+    assert build_config(path).evaluation.every == 7
 
 
 def test_lists_come_from_arrays_and_from_commas(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("kl_targets = [0.5, 1]\n")
-    assert build_config(path).kl_targets == (0.5, 1.0)
-    assert build_config(assignments=["kl_targets=0.5,1"]).kl_targets == (0.5, 1.0)
-    assert build_config(flags={"kl_targets": 0.5}).kl_targets == (0.5,)
+    assert build_config(path).kl.targets == (0.5, 1.0)
+    assert build_config(flags={"kl_targets": "0.5,1"}).kl.targets == (0.5, 1.0)
+    assert build_config(flags={"kl_targets": 0.5}).kl.targets == (0.5,)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "message"),
+    ("name", "value", "message"),
     [
-        ("clip_rnage=0.1", "--set clip_rnage=0.1: unknown key 'clip_rnage'; did you mean 'clip_r"),
-        ("kl.contrl=lr", "unknown key 'kl.contrl'; did you mean 'kl_control'?"),
-        ("zzzzz=1", "unknown key 'zzzzz'; see --help"),
-        ("K", "--set K: write it as key=value"),
-        ("K=six", "field 'K' must be a whole number, not 'six'"),
-        ("K=6.5", "field 'K' must be a whole number, not '6.5'"),
-        ("learning_rate=fast", "field 'learning_rate' must be a finite number, not 'fast'"),
-        ("learning_rate=nan", "field 'learning_rate' must be a finite number, not 'nan'"),
-        ("learning_rate=inf", "field 'learning_rate' must be a finite number, not 'inf'"),
-        (
-            "kl_control=best",
-            "field 'kl_control' must be one of decay, reward, lr, none, not 'best'",
-        ),
-        ("kl_targets=1,x", "field 'kl_targets' must be a finite number, not 'x'"),
+        ("K", "six", "--K: must be a whole number, not 'six'"),
+        ("K", "6.5", "--K: must be a whole number, not '6.5'"),
+        ("learning_rate", "fast", "--learning-rate: must be a finite number, not 'fast'"),
+        ("learning_rate", "nan", "--learning-rate: must be a finite number, not 'nan'"),
+        ("learning_rate", "inf", "--learning-rate: must be a finite number, not 'inf'"),
+        ("kl_control", "best", "--kl-control: must be one of decay, reward, lr, none, not 'best'"),
+        ("kl_targets", "1,x", "--kl-targets: must be a finite number, not 'x'"),
     ],
 )
-def test_a_wrong_assignment_is_refused(assignment: str, message: str) -> None:
+def test_a_wrong_value_is_refused_by_flag(name: str, value: str, message: str) -> None:
     with pytest.raises(InputError) as refusal:
-        build_config(assignments=[assignment])
-    assert message in str(refusal.value)
-    assert str(refusal.value).startswith(f"--set {assignment}: ")
+        build_config(flags={name: value})
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("K = 6.5", "field 'K' must be a whole number, not 6.5"),
-        ("K = true", "field 'K' must be a whole number, not True"),
-        ("learning_rate = false", "field 'learning_rate' must be a finite number, not False"),
-        ("learning_rate = inf", "field 'learning_rate' must be a finite number, not inf"),
-        ("prompts = 3", "field 'prompts' must be a text, not 3"),
-        ("K = [3]", "field 'K' must be a whole number, not [3]"),
-        ("kl_control = 1", "field 'kl_control' must be one of decay, reward, lr, none, not 1"),
-        ("reward = [1]", "field 'reward' must be a text, not 1"),
-        ("[kl]\ncontroll = 1", "unknown key 'kl.controll'; did you mean 'kl_control'?"),
+        ("K = 6.5", "K: must be a whole number, not 6.5"),
+        ("K = true", "K: must be a whole number, not True"),
+        ("learning_rate = false", "learning_rate: must be a finite number, not False"),
+        ("learning_rate = inf", "learning_rate: must be a finite number, not inf"),
+        ("prompts = 3", "prompts: must be a text, not 3"),
+        ("K = [3]", "K: must be a whole number, not [3]"),
+        ("kl_control = 1", "kl_control: must be one of decay, reward, lr, none, not 1"),
+        ("reward = [1]", "reward: must be a text, not 1"),
+        ("[kl]\ncontroll = 1", "unknown setting 'kl.controll'; did you mean 'kl_control'?"),
+        ("clip_rnage = 0.1", "unknown setting 'clip_rnage'; did you mean 'clip_range'?"),
+        ("zzzzz = 1", "unknown setting 'zzzzz'; see mlx-grpo train --help"),
         ("K 6", "not valid TOML"),
     ],
 )
@@ -123,15 +129,15 @@ def test_a_missing_file_and_a_file_of_bytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_wrong_flag_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match=r"--lora-rank: field 'lora_rank' must be a whole number"):
+    with pytest.raises(InputError, match=r"--lora-rank: must be a whole number"):
         typed_flags(RewardTrainConfig, {"lora_rank": "x"})
 
 
 def test_whole_floats_are_whole_numbers() -> None:
-    assert build_config(flags={"K": 4.0, "seed": "7"}) == TrainConfig(K=4, seed=7)
+    assert build_config(flags={"K": 4.0, "seed": "7"}) == train_config(K=4, seed=7)
 
 
-KINDS = field_types(TrainConfig)
+KINDS = setting_types()
 COUNTS = [name for name, kind in KINDS.items() if kind is int and name not in AT_LEAST_ZERO]
 NOT_NEGATIVE = [name for name in KINDS if name in AT_LEAST_ZERO]
 OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
@@ -161,8 +167,8 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
 def test_a_value_out_of_range_is_refused_by_flag(field: str, values: dict[str, Any]) -> None:
     flag = field if field == "K" else field.replace("_", "-")
     with pytest.raises(InputError, match=f"^--{flag}: must be .+, not ") as refusal:
-        check(replace(TrainConfig(), **values))
-    assert str(refusal.value).endswith(repr(getattr(replace(TrainConfig(), **values), field)))
+        check(train_config(**values))
+    assert str(refusal.value).endswith(repr(flat_values(train_config(**values))[field]))
 
 
 @pytest.mark.parametrize(
@@ -179,20 +185,20 @@ def test_a_value_out_of_range_is_refused_by_flag(field: str, values: dict[str, A
     ],
 )
 def test_values_at_the_edge_are_accepted(values: dict[str, Any]) -> None:
-    check(replace(TrainConfig(), **values))
+    check(train_config(**values))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5])
 def test_a_reward_model_needs_held_out_and_training_prompts(fraction: float) -> None:
-    check_ranges(RewardTrainConfig(valid_fraction=0.0))
+    check_reward_training(RewardTrainConfig(valid_fraction=0.0))
     with pytest.raises(InputError, match="--test-fraction: must be between 0 and 1"):
-        check_ranges(RewardTrainConfig(test_fraction=fraction))
+        check_reward_training(RewardTrainConfig(test_fraction=fraction))
 
 
 @pytest.mark.parametrize("fraction", [1.0, -0.5])
 def test_the_share_that_chooses_the_weights_leaves_some_to_train_on(fraction: float) -> None:
     with pytest.raises(InputError, match="--valid-fraction: must be at least 0 and below 1"):
-        check_ranges(RewardTrainConfig(valid_fraction=fraction))
+        check_reward_training(RewardTrainConfig(valid_fraction=fraction))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ def test_the_share_that_chooses_the_weights_leaves_some_to_train_on(fraction: fl
 def test_a_written_configuration_reads_back_the_same(
     tmp_path: Path, values: dict[str, Any]
 ) -> None:
-    config = replace(TrainConfig(), **values)
+    config = train_config(**values)
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert build_config(path) == config
@@ -216,12 +222,21 @@ def test_a_written_configuration_reads_back_the_same(
 
 def test_the_written_configuration_explains_each_field() -> None:
     text = " ".join(to_toml(TrainConfig()).replace("#", " ").split())
-    for help_text in field_help(TrainConfig).values():
+    for help_text in setting_help().values():
         assert " ".join(help_text.split()) in text
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, RewardTrainConfig])
-def test_every_field_has_help(cls: type) -> None:
-    help_texts = field_help(cls)
-    assert list(help_texts) == [f.name for f in fields(cls)]
-    assert all(text.strip().endswith(".") for text in help_texts.values())
+def test_every_setting_has_help() -> None:
+    assert list(setting_help()) == list(SETTINGS)
+    own = field_help(RewardTrainConfig)
+    assert list(own) == [f.name for f in fields(RewardTrainConfig)]
+    assert all(text.strip().endswith(".") for text in (*setting_help().values(), *own.values()))
+
+
+def test_flat_names_are_unique_and_every_section_is_a_table() -> None:
+    sections = [f.name for f in fields(TrainConfig)]
+    count = sum(len(fields(getattr(TrainConfig(), name))) for name in sections)
+    assert len(SETTINGS) == count
+    assert [line for line in to_toml(TrainConfig()).splitlines() if line.startswith("[")] == [
+        f"[{name}]" for name in sections
+    ]

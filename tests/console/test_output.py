@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.console.live import LiveView, duration, sparks, trend
 from mlx_grpo.console.output import Console
 from mlx_grpo.training.loop import train
@@ -128,7 +128,7 @@ def test_a_run_on_a_terminal_is_followed_live_with_tables_of_answers(
     train_arguments: dict[str, Any],
 ) -> None:
     ui = terminal()
-    assert train(TrainConfig(**{**train_arguments, "show_every": 2}), ui)
+    assert train(train_config(**{**train_arguments, "show_every": 2}), ui)
     seen = ESCAPES.sub("", written(ui))
     assert "4/4" in seen and "dead groups" in seen
     assert "Answers of iteration 2" in seen and "Answers of iteration 3" not in seen
@@ -139,7 +139,7 @@ def test_a_run_on_a_terminal_is_followed_live_with_tables_of_answers(
 def test_without_a_terminal_there_is_a_line_for_each_iteration(
     train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(TrainConfig(**{**train_arguments, "show_every": 1}), Console())
+    assert train(train_config(**{**train_arguments, "show_every": 1}), Console())
     out = capsys.readouterr().out
     assert len(re.findall(r"^ +\d/4  reward [+-]\d", out, re.MULTILINE)) == 4
     assert "\x1b" not in out and "Answers of" not in out
@@ -149,20 +149,20 @@ def test_quiet_says_nothing_but_warnings(
     train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ui = terminal(quiet=True)
-    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), ui)
+    assert train(train_config(**{**train_arguments, "num_iterations": 1}), ui)
     assert written(ui) == ""
 
 
 def test_no_color_is_heeded(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = TrainConfig(**{**train_arguments, "num_iterations": 1})
+    short = train_config(**{**train_arguments, "num_iterations": 1})
     colourful = terminal(color_system="standard")
     train(short, colourful)
     assert COLOURS.search(written(colourful))
     monkeypatch.setenv("NO_COLOR", "1")
     plain = terminal(color_system="standard")
-    train(TrainConfig(**{**vars(short), "output": f"{short.output}-plain"}), plain)
+    train(with_settings(short, output=f"{short.run.output}-plain"), plain)
     assert not COLOURS.search(written(plain))
 
 
@@ -171,7 +171,7 @@ def test_a_terminal_that_cannot_draw_gets_lines(
 ) -> None:
     monkeypatch.setenv("TERM", "dumb")
     ui = terminal()
-    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), ui)
+    assert train(train_config(**{**train_arguments, "num_iterations": 1}), ui)
     assert "   1/1  reward" in written(ui)
 
 
@@ -186,7 +186,7 @@ def test_a_failure_leaves_the_terminal_as_it_was(
     monkeypatch.setattr(trainer, "iterate", fails)
     ui = terminal()
     with pytest.raises(RuntimeError, match="out of luck"):
-        train(TrainConfig(**train_arguments), ui)
+        train(train_config(**train_arguments), ui)
     hidden, shown = (written(ui).count(f"\x1b[?25{c}") for c in "lh")
     assert hidden == shown > 0  # the cursor is back
     ui.say("and now a line")

@@ -44,10 +44,10 @@ def test_rows_are_cut_to_their_longest_and_put_back() -> None:
     tokens_KT, lengths = pad_right([[1, 2, 3], [4], [5, 6]])
     mask_KT = (mx.arange(3)[None] < mx.array(lengths)[:, None]).astype(mx.float32)
     logp_KT = -tokens_KT.astype(mx.float32) * mask_KT
-    group = TrainingGroup((9,), tokens_KT, mask_KT, logp_KT, logp_KT, mx.array([1.0, 2.0, 3.0]))
+    group = TrainingGroup(0, (9,), tokens_KT, mask_KT, logp_KT, mx.array([1.0, 2.0, 3.0]))
     parts = [(rows, rows_of(group, rows)) for rows in ([0], [1, 2])]
     assert parts[1][1].tokens_KT.tolist() == [[4, 0], [5, 6]]
     assert parts[1][1].advantages_K.tolist() == [2.0, 3.0]
     assert row_lengths(parts[1][1].mask_KT) == [1, 2]
-    put_back = joined([(rows, part.old_logp_KT) for rows, part in parts], (3, 3))
+    put_back = joined([(rows, part.sampled_logp_KT) for rows, part in parts], (3, 3))
     assert put_back.tolist() == logp_KT.tolist()

@@ -22,7 +22,7 @@ import transformers.models.auto.tokenization_auto
 import transformers.models.llama.configuration_llama  # noqa: F401
 
 from mlx_grpo import cli
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import to_toml
 from mlx_grpo.grpo import metrics
 from mlx_grpo.run import checkpoint
@@ -61,7 +61,7 @@ class World:
             "kl_targets": (0.5, 0.2),
         }
         file = self.root / f"config-{abs(hash(tuple(sorted(changes.items()))))}.toml"
-        file.write_text(to_toml(TrainConfig(**{**fields, **changes})))
+        file.write_text(to_toml(train_config(**{**fields, **changes})))
         return file
 
 

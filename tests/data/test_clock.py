@@ -3,7 +3,8 @@
 import pytest
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from mlx_grpo.data.clock import is_date, pinned
+from mlx_grpo.core.dates import is_date
+from mlx_grpo.data.clock import pinned
 
 DATE = "2026-01-05"
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import answer_tokens
 from mlx_grpo.data.messages import row_messages
 from mlx_grpo.data.pairs import load_pairs
-from mlx_grpo.data.prompts import batch_indices, load_prompts, order
+from mlx_grpo.data.prompts import (
+    SELDOM,
+    batch_indices,
+    load_prompts,
+    order,
+    prompt_weights,
+    weighted_indices,
+)
 from mlx_grpo.data.tables import read_rows
 from mlx_grpo.models.backbone import Backbone
 from tests.helpers.tiny import CHAT_TEMPLATE, EOS, PAD, write_jsonl, write_tokenizer
@@ -246,3 +254,24 @@ def test_an_answer_is_closed_by_the_stop_token_of_the_template(tmp_path: Path) -
     assert len(answer_tokens(tokenizer, "ab", "length")) == 2
     write_tokenizer(tmp_path)
     assert answer_tokens(load_tokenizer(tmp_path, eos_token_ids=[EOS, PAD]), "ab")[-1] == EOS
+
+
+def test_prompts_whose_answers_differ_are_preferred_and_none_is_starved() -> None:
+    ids = [str(i) for i in range(20)]
+    spreads = {i: 0.0 if int(i) < 10 else 1.0 for i in ids}
+    weights = prompt_weights(ids, spreads)
+    counts = Counter(i for t in range(400) for i in weighted_indices(3, t, 4, weights))
+    dull, useful = (sum(counts[i] for i in part) for part in (range(10), range(10, 20)))
+    assert useful > 2 * dull
+    assert min(counts[i] for i in range(20)) > 10
+
+
+def test_a_prompt_that_was_never_visited_counts_like_the_most_useful() -> None:
+    assert prompt_weights(["new", "dull", "good"], {"dull": 0.0, "good": 0.4}) == [1.0, SELDOM, 1.0]
+
+
+def test_weighted_prompts_are_drawn_by_key_and_differ_within_a_batch() -> None:
+    drawn = weighted_indices(1, 7, 5, [1.0] * 8)
+    assert drawn == weighted_indices(1, 7, 5, [1.0] * 8) != weighted_indices(1, 8, 5, [1.0] * 8)
+    assert len(set(drawn)) == 5
+    assert sorted(weighted_indices(1, 7, 6, [1.0, 0.2, 1.0])) == [0, 0, 1, 1, 2, 2]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_grpo.cli import main
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
@@ -245,7 +245,7 @@ def test_the_key_is_sent_and_not_shown(serve: Serve) -> None:
 @pytest.fixture
 def run(train_arguments: dict[str, Any]) -> Path:
     """A finished run of two iterations."""
-    config = TrainConfig(**{**train_arguments, "num_iterations": 2})
+    config = train_config(**{**train_arguments, "num_iterations": 2})
     assert train(config, Console(quiet=True))
     return config.run_directory
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import pytest
 from mlx_lm.utils import load
 
 from mlx_grpo.cli import main
+from mlx_grpo.config.settings import with_settings
 from mlx_grpo.convert.source import licence
 from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.export import Export, export_run
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays
-from mlx_grpo.run.directory import settings
+from mlx_grpo.run.directory import run_settings
 from tests.helpers.tiny import write_jsonl
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])
@@ -97,7 +97,7 @@ def test_the_card_holds_the_runs_figures_and_no_path_of_this_machine(
 
 
 def test_the_card_shows_what_the_gold_judges_gave(run: Path, tmp_path: Path) -> None:
-    config = replace(settings(run), eval_reward=("judges.py:plain",))
+    config = with_settings(run_settings(run), eval_reward=("judges.py:plain",))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     key = "eval_rewards/plain/mean"
     write_jsonl(

@@ -8,7 +8,6 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_tokenizer
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import SETTINGS
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
@@ -76,7 +75,7 @@ def lines(row: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     return st.tuples(joined, st.integers(0, 400)).map(lambda t: t[0][: t[1]] if t[1] else t[0])
 
 
-NAMES = [f.name for f in fields(TrainConfig)]
+NAMES = list(SETTINGS)
 KEYS = st.sampled_from(NAMES) | st.sampled_from(NAMES).map(lambda n: n.replace("_", ".", 1)) | TEXT
 VALUES = JSON | st.sampled_from(
     [0, -1, 1, 0.5, "0", "none", "nan", "1e999", "9" * 5000, 10**400, [], [0.1], ["a"], [[1]]]
@@ -114,9 +113,8 @@ def check_config(setting: list[tuple[Any, Any]], place: Path) -> None:
     text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in setting)
     file.write_text(text, encoding="utf-8", errors="replace")
     one_line(lambda: build_config(file))
-    one_line(lambda: build_config(None, [f"{key}={value}" for key, value in setting]))
     flags = {key: value for key, value in setting if key in NAMES}
-    one_line(lambda: build_config(None, (), flags))
+    one_line(lambda: build_config(None, flags))
 
 
 def check_reward(returned: Any) -> None:

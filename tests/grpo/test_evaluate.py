@@ -1,4 +1,4 @@
-"""Win rates with honest intervals, the gate of the best checkpoint, and figures of a policy."""
+"""Figures of a policy on held-out prompts."""
 
 import math
 from dataclasses import replace
@@ -7,90 +7,19 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_grpo.core.stats import WinRate, win_rate
+from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.grpo.evaluate import (
-    Evaluation,
     Evaluator,
-    completion_arrays,
     perplexity,
     reference_answers,
 )
 from mlx_grpo.grpo.rollout import Sampling
-from mlx_grpo.grpo.state import Best
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
-
-
-@pytest.mark.parametrize(
-    ("wins", "prompts", "low", "high"),
-    [
-        # R. G. Newcombe 1998, Statistics in Medicine 17, table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (29, 29, 0.8830, 1.0000),
-    ],
-)
-def test_the_wilson_interval_has_the_published_values(
-    wins: float, prompts: int, low: float, high: float
-) -> None:
-    assert WinRate(wins, prompts).wilson() == pytest.approx((low, high), abs=5e-5)
-
-
-def test_the_interval_narrows_with_more_prompts_and_holds_the_share() -> None:
-    few, many = WinRate(6, 10), WinRate(600, 1000)
-    for rate in (few, many):
-        low, high = rate.wilson()
-        assert low < rate.share < high
-    assert many.wilson()[1] - many.wilson()[0] < (few.wilson()[1] - few.wilson()[0]) / 5
-
-
-def test_ties_count_half() -> None:
-    assert win_rate([1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]) == WinRate(2.0, 4)
-    assert win_rate([0.0] * 5, [0.0] * 5).share == 0.5
-
-
-def test_the_second_policy_is_the_one_that_wins() -> None:
-    assert win_rate([0.0, 0.0], [1.0, 1.0]).share == 1.0
-    assert win_rate([1.0, 1.0], [0.0, 0.0]).share == 0.0
-
-
-def test_policies_are_compared_on_the_same_prompts() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        win_rate([1.0], [1.0, 2.0])
-
-
-def evaluation(kl: float, perplexity: float) -> Evaluation:
-    return Evaluation(0.0, kl, perplexity, 1.0, 1.0, (), ())
-
-
-@pytest.mark.parametrize(
-    ("kl", "perplexity", "passes"),
-    [
-        (0.01, 7.9, True),
-        (0.02, 7.9, False),  # on the target is not below it
-        (0.03, 1.0, False),
-        (0.01, 8.0, False),  # as good as the best is not better
-        (0.01, 8.1, False),
-        (math.nan, 1.0, False),
-        (0.01, math.nan, False),
-    ],
-)
-def test_the_gate_wants_kl_below_target_and_a_better_perplexity(
-    kl: float, perplexity: float, passes: bool
-) -> None:
-    assert Best(50, 8.0).passed_by(evaluation(kl, perplexity), target=0.02) == passes
-
-
-def test_the_first_to_pass_the_gate_is_best_whatever_its_perplexity() -> None:
-    assert Best().step is None
-    assert Best().passed_by(evaluation(0.01, 1e9), 0.02)
-    assert not Best().passed_by(evaluation(0.5, 1.0), 0.02)
 
 
 def prompt(text: str, response: str | None = None) -> Prompt:
@@ -100,7 +29,7 @@ def prompt(text: str, response: str | None = None) -> Prompt:
 def test_completions_are_padded_on_the_right_and_masked() -> None:
     rows = ((5, 6, 7), (8,))
     answers = tuple(Completion(r, "", "stop", (0.0,) * len(r)) for r in rows)
-    tokens_KT, mask_KT = completion_arrays(Group(prompt("a"), answers))
+    tokens_KT, mask_KT = completion_arrays(answers)
     assert mask_KT.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert (tokens_KT * mask_KT).tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask_KT.dtype == mx.float32

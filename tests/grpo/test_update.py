@@ -8,11 +8,11 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_grpo.backend.precision import Precision, apply_precision
-from mlx_grpo.core.types import Parameters, RewardedGroup, TrainingGroup
-from mlx_grpo.grpo.advantages import Shaping, advantages_under
+from mlx_grpo.core.types import Parameters, TrainingGroup
+from mlx_grpo.grpo.advantages import group_advantages
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip
-from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, reused_groups, update
+from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, update
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
@@ -30,11 +30,9 @@ SETTINGS = UpdateSettings(
 )
 
 
-def on_policy(decoder: Decoder, seed: int) -> TrainingGroup:
-    """A group whose old log-probs are the policy's own."""
-    group = group_of(seed)
-    old = token_logps(decoder, mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
-    return replace(group, old_logp_KT=old)
+def rewarded(seed: int, scores: tuple[float, ...] = (1.0, -0.7, 0.2)) -> TrainingGroup:
+    """A group with these scores."""
+    return replace(group_of(seed), advantages_K=group_advantages(mx.array([scores]))[0])
 
 
 def snapshot(decoder: Decoder) -> dict[str, list]:
@@ -44,14 +42,13 @@ def snapshot(decoder: Decoder) -> dict[str, list]:
 def updated_by(
     decoder: Decoder, optimizer: optim.AdamW, groups: list[TrainingGroup], settings: UpdateSettings
 ) -> UpdateStats:
-    """Update on groups that are scored already."""
-    return update(decoder, optimizer, [], groups, Shaping(0.0), settings)[1]
+    return update(decoder, optimizer, groups, settings)
 
 
 def updated(settings: UpdateSettings, groups: int = 2) -> tuple[Parameters, object]:
     decoder = Decoder(actor_of("llama"))
-    scored = [on_policy(decoder, seed) for seed in range(groups)]
-    stats = updated_by(decoder, new_optimizer(1e-2, 0.0), scored, settings)
+    whole = [rewarded(seed) for seed in range(groups)]
+    stats = updated_by(decoder, new_optimizer(1e-2, 0.0), whole, settings)
     return lora_parameters(decoder.model), stats
 
 
@@ -79,8 +76,7 @@ def test_the_rest_of_an_iteration_is_skipped_once_the_kl_passes_its_limit() -> N
 
 def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -> None:
     decoder = Decoder(actor_of("llama"))
-    live = on_policy(decoder, 1)
-    dead = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
+    live, dead = rewarded(1), rewarded(2, (0.5, 0.5, 0.5))
     before = snapshot(decoder)
     assert updated_by(decoder, new_optimizer(1e-2, 0.0), [dead], SETTINGS).steps == 0
     assert snapshot(decoder) == before
@@ -93,13 +89,6 @@ def test_a_group_without_a_preference_costs_no_step_and_weighs_on_the_others() -
     assert both.grad_norm == pytest.approx(alone.grad_norm / 2, rel=1e-4)
 
 
-def rated(seed: int, scores: list[float]) -> RewardedGroup:
-    """A group before its log-probs under the actor are known."""
-    g = group_of(seed)
-    ids, ref = g.prompt_ids, g.ref_logp_KT
-    return RewardedGroup(0, ids, g.tokens_KT, g.mask_KT, ref, mx.array(scores))
-
-
 @pytest.mark.parametrize("minibatch, epochs", [(1, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("prompt", [2, 11])  # a short prompt makes the rows fall into two buckets
@@ -108,25 +97,17 @@ def test_the_first_forward_serves_as_old_log_probs_bit_for_bit(
 ) -> None:
     clip = Clip(level=level)  # type: ignore[arg-type]
     settings = replace(SETTINGS, minibatch_size=minibatch, epochs=epochs, clip=clip)
-    scores = ([1.0, -1.0, 0.0], [0.3, 0.1, 2.0], [0.0, 5.0, 1.0])
-    whole = [rated(seed, list(s)) for seed, s in enumerate(scores, 1)]
+    scores = ((1.0, -1.0, 0.0), (0.3, 0.1, 2.0), (0.0, 5.0, 1.0))
+    whole = [rewarded(seed, s) for seed, s in enumerate(scores, 1)]
     groups = [replace(g, prompt_ids=g.prompt_ids[:prompt]) for g in whole]
-    shaping, count = Shaping(0.5, "std"), reused_groups(settings)
     results = []
-    for reused in (0, count):
+    for rows in (3, 0):  # with a number of rows per pass nothing is reused
         decoder = Decoder(actor_of("llama"))
-        later = advantages_under(decoder, groups[reused:], shaping, 1.0)
-        scored, stats = update(
-            decoder, new_optimizer(1e-2, 0.0), groups[:reused], later, shaping, settings
-        )
-        advantages = [g.advantages_K.tolist() for g in scored]
-        results.append((snapshot(decoder), stats, advantages))
+        each = replace(settings, rows_per_pass=rows)
+        stats = update(decoder, new_optimizer(1e-2, 0.0), groups, each)
+        results.append((snapshot(decoder), stats))
     assert results[0] == results[1]
     assert results[0][1].steps == epochs * -(-3 // minibatch)
-
-
-def test_groups_in_several_passes_are_scored_before_the_update() -> None:
-    assert reused_groups(replace(SETTINGS, rows_per_pass=2, minibatch_size=4)) == 0
 
 
 def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,21 +116,18 @@ def test_dead_groups_cost_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("a dead group went through a backward pass")
 
-    monkeypatch.setattr(module, "backward_pass", never)
+    monkeypatch.setattr(module, "surrogate_gradients", never)
     decoder = Decoder(actor_of("llama"))
     before = snapshot(decoder)
-    first = rated(1, [1.0, 1.0, 1.0])
-    later = replace(on_policy(decoder, 2), advantages_K=mx.zeros((3,)))
-    arguments = (Shaping(0.0), SETTINGS)
-    scored, stats = update(decoder, new_optimizer(1e-2, 0.0), [first], [later], *arguments)
-    assert stats.steps == 0 and len(scored) == 2
+    dead = [rewarded(seed, (1.0, 1.0, 1.0)) for seed in (1, 2)]
+    stats = update(decoder, new_optimizer(1e-2, 0.0), dead, SETTINGS)
+    assert stats.steps == 0
     assert snapshot(decoder) == before
 
 
 def test_values_that_are_not_finite_never_reach_the_weights() -> None:
     decoder = Decoder(actor_of("llama"))
-    group = on_policy(decoder, 1)
-    poisoned = replace(group, advantages_K=mx.array([math.nan, 0.0, 1.0]))
+    poisoned = replace(group_of(1), advantages_K=mx.array([math.nan, 0.0, 1.0]))
     before, optimizer = snapshot(decoder), new_optimizer(1e-2, 0.0)
     stats = updated_by(decoder, optimizer, [poisoned], SETTINGS)
     assert [(s.stage, s.positions) for s in stats.skips] == [("loss", (0,))]
@@ -189,13 +167,13 @@ def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
     dense = stages_with(Precision("cpu", dense=True, dtype=mx.float32))
     quantized = packed.model.layers[0].mlp.up_proj.linear
     assert quantized.scales.dtype == mx.bfloat16 and quantized.weight.dtype == mx.uint32
-    group = on_policy(dense, 1)
-    prompt = mx.array([group.prompt_ids])
-    logps = token_logps(packed, prompt, group.tokens_KT, group.mask_KT)
+    group = rewarded(1)
+    inputs = (mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
+    logps, expected = (token_logps(decoder, *inputs) for decoder in (packed, dense))
     assert logps.dtype == mx.float32
-    assert mx.abs(logps - group.old_logp_KT).max().item() < 0.1
+    assert mx.abs(logps - expected).max().item() < 0.1
     stats = [
-        updated_by(decoder, new_optimizer(1e-3, 0.0), [on_policy(decoder, 1)], SETTINGS)
+        updated_by(decoder, new_optimizer(1e-3, 0.0), [group], SETTINGS)
         for decoder in (packed, dense)
     ]
     assert stats[0].steps == 1

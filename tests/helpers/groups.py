@@ -1,10 +1,13 @@
 """A tiny actor and a group of completions to take gradients of."""
 
+import math
+
 import mlx.core as mx
 
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import TrainingGroup
-from mlx_grpo.grpo.update import backward_pass, forward_pass
+from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.update import UpdateSettings, surrogate_gradients
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from tests.helpers.tiny import VOCABULARY, tiny_model
 
@@ -23,18 +26,39 @@ def actor_of(family: str):  # type: ignore[no-untyped-def]
 
 
 def group_of(seed: int = 3) -> TrainingGroup:
-    """A prompt and three completions of different length, with ratios away from one."""
+    """A prompt and three completions of different length."""
     shape = (len(LENGTHS), max(LENGTHS))
     prompt = mx.random.randint(0, VOCABULARY, (PROMPT,), key=key(seed, "prompt"))
     tokens = mx.random.randint(0, VOCABULARY, shape, key=key(seed, "tokens"))
     mask = (mx.arange(shape[1])[None] < mx.array(LENGTHS)[:, None]).astype(mx.float32)
-    old = -5 + 0.5 * mx.random.normal(shape, key=key(seed, "old"))
-    return TrainingGroup(
-        tuple(prompt.tolist()), tokens, mask, old * mask, old * mask, mx.array([1.0, -0.7, 0.2])
-    )
+    advantages = mx.array([1.0, -0.7, 0.2])
+    return TrainingGroup(0, tuple(prompt.tolist()), tokens, mask, old_of(seed), advantages)
+
+
+def old_of(seed: int = 3) -> mx.array:
+    """Old log-probs of the group with ratios away from one."""
+    shape = (len(LENGTHS), max(LENGTHS))
+    mask = (mx.arange(shape[1])[None] < mx.array(LENGTHS)[:, None]).astype(mx.float32)
+    return (-5 + 0.5 * mx.random.normal(shape, key=key(seed, "old"))) * mask
 
 
 def staged_gradients(decoder, group, weights_KT, clip, temperature=1.0):  # type: ignore[no-untyped-def]
-    """(gradients, log-probs [K, T]) of one group."""
-    ahead = forward_pass(decoder, group, temperature)
-    return backward_pass(decoder, group, ahead, weights_KT, clip), ahead.logp_KT
+    """(gradients, log-probs [K, T]) of one group whose sampled log-probs serve as old ones."""
+    _, _, logps, found = surrogate_gradients(
+        decoder, [group], [group.sampled_logp_KT], [weights_KT], settings_with(clip, temperature)
+    )
+    return found, logps[0]
+
+
+def settings_with(clip: Clip, temperature: float = 1.0) -> UpdateSettings:
+    """Settings of an update that differ from the usual in these."""
+    return UpdateSettings(
+        clip=clip,
+        aggregation="sequence",
+        temperature=temperature,
+        max_tokens=16,
+        max_grad_norm=0.5,
+        minibatch_size=1,
+        epochs=1,
+        kl_stop=math.inf,
+    )

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import to_toml
 from tests.helpers.tiny import write_jsonl
 
@@ -17,7 +17,7 @@ def write_run(run: Path, seed: int = 42, steps: int = 60, **changes: Any) -> Pat
     run.mkdir(parents=True)
     named = {"num_iterations": 60, "eval_every": 10, "kl_beta": 5.0, "output": str(run)}
     gold = {"eval_reward": ("mlx_grpo.rubric:gold",)}
-    config = TrainConfig(seed=seed, **{**named, **gold, **changes})
+    config = train_config(seed=seed, **{**named, **gold, **changes})
     (run / "config.toml").write_text(to_toml(config))
     rows, answers = [], []
     for step in range(steps + 1):

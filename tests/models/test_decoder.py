@@ -9,7 +9,7 @@ from bench.families import FAMILIES
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.loss import Clip, clipped_surrogate, token_weights
+from mlx_grpo.grpo.loss import Clip, LossInputs, clipped_surrogate, token_weights
 from mlx_grpo.models.backbone import share
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
@@ -47,9 +47,8 @@ def test_staged_gradients_equal_plain_value_and_grad(family: str, level: str) ->
     def loss(values: dict[str, mx.array]) -> mx.array:
         set_parameters(model, values)
         logp = plain_logps(model, group)
-        return clipped_surrogate(
-            logp, group.old_logp_KT, group.advantages_K, group.mask_KT, weights, clip
-        )
+        inputs = LossInputs(group.sampled_logp_KT, group.advantages_K, group.mask_KT, weights)
+        return clipped_surrogate(logp, inputs, clip)[0]
 
     _, expected = mx.value_and_grad(loss)(parameters)
     set_parameters(model, parameters)

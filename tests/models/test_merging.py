@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import precision_for
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
@@ -25,7 +25,7 @@ from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.lora import add_lora, lora_modules, lora_parameters, set_parameters
 from mlx_grpo.models.merging import merged, merged_for_rollout
-from mlx_grpo.training.setup import load_parts
+from mlx_grpo.training.setup import load_learner
 
 TOKENS = mx.array([[5, 6, 7, 8]])
 
@@ -159,23 +159,23 @@ def test_weights_that_changed_on_disk_are_never_taken_for_those_in_memory(
 
 
 @pytest.fixture
-def parts(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> Learner:
+def learner(packed: Backbone, train_arguments: dict[str, Any], tmp_path: Path) -> Learner:
     """A run on it whose reward is a function."""
     file = tmp_path / "rewards.py"
     file.write_text("def short(completions): return [-len(c) for c in completions]")
     own = {"actor_model": str(packed.path), "rm_model": "none", "reward": (f"{file}:short",)}
-    found = load_parts(TrainConfig(**{**train_arguments, **own}), Console(quiet=True))
+    found = load_learner(train_config(**{**train_arguments, **own}), Console(quiet=True))
     actor = moved(found.roles.backbone.model)
     set_parameters(found.roles.actor.model, lora_parameters(actor))
     return found
 
 
 def test_nothing_but_a_rollout_sees_a_merged_weight(
-    parts: Learner, monkeypatch: pytest.MonkeyPatch
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_grpo.grpo import evaluate, iteration
 
-    backbone = parts.roles.backbone
+    backbone = learner.roles.backbone
     before, seen = bits(backbone.model), []
 
     def watch(module: Any, name: str) -> None:
@@ -187,20 +187,26 @@ def test_nothing_but_a_rollout_sees_a_merged_weight(
 
         monkeypatch.setattr(module, name, watched)
 
-    for name in ("rollout", "rate", "advantages_under", "update"):
+    for name in ("rollout", "kl_to_reference", "update"):
         watch(iteration, name)
-    for name in ("rollout", "token_logps", "perplexity"):
+    for name in ("rollout", "kl_to_reference", "perplexity"):
         watch(evaluate, name)
-    watch(type(parts.evaluator.rewards), "__call__")
-    iterate(parts, first_state(parts.config), Console(quiet=True))
-    parts.evaluator(parts.roles.actor)
-    assert {name for name, _ in seen} >= {"rollout", "rate", "update", "__call__", "perplexity"}
+    watch(type(learner.evaluator.rewards), "__call__")
+    iterate(learner, first_state(learner.config), Console(quiet=True))
+    learner.evaluator(learner.roles.actor)
+    assert {name for name, _ in seen} >= {
+        "rollout",
+        "kl_to_reference",
+        "update",
+        "__call__",
+        "perplexity",
+    }
     assert all(frozen == (name != "rollout") for name, frozen in seen)
     assert bits(backbone.model) == before
 
 
-def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(parts: Learner) -> None:
-    before, calls = bits(parts.roles.backbone.model), []
+def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(learner: Learner) -> None:
+    before, calls = bits(learner.roles.backbone.model), []
 
     def stop_while_decoding() -> None:
         calls.append(1)
@@ -208,19 +214,19 @@ def test_a_rollout_that_is_stopped_leaves_the_frozen_weights(parts: Learner) -> 
             raise StopRequested
 
     with pytest.raises(StopRequested):
-        iterate(parts, first_state(parts.config), Console(quiet=True), stop_while_decoding)
-    assert bits(parts.roles.backbone.model) == before
+        iterate(learner, first_state(learner.config), Console(quiet=True), stop_while_decoding)
+    assert bits(learner.roles.backbone.model) == before
 
 
-def test_answers_are_those_of_the_lora_beside_the_weights(parts: Learner) -> None:
+def test_answers_are_those_of_the_lora_beside_the_weights(learner: Learner) -> None:
     def answers(found: Learner) -> list[tuple[int, ...]]:
         state = first_state(found.config)
         groups = iterate(found, state, Console(quiet=True)).groups
         return [c.token_ids for g in groups for c in g.completions]
 
-    start = lora_parameters(parts.roles.actor.model)
-    with_merge = answers(parts)
-    set_parameters(parts.roles.actor.model, start)
-    packed = replace(parts.roles.backbone.policy, dense=False)  # nothing else asks
-    roles = replace(parts.roles, backbone=replace(parts.roles.backbone, policy=packed))
-    assert answers(replace(parts, roles=roles)) == with_merge
+    start = lora_parameters(learner.roles.actor.model)
+    with_merge = answers(learner)
+    set_parameters(learner.roles.actor.model, start)
+    packed = replace(learner.roles.backbone.precision, dense=False)  # nothing else asks
+    roles = replace(learner.roles, backbone=replace(learner.roles.backbone, precision=packed))
+    assert answers(replace(learner, roles=roles)) == with_merge

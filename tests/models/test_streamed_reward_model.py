@@ -50,7 +50,7 @@ def test_weights_that_change_between_two_scorings_are_refused(judge: Path) -> No
 def test_scores_are_those_of_a_resident_model(
     judge: Path, sft: Path, hidden_bytes: int, policy: Precision
 ) -> None:
-    resident = load_reward_model(judge, load_backbone(sft), policy=policy)
+    resident = load_reward_model(judge, load_backbone(sft), precision=policy)
     streamed = open_streamed(judge, policy, Sizes(), hidden_bytes)
     expected = [resident.score(group) for group in groups()]
     for found in (streamed.score_groups(groups()), [streamed.score(g) for g in groups()]):
@@ -72,7 +72,7 @@ def test_quantized_weights_give_the_scores_of_the_dense_copy_that_would_stay(
     mx.save_safetensors(str(judge / "model.safetensors"), weights, metadata={"format": "mlx"})
     config["quantization"] = {"group_size": 32, "bits": 4}
     (judge / "config.json").write_text(json.dumps(config))
-    resident = load_reward_model(judge, load_backbone(sft), policy=DENSE)
+    resident = load_reward_model(judge, load_backbone(sft), precision=DENSE)
     streamed = open_streamed(judge, DENSE, Sizes(), 1 << 20)
     for group, found in zip(groups(), streamed.score_groups(groups()), strict=True):
         assert found == pytest.approx(resident.score(group), abs=1e-4)

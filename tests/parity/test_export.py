@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import to_toml
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
@@ -42,7 +42,7 @@ def adapted_run(root: Path, family: str, bits: int) -> tuple[Path, Any]:
     }
     set_parameters(adapted, drawn)
     run.mkdir()
-    (run / "config.toml").write_text(to_toml(TrainConfig(actor_model=str(sft))))
+    (run / "config.toml").write_text(to_toml(train_config(actor_model=str(sft))))
     (run / "metrics.jsonl").touch()
     save_named_adapter(run, "final", adapted)
     return run, model

@@ -12,9 +12,9 @@ from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
 from mlx_grpo.grpo.loss import (
     Aggregation,
     Clip,
+    LossInputs,
     RatioLevel,
     clipped_surrogate,
-    clipped_tokens,
     token_weights,
 )
 from mlx_grpo.reward_modeling.train import bradley_terry_loss
@@ -88,14 +88,14 @@ def test_clipped_surrogate_and_its_gradient(
     loss, clipped, gradients = 0.0, 0.0, []
     for g in minibatch:
         weights_KT = token_weights(g.mask_KT, aggregation, completions, tokens, MAX_TOKENS)
-        logp_KT, fixed = (
-            mx.array(g.logp_KT),
-            (mx.array(g.old_logp_KT), mx.array(g.advantages_K), g.mask_KT),
+        old_KT, advantages_K = mx.array(g.old_logp_KT), mx.array(g.advantages_K)
+        inputs = LossInputs(old_KT, advantages_K, g.mask_KT, weights_KT)
+        (value, metrics), gradient_KT = mx.value_and_grad(clipped_surrogate)(
+            mx.array(g.logp_KT), inputs, clip
         )
-        value, gradient_KT = mx.value_and_grad(clipped_surrogate)(logp_KT, *fixed, weights_KT, clip)
         loss += value.item()
         gradients.append(gradient_KT)
-        clipped += clipped_tokens(logp_KT, *fixed, clip).item()
+        clipped += metrics["clipped"].item()
     assert 0 < clipped < tokens  # both branches of the minimum are at work
 
     leaves = [double(g.logp_KT).requires_grad_() for g in minibatch]

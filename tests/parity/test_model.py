@@ -17,11 +17,11 @@ from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import TrainingGroup
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Aggregation, Clip, RatioLevel, token_weights
-from mlx_grpo.grpo.update import backward_pass, forward_pass
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from tests.helpers import torch_reference as reference
+from tests.helpers.groups import staged_gradients
 from tests.helpers.tiny import write_tokenizer
 from tests.helpers.torch_reference import BOUND, double, relative_difference, report
 
@@ -151,13 +151,10 @@ def test_lora_gradients_of_the_clipped_surrogate(
     reference.clipped_surrogate(rows, 0.2, 0.2, level, aggregation, MAX_TOKENS).backward()
 
     old_KT = mx.array(padded(old).numpy())
-    group = TrainingGroup(
-        PROMPT, case.tokens_KT, case.mask_KT, old_KT, old_KT, mx.array(advantages)
-    )
+    group = TrainingGroup(0, PROMPT, case.tokens_KT, case.mask_KT, old_KT, mx.array(advantages))
     weights_KT = token_weights(case.mask_KT, aggregation, len(LENGTHS), sum(LENGTHS), MAX_TOKENS)
-    ahead = forward_pass(decoder, group, temperature)
-    gradients = backward_pass(decoder, group, ahead, weights_KT, Clip(0.2, 0.2, level))
-    logp_KT = ahead.logp_KT
+    clip = Clip(0.2, 0.2, level)
+    gradients, logp_KT = staged_gradients(decoder, group, weights_KT, clip, temperature)
     assert gradients.keys() == leaves.keys()
     assert relative_difference(logp_KT, padded(logps)) <= BOUND
     differences = [relative_difference(gradients[n], leaf.grad) for n, leaf in leaves.items()]

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_grpo.config.checks import parse_bytes
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import load_backbone
@@ -16,7 +16,7 @@ from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.plan.footprint import footprint, footprint_of
 from mlx_grpo.plan.memory import Plan, RewardFootprint, choose
-from mlx_grpo.plan.planner import planner
+from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.training.loop import train
 from tests.helpers.shapes import GEMMA_2B, PACKED, WORK
 from tests.helpers.tiny import write_jsonl
@@ -72,12 +72,12 @@ def test_a_footprint_counts_what_a_loaded_model_has(sft: Path) -> None:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading weights fails the test."""
-    from mlx_grpo.training import setup as parts
+    from mlx_grpo.training import setup
 
     def never(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(parts, "load_backbone", never)
+    monkeypatch.setattr(setup, "load_backbone", never)
 
 
 @pytest.mark.parametrize("flag", ["prompts", "eval_prompts"])
@@ -85,7 +85,7 @@ def test_a_bad_row_is_found_before_weights_are_loaded(
     flag: str, train_arguments: dict[str, Any], no_weights: None, tmp_path: Path
 ) -> None:
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "hello"}, {"prompt": 5}])
-    config = TrainConfig(**{**train_arguments, flag: str(bad)})
+    config = train_config(**{**train_arguments, flag: str(bad)})
     with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'prompt' must be a text"):
         train(config, Console(quiet=True))
     assert not config.run_directory.exists()
@@ -102,7 +102,7 @@ def test_a_model_without_keys_and_values_is_refused() -> None:
 def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_loaded(
     train_arguments: dict[str, Any], no_weights: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = TrainConfig(**{**train_arguments, "memory_limit": "100KB"})
+    config = train_config(**{**train_arguments, "memory_limit": "100KB"})
     with pytest.raises(InputError, match="take a smaller model"):
         train(config, Console())
     assert "peak: update" in capsys.readouterr().out
@@ -112,9 +112,11 @@ def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_load
 def test_the_way_out_of_a_tight_limit_is_a_shorter_answer(
     train_arguments: dict[str, Any],
 ) -> None:
-    config = TrainConfig(**{**train_arguments, "max_completion_length": 512})
-    short = planner(replace(config, max_completion_length=64, memory_limit="1KB")).plan().peak
-    tight = replace(config, memory_limit=f"{short // 1000 + 1}KB")
+    config = train_config(**{**train_arguments, "max_completion_length": 512})
+    short = (
+        planner_for(with_settings(config, max_completion_length=64, memory_limit="1KB")).plan().peak
+    )
+    tight = with_settings(config, memory_limit=f"{short // 1000 + 1}KB")
     with pytest.raises(InputError, match="it fits with --max-completion-length 64"):
         train(tight, Console(quiet=True))
 
@@ -122,10 +124,12 @@ def test_the_way_out_of_a_tight_limit_is_a_shorter_answer(
 def test_a_run_within_a_tight_limit_trains_as_one_without(
     train_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = TrainConfig(**{**train_arguments, "num_iterations": 1})
-    roomy = planner(config).plan()
-    tight = replace(config, memory_limit=f"{roomy.peak * 95 // 100}B", output=str(tmp_path / "b"))
-    assert planner(tight).plan().choice != roomy.choice
+    config = train_config(**{**train_arguments, "num_iterations": 1})
+    roomy = planner_for(config).plan()
+    tight = with_settings(
+        config, memory_limit=f"{roomy.peak * 95 // 100}B", output=str(tmp_path / "b")
+    )
+    assert planner_for(tight).plan().choice != roomy.choice
     before = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
     try:
         assert all(train(c, Console(quiet=True)) for c in (config, tight))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -48,10 +48,10 @@ def test_each_evaluation_is_decided_on_with_its_reason(run: Path) -> None:
     decided = {row["step"]: (gate, why) for row, gate, why in read(run, False).decisions()}
     assert decided[0] == (0.05, "SFT model")
     assert decided[30] == (0.02, "best so far")
-    assert decided[40] == (0.02, "KL too high")
-    rows = [evaluation(0), {**evaluation(10), "eval_kl": 0.001, "eval_best": False}]
-    write_jsonl(run / "metrics.jsonl", rows)
-    assert read(run, False).decisions()[1][2] == "perplexity not better"
+    assert decided[40] == (0.02, "KL above its gate of 0.02")
+    worse = {**evaluation(20), "eval_perplexity": 19.9, "eval_best": False}
+    write_jsonl(run / "metrics.jsonl", [evaluation(0), evaluation(10), worse])
+    assert read(run, False).decisions()[2][2] == "perplexity not better"
 
 
 def test_answers_are_shown_from_the_largest_gain_to_the_largest_loss(run: Path) -> None:
@@ -88,9 +88,7 @@ def test_the_command_on_the_page_is_the_run_again(run: Path, tmp_path: Path) -> 
     flags = dict(zip(typed[2::2], typed[3::2], strict=True))
     names = {f.removeprefix("--").replace("-", "_"): v for f, v in flags.items()}
     again = build_config(flags={**names, "eval_reward": [names["eval_reward"]]})
-    assert again == TrainConfig(
-        **{**vars(record.config), "output": f"{record.config.output}-again"}
-    )
+    assert again == with_settings(record.config, output=f"{record.config.run.output}-again")
 
 
 def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
@@ -175,7 +173,8 @@ def test_figures_that_are_not_finite_are_said_to_be(run: Path) -> None:
     rows = [json.loads(line) for line in lines]
     rows[-1] |= {"eval_kl": None, "eval_perplexity": None, "eval_reward": None}
     write_jsonl(run / "metrics.jsonl", rows)
-    assert "60 not finite 0.01 not finite KL too high" in words(write_report([run]).read_text())
+    said = words(write_report([run]).read_text())
+    assert "60 not finite 0.01 not finite KL above its gate of 0.01" in said
 
 
 def test_a_gate_between_two_targets_is_rounded(tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_training_writes_it_at_each_evaluation_and_once_more_at_the_end(
         return target
 
     monkeypatch.setattr(report, "write_report", watched)
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     train(config, Console(quiet=True))
     assert written == [(0, True), (2, True), (4, True), (4, False)]
     assert "finished" in words((config.run_directory / "report.html").read_text())
@@ -243,7 +242,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_training_goes_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "write_report", fails)
-    assert train(TrainConfig(**{**train_arguments, "num_iterations": 1}), Console(quiet=True))
+    assert train(train_config(**{**train_arguments, "num_iterations": 1}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "report.html" in line]
     assert len(lines) == 3 and all("No space left" in line for line in lines)
 
@@ -257,7 +256,7 @@ def test_a_run_that_fails_does_not_leave_a_page_that_says_it_goes_on(
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(trainer, "iterate", fails)
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     with pytest.raises(RuntimeError, match="out of luck"):
         train(config, Console(quiet=True))
     html = (config.run_directory / "report.html").read_text()

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group
@@ -19,7 +19,7 @@ from mlx_grpo.rewards.functions import CustomReward, load_reward
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.rewards.normalizer import ScoreNormalizer
 from mlx_grpo.rewards.worker import call
-from mlx_grpo.training.setup import load_parts
+from mlx_grpo.training.setup import load_learner
 from tests.helpers.answers import group
 
 
@@ -265,6 +265,6 @@ def test_a_function_under_a_name_that_figures_have_is_refused(
     (tmp_path / "mine.py").write_text(
         "def reward(completions):\n    return [0.0] * len(completions)\n"
     )
-    config = TrainConfig(**{**train_arguments, "reward": (f"{tmp_path / 'mine.py'}:reward",)})
+    config = train_config(**{**train_arguments, "reward": (f"{tmp_path / 'mine.py'}:reward",)})
     with pytest.raises(InputError, match="--reward: the name 'reward' is taken"):
-        load_parts(config, Console(quiet=True))
+        load_learner(config, Console(quiet=True))

@@ -258,7 +258,10 @@ def test_functions_may_be_given_from_python(own_rewards: dict[str, Any]) -> None
     first = run.metrics()[1]
     total = first["rewards/short/mean"] + 0.5 * first["rewards/vowels/mean"]
     assert first["reward"] == pytest.approx(total, abs=1e-5)
-    assert build_config(run.directory / CONFIG).reward == ("python:short", "python:vowels")
+    assert build_config(run.directory / CONFIG).reward.functions == (
+        "python:short",
+        "python:vowels",
+    )
     state = json.loads(next(run.directory.glob("checkpoints/*/state.json")).read_text())
     assert {"--reward short", "--reward vowels"} <= state["inputs"].keys()
 
@@ -319,6 +322,11 @@ def test_weights_are_those_of_all_rewards(own_rewards: dict[str, Any]) -> None:
     config = GRPOConfig(**{**own_rewards, "reward_weights": (1.0, 2.0)})
     with pytest.raises(InputError, match="--reward-weights: must be as many numbers as --reward"):
         train(config, rewards=[short], quiet=True)
+
+
+def test_a_run_without_any_reward_is_refused(own_rewards: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--rm-model: must be a directory, or give --reward"):
+        train(GRPOConfig(**own_rewards), quiet=True)
 
 
 def test_a_number_that_is_none_is_an_error_of_its_own() -> None:

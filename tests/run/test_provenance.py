@@ -1,12 +1,19 @@
 """What shapes the numbers must not change within a run; all else is free."""
 
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_grpo.config.settings import BY_CONTENT, FREE, ROUNDING, TrainConfig
+from mlx_grpo.config.settings import (
+    BY_CONTENT,
+    FREE,
+    ROUNDING,
+    SETTINGS,
+    TrainConfig,
+    train_config,
+    with_settings,
+)
 from mlx_grpo.run import provenance
 from mlx_grpo.run.provenance import changed_fields, differences, hints, input_digests, recorded
 
@@ -14,12 +21,12 @@ INPUTS = {"--prompts": "a" * 64}
 
 
 def about(**changes: Any) -> dict[str, Any]:
-    return recorded(replace(TrainConfig(), **changes), INPUTS, dense=True)
+    return recorded(train_config(**changes), INPUTS, dense=True)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+@pytest.mark.parametrize("name", list(SETTINGS))
 def test_every_field_is_free_or_rounding_or_an_input_or_shapes_the_numbers(name: str) -> None:
-    value = asdict(TrainConfig())[name]
+    value = SETTINGS[name].default
     changed = about(**{name: (1.0, 2.0) if isinstance(value, tuple) else f"{value}x"})
     harmless = FREE + ROUNDING + BY_CONTENT
     assert changed_fields(about(), changed) == ([] if name in harmless else [name])
@@ -31,8 +38,8 @@ def test_a_difference_names_the_flag_and_both_values() -> None:
     new = about(K=8, learning_rate=0.1 + 0.2, kl_targets=(0.1, 0.05))
     assert differences(about(), new) == [
         "--K 6 -> 8",
-        "--learning-rate 0.0001 -> 0.30000000000000004",
         "--kl-targets 0.05,0.02,0.01 -> 0.1,0.05",
+        "--learning-rate 0.0001 -> 0.30000000000000004",
     ]
 
 
@@ -53,17 +60,17 @@ def test_library_versions_only_warn() -> None:
 def test_inputs_are_known_by_content_not_by_place(
     train_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     digests = input_digests(config, ())
     moved = tmp_path / "moved"
     moved.mkdir()
-    for file in Path(config.actor_model).iterdir():
+    for file in Path(config.model.actor).iterdir():
         (moved / file.name).write_bytes(file.read_bytes())
-    assert input_digests(replace(config, actor_model=str(moved)), ()) == digests
+    assert input_digests(with_settings(config, actor_model=str(moved)), ()) == digests
     (moved / "tokenizer_config.json").write_text("{}")  # the tokenizer shapes the numbers, too
-    changed = input_digests(replace(config, actor_model=str(moved)), ())
+    changed = input_digests(with_settings(config, actor_model=str(moved)), ())
     assert {n for n in digests if digests[n] != changed[n]} == {"--actor-model"}
-    assert input_digests(replace(config, rm_model="none"), ())["--rm-model"] == "none"
+    assert input_digests(with_settings(config, rm_model="none"), ())["--rm-model"] == "none"
 
 
 def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> None:

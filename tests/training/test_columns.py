@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.evaluation.compare import compare_run
@@ -23,7 +23,7 @@ def run(
     root = tmp_path_factory.mktemp("columns")
     (root / "train.csv").write_text("question,answer\n" + "".join(f"say {w},{w}\n" for w in "abcd"))
     (root / "eval.csv").write_text("question,answer\nwhy a?,a is.\nwhy b?,b is.\n")
-    config = TrainConfig(
+    config = train_config(
         actor_model=str(finished_run.parent / "sft-4bit"),
         rm_model="none",
         reward=(f"{finished_run.parent / 'rewards.py'}:short",),

@@ -4,14 +4,13 @@ import json
 import os
 import signal
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
@@ -38,7 +37,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def test_the_same_seed_gives_the_same_run_bit_for_bit(
     train_arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    runs = [run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / n)})) for n in "ab"]
+    runs = [run_of(train_config(**{**train_arguments, "output": str(tmp_path / n)})) for n in "ab"]
     assert rows(runs[0]) == rows(runs[1])
     assert len(rows(runs[0])) == 4 + 3  # iterations, and evaluations at 0, 2 and 4
     adapters = [(run / "final" / "adapters.safetensors").read_bytes() for run in runs]
@@ -47,7 +46,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(
 
 def test_another_seed_gives_another_run(train_arguments: dict[str, Any], tmp_path: Path) -> None:
     runs = [
-        run_of(TrainConfig(**{**train_arguments, "seed": s, "output": str(tmp_path / str(s))}))
+        run_of(train_config(**{**train_arguments, "seed": s, "output": str(tmp_path / str(s))}))
         for s in (1, 2)
     ]
     assert rows(runs[0])[1]["reward"] != rows(runs[1])[1]["reward"]
@@ -56,7 +55,7 @@ def test_another_seed_gives_another_run(train_arguments: dict[str, Any], tmp_pat
 def test_a_resumed_run_equals_the_uninterrupted_one(
     train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
+    whole = run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
 
     from mlx_grpo.training import loop as trainer
 
@@ -69,7 +68,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         return real(*args)
 
     monkeypatch.setattr(trainer, "iterate", dies_in_iteration_four)
-    config = TrainConfig(**{**train_arguments, "output": str(tmp_path / "broken")})
+    config = train_config(**{**train_arguments, "output": str(tmp_path / "broken")})
     with pytest.raises(KeyboardInterrupt):
         train(config, QUIET)
     monkeypatch.setattr(trainer, "iterate", real)
@@ -84,13 +83,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(
     train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
+    whole = run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
     from mlx_grpo.training import loop as trainer
 
     def dies(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    config = TrainConfig(**{**train_arguments, "output": str(tmp_path / "broken")})
+    config = train_config(**{**train_arguments, "output": str(tmp_path / "broken")})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer, "iterate", dies)
         train(config, QUIET)
@@ -101,7 +100,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
 @pytest.fixture
 def whole(train_arguments: dict[str, Any], tmp_path: Path) -> Path:
     """The run that nothing interrupted."""
-    return run_of(TrainConfig(**{**train_arguments, "output": str(tmp_path / "whole")}))
+    return run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
 
 
 def assert_equal(run: Path, whole: Path) -> None:
@@ -119,7 +118,8 @@ def step_names(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "stage", ["rollout", "rate", "advantages_under", "update", "adamw_step", "_evaluate"]
+    "stage",
+    ["rollout", "kl_to_reference", "_old_logps", "update", "adamw_step", "_evaluate"],
 )
 def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     stage: str,
@@ -131,9 +131,12 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
     from mlx_grpo.grpo import iteration, update
     from mlx_grpo.training import loop as trainer
 
-    place: Any = {"adamw_step": update, "_evaluate": trainer}.get(stage, iteration)
+    places = {"adamw_step": update, "_old_logps": update, "_evaluate": trainer}
+    place: Any = places.get(stage, iteration)
     real, calls = getattr(place, stage), []
-    nth = {"adamw_step": 5, "_evaluate": 2}.get(stage, 3)  # two optimizer steps an iteration
+    nth = {"adamw_step": 5, "_old_logps": 5, "_evaluate": 2}.get(
+        stage, 3
+    )  # two optimizer steps an iteration
 
     def is_told_to_stop(*args: Any, **named: Any) -> Any:
         calls.append(1)
@@ -141,7 +144,7 @@ def test_a_signal_stops_inside_a_stage_and_loses_nothing_before_it(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **named)
 
-    config = TrainConfig(
+    config = train_config(
         **{**train_arguments, "checkpoint_every": 9, "output": str(tmp_path / "s")}
     )
     with monkeypatch.context() as patch:
@@ -167,7 +170,7 @@ def test_a_failure_in_an_iteration_saves_the_ones_before(
             raise RuntimeError("[METAL] Insufficient Memory")
         return done
 
-    config = TrainConfig(
+    config = train_config(
         **{**train_arguments, "checkpoint_every": 9, "output": str(tmp_path / "s")}
     )
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Insufficient"):
@@ -180,7 +183,7 @@ def test_a_failure_in_an_iteration_saves_the_ones_before(
 def test_a_best_adapter_moved_aside_when_the_process_died_is_brought_back(
     train_arguments: dict[str, Any],
 ) -> None:
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     best = run_of(config) / "best"
     content = (best / "adapters.safetensors").read_bytes()
     best.rename(best.with_name(".best.old"))
@@ -198,7 +201,7 @@ def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
     free: list[int] = [0]
     usage = type("Usage", (), {"free": property(lambda self: free[0])})
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage())
-    config = TrainConfig(**{**train_arguments, "eval_every": 99})
+    config = train_config(**{**train_arguments, "eval_every": 99})
     with pytest.raises(InputError, match=r"0 MB free on its disk, \d+ MB needed; .*--keep"):
         train(config, QUIET)
     assert not config.run_directory.exists()
@@ -219,7 +222,7 @@ def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
 def test_a_second_run_in_the_same_directory_is_refused(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     with (
         locked(config.run_directory),
         pytest.raises(InputError, match=f"in use by process {os.getpid()}; wait"),
@@ -233,7 +236,7 @@ def test_resume_with_changed_prompts_is_refused(
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_bytes(Path(train_arguments["prompts"]).read_bytes())
-    config = TrainConfig(**{**train_arguments, "prompts": str(prompts)})
+    config = train_config(**{**train_arguments, "prompts": str(prompts)})
     run_of(config)
     prompts.write_text(prompts.read_text() + '{"prompt": "more"}\n')
     with pytest.raises(InputError, match="--prompts other content"):
@@ -252,13 +255,13 @@ def test_resume_with_other_mathematics_is_refused_with_the_list(
     finished: TrainConfig, change: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(InputError, match=f"not what the run was started with: {complaint}; put"):
-        train(replace(finished, **change), QUIET, resume=True)
+        train(with_settings(finished, **change), QUIET, resume=True)
 
 
 @pytest.fixture
 def finished(train_arguments: dict[str, Any]) -> TrainConfig:
     """The configuration of a finished run."""
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     run_of(config)
     return config
 
@@ -266,7 +269,7 @@ def finished(train_arguments: dict[str, Any]) -> TrainConfig:
 def test_a_change_that_is_wanted_is_told_and_takes_effect(
     finished: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = replace(
+    changed = with_settings(
         finished, num_iterations=5, learning_rate=1e-4, kl_beta=3.0, kl_control="reward"
     )
     assert train(changed, QUIET, resume=True, allow_change=True)
@@ -278,7 +281,7 @@ def test_a_change_that_is_wanted_is_told_and_takes_effect(
 
 def test_an_adapter_of_another_rank_is_never_resumed(finished: TrainConfig) -> None:
     with pytest.raises(InputError, match="does not fit --actor-model and --lora-rank"):
-        train(replace(finished, lora_rank=2), QUIET, resume=True, allow_change=True)
+        train(with_settings(finished, lora_rank=2), QUIET, resume=True, allow_change=True)
 
 
 def test_what_changes_no_number_is_free_and_rounding_and_versions_are_told(
@@ -288,13 +291,13 @@ def test_what_changes_no_number_is_free_and_rounding_and_versions_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     moved = tmp_path / "moved.jsonl"
-    moved.write_bytes(Path(finished.prompts).read_bytes())
-    free = replace(finished, keep=1, checkpoint_every=3, prompts=str(moved))
+    moved.write_bytes(Path(finished.data.prompts).read_bytes())
+    free = with_settings(finished, keep=1, checkpoint_every=3, prompts=str(moved))
     assert train(free, QUIET, resume=True)
     assert capsys.readouterr().err == ""
     versions = provenance.versions()
     monkeypatch.setattr(provenance, "versions", lambda: {**versions, "mlx": "9.9"})
-    assert train(replace(finished, decode_rows=3), QUIET, resume=True)
+    assert train(with_settings(finished, decode_rows=3), QUIET, resume=True)
     warnings = capsys.readouterr().err
     assert "last bits may differ: --decode-rows 0 -> 3" in warnings
     assert f"mlx {versions['mlx']} -> 9.9" in warnings
@@ -305,7 +308,7 @@ def test_a_changed_reward_function_is_seen_on_resume(
 ) -> None:
     reward = tmp_path / "mine.py"
     reward.write_text("def mine(completions):\n    return [len(c) for c in completions]\n")
-    config = TrainConfig(**{**train_arguments, "reward": (f"{reward}:mine",)})
+    config = train_config(**{**train_arguments, "reward": (f"{reward}:mine",)})
     run_of(config)
     reward.write_text("def mine(completions):\n    return [-len(c) for c in completions]\n")
     with pytest.raises(InputError, match="--reward mine other content"):
@@ -314,12 +317,12 @@ def test_a_changed_reward_function_is_seen_on_resume(
 
 def test_a_dry_run_keeps_nothing(train_arguments: dict[str, Any], tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
-    train(TrainConfig(**train_arguments), QUIET, dry_run=True)
+    train(train_config(**train_arguments), QUIET, dry_run=True)
     assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_run_directory_in_use_is_refused(train_arguments: dict[str, Any]) -> None:
-    config = TrainConfig(**train_arguments)
+    config = train_config(**train_arguments)
     config.run_directory.mkdir()
     (config.run_directory / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="--resume or choose another --output"):
@@ -328,7 +331,7 @@ def test_a_run_directory_in_use_is_refused(train_arguments: dict[str, Any]) -> N
 
 
 def test_a_run_that_died_before_it_began_is_not_in_the_way(train_arguments: dict[str, Any]) -> None:
-    config = TrainConfig(**{**train_arguments, "num_iterations": 1})
+    config = train_config(**{**train_arguments, "num_iterations": 1})
     config.run_directory.mkdir()
     for name in (".lock", ".config.toml.tmp"):
         (config.run_directory / name).write_text("left over")
@@ -339,7 +342,7 @@ def test_a_run_that_died_before_it_began_is_not_in_the_way(train_arguments: dict
 def test_nothing_is_crowned_best_when_nothing_passes_the_gate(
     train_arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_of(TrainConfig(**{**train_arguments, "kl_targets": (1e-9,)}))
+    run = run_of(train_config(**{**train_arguments, "kl_targets": (1e-9,)}))
     assert not (run / "best").exists()
     assert (run / "final" / "adapters.safetensors").is_file()
     assert "no evaluation passed the KL gate" in capsys.readouterr().err
@@ -351,7 +354,7 @@ def test_an_adapter_moves_only_where_rewards_differ(
     reward = tmp_path / "equal.py"
     reward.write_text("def equal(completions):\n    return [1.0] * len(completions)\n")
     arguments = {**train_arguments, "rm_model": "none", "reward": (f"{reward}:equal",)}
-    run = run_of(TrainConfig(**{**arguments, "kl_control": "none"}))
+    run = run_of(train_config(**{**arguments, "kl_control": "none"}))
     adapter = mx.load(str(run / "final" / "adapters.safetensors"))
     assert all((v == 0).all().item() for n, v in adapter.items() if n.endswith("lora_b"))
     iterations = [r for r in rows(run) if "reward" in r]
@@ -367,7 +370,7 @@ def test_decay_keeps_a_run_nearer_to_the_reference(
     last = {}
     for control in ("decay", "none"):
         run = run_of(
-            TrainConfig(**{**arguments, "kl_control": control, "output": str(tmp_path / control)})
+            train_config(**{**arguments, "kl_control": control, "output": str(tmp_path / control)})
         )
         last[control] = [r for r in rows(run) if "reward" in r][-1]
     assert last["decay"]["kl"] < 0.7 * last["none"]["kl"]
@@ -377,7 +380,7 @@ def test_decay_keeps_a_run_nearer_to_the_reference(
 def test_the_recomputed_log_probs_agree_with_those_of_the_rollout(
     train_arguments: dict[str, Any],
 ) -> None:
-    run = run_of(TrainConfig(**train_arguments))
+    run = run_of(train_config(**train_arguments))
     gaps = [r["sampling/sampling_logp_difference/max"] for r in rows(run) if "reward" in r]
     assert max(gaps) < 1e-4
 
@@ -386,7 +389,7 @@ def test_a_gold_judge_is_measured_and_changes_nothing(
     train_arguments: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     with_gold = {"eval_reward": ("mlx_grpo.rubric:gold",), "output": str(tmp_path / "gold")}
-    run = run_of(TrainConfig(**{**train_arguments, **with_gold}))
+    run = run_of(train_config(**{**train_arguments, **with_gold}))
     final = "final/adapters.safetensors"
     assert (run / final).read_bytes() == (whole / final).read_bytes()
     assert all("rewards/gold/mean" in r or "eval_rewards/gold/mean" in r for r in rows(run))

@@ -9,17 +9,17 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
-from mlx_grpo.grpo import update
+from mlx_grpo.grpo import reference, update
 from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.lora import lora_parameters
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run import log
 from mlx_grpo.training import loop as trainer
-from mlx_grpo.training.setup import load_parts
+from mlx_grpo.training.setup import load_learner
 
 QUIET = Console(quiet=True)
 Patch = pytest.MonkeyPatch
@@ -37,25 +37,24 @@ def poison_reward(patch: Patch, value: float) -> None:
 
 
 def poison_logprob(patch: Patch, value: float) -> None:
-    from mlx_grpo.grpo import advantages as scoring
-
-    real = scoring.token_logps
-    patch.setattr(scoring, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))
+    real = reference.token_logps
+    patch.setattr(reference, "token_logps", lambda *a, **k: real(*a, **k).at[0, 0].add(value))
 
 
 def poison_loss(patch: Patch, value: float) -> None:
-    patch.setattr(update, "clipped_surrogate", lambda *_: mx.array(value))
+    real = update.clipped_surrogate
+    patch.setattr(update, "clipped_surrogate", lambda *a: (mx.array(value), real(*a)[1]))
 
 
 def poison_gradient(patch: Patch, value: float) -> None:
-    real = update.backward.backward
+    real = update.gradients
 
     def poisoned(*arguments: Any) -> Any:
         gradients = real(*arguments)
         first = min(gradients)
         return {**gradients, first: gradients[first] + value}
 
-    patch.setattr(update.backward, "backward", poisoned)
+    patch.setattr(update, "gradients", poisoned)
 
 
 POISONS = {
@@ -66,38 +65,38 @@ POISONS = {
 }
 
 
-def numbers(parts: Learner) -> dict[str, bytes]:
+def numbers(learner: Learner) -> dict[str, bytes]:
     """Bits of adapter and moments; step count and learning rate move only with them."""
-    state = {n: v for n, v in tree_flatten(parts.optimizer.state) if v.ndim}
+    state = {n: v for n, v in tree_flatten(learner.optimizer.state) if v.ndim}
     return {
         n: bytes(memoryview(v))
-        for n, v in {**lora_parameters(parts.roles.actor.model), **state}.items()
+        for n, v in {**lora_parameters(learner.roles.actor.model), **state}.items()
     }
 
 
 @pytest.fixture
-def parts(train_arguments: dict[str, Any]) -> Learner:
-    return load_parts(TrainConfig(**train_arguments), QUIET)
+def learner(train_arguments: dict[str, Any]) -> Learner:
+    return load_learner(train_config(**train_arguments), QUIET)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("stage", POISONS)
 def test_weights_normaliser_and_controller_stay_as_they_are(
-    stage: str, value: float, parts: Learner, monkeypatch: Patch
+    stage: str, value: float, learner: Learner, monkeypatch: Patch
 ) -> None:
-    first = trainer.iterate(parts, first_state(parts.config), QUIET).state
-    before = numbers(parts)
+    first = trainer.iterate(learner, first_state(learner.config), QUIET).state
+    before = numbers(learner)
     with monkeypatch.context() as patch:
         POISONS[stage](patch, value)
-        done = trainer.iterate(parts, first, QUIET)
-    assert numbers(parts) == before
+        done = trainer.iterate(learner, first, QUIET)
+    assert numbers(learner) == before
     assert {s.stage for s in done.skips} == {stage}
     assert (done.state.iteration, done.state.skipped_in_a_row) == (2, 1)
     if stage in ("reward", "logprob"):
         assert done.state.normalizer == first.normalizer
         assert done.state.controller == first.controller
         assert done.metrics["skipped"] == stage
-    after = trainer.iterate(parts, done.state, QUIET)
+    after = trainer.iterate(learner, done.state, QUIET)
     assert (after.skips, after.state.skipped_in_a_row) == ([], 0)
 
 
@@ -107,7 +106,7 @@ def test_the_batch_is_written_down_and_the_run_ends_after_some_in_a_row(
     train_arguments: dict[str, Any],
     monkeypatch: Patch,
 ) -> None:
-    config = TrainConfig(**{**train_arguments, "max_skipped_steps": 2, "eval_every": 9})
+    config = train_config(**{**train_arguments, "max_skipped_steps": 2, "eval_every": 9})
     real, calls = trainer.iterate, []
 
     def poisoned_after_the_first(*arguments: Any) -> Any:
@@ -117,14 +116,14 @@ def test_the_batch_is_written_down_and_the_run_ends_after_some_in_a_row(
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "iterate", poisoned_after_the_first)
-    with pytest.raises(InputError, match=r"2 iterations in a row .*skipped\.jsonl.*--learning"):
+    with pytest.raises(InputError, match=r"in 2 iterations in a row .*skipped\.jsonl.*--learning"):
         trainer.train(config, QUIET)
     run = config.run_directory
     rows = log.read(run / log.SKIPPED)
     assert {row["step"] for row in rows} == {2, 3}
     assert {row["stage"] for row in rows} == {stage}
     assert "nan" in rows[0]["values"]
-    assert len(rows[0]["groups"][0]["completions"]) == config.K
+    assert len(rows[0]["groups"][0]["completions"]) == config.rollout.K
     assert rows[0]["groups"][0]["messages"][0]["content"].startswith("say ")
     for name in (log.METRICS, log.SKIPPED):  # plain JSON, which knows no NaN
         for line in (run / name).read_text().splitlines():
@@ -138,7 +137,7 @@ def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def mine(completions):\n    return [float('nan')] * len(completions)\n")
-    config = TrainConfig(**{**train_arguments, "reward": (f"{file}:mine",)})
+    config = train_config(**{**train_arguments, "reward": (f"{file}:mine",)})
     with pytest.raises(InputError, match=r"reward 'mine' returned \[nan\] on prompt"):
         trainer.train(config, QUIET)
     assert not config.run_directory.exists()

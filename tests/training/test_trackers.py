@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.training import trackers as trackers
@@ -49,7 +49,7 @@ def test_a_tracker_gets_the_configuration_and_the_numbers(
 ) -> None:
     tracker = Tracker(name)
     monkeypatch.setitem(sys.modules, name, tracker)
-    assert log_all(TrainConfig(log=(name,), seed=7), tmp_path / "runs" / "seed-7", step=3) == []
+    assert log_all(train_config(log=(name,), seed=7), tmp_path / "runs" / "seed-7", step=3) == []
     (_, begun), (_, row), (last, _) = tracker.calls
     assert begun["project"] == "mlx-grpo" and begun["name"] == "runs-seed-7"
     assert begun["config"]["seed"] == 7 and begun["resume"] == "allow"
@@ -67,10 +67,10 @@ def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
     monkeypatch.setattr(trackers.time, "strftime", lambda _: next(hours))
     for step in (0, 3):  # begun, resumed
         run.mkdir(parents=True, exist_ok=True)
-        assert log_all(TrainConfig(log=("trackio", "wandb")), run, step) == []
+        assert log_all(train_config(log=("trackio", "wandb")), run, step) == []
     shutil.rmtree(run)
     run.mkdir()
-    log_all(TrainConfig(log=("trackio", "wandb")), run)
+    log_all(train_config(log=("trackio", "wandb")), run)
     names = [[named["name"] for call, named in t.calls if call == "init"] for t in trackers]
     assert names[0] == ["runs-seed-7-1", "runs-seed-7-1", "runs-seed-7-3"]
     assert names[1] == ["runs-seed-7-2", "runs-seed-7-2", "runs-seed-7-4"]
@@ -78,7 +78,7 @@ def test_a_new_run_in_an_old_place_does_not_go_on_in_the_old_one(
 
 def test_tensorboard_gets_a_file_in_the_run(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX", reason="pip install 'mlx-grpo[tensorboard]'")
-    assert log_all(TrainConfig(log=("tensorboard",)), tmp_path) == []
+    assert log_all(train_config(log=("tensorboard",)), tmp_path) == []
     (events,) = (tmp_path / "tensorboard").iterdir()
     written = events.read_bytes()
     assert b"reward" in written and b"num_iterations" in written and b"a_word" not in written
@@ -88,7 +88,7 @@ def test_a_missing_library_is_one_line_before_the_run_starts(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(trackers.MODULES, "wandb", "a_module_that_is_not_there")
-    config = TrainConfig(**{**train_arguments, "log": ("wandb",)})
+    config = train_config(**{**train_arguments, "log": ("wandb",)})
     with pytest.raises(InputError, match=r"pip install 'mlx-grpo\[wandb\]'"):
         train(config, Console(quiet=True))
     assert not config.run_directory.exists()
@@ -119,7 +119,7 @@ def test_a_sink_that_fails_is_told_of_once_and_training_goes_on(
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     monkeypatch.setattr(trackers, "check_installed", lambda _: None)
     monkeypatch.setattr("mlx_grpo.training.loop.check_installed", lambda _: None)
-    assert train(TrainConfig(**{**train_arguments, "log": ("wandb",)}), Console(quiet=True))
+    assert train(train_config(**{**train_arguments, "log": ("wandb",)}), Console(quiet=True))
     lines = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
     assert len(lines) == 1 and "failed (no network at all); the run goes on without it" in lines[0]
 

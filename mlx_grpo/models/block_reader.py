@@ -1,0 +1,58 @@
+"""Run a decoder whose weights stay on disk: one block in memory at a time.
+
+Embed first, then run the blocks. A block is read, brought into its precision, run over all rows and
+let go before the next one is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_grpo.backend.precision import Precision, apply_precision
+from mlx_grpo.models.decoder import Decoder, Embedded
+
+
+@dataclass
+class Rows:
+    """Rows behind one prompt, on their way through the blocks."""
+
+    embedded: Embedded
+    h_prompt: mx.array
+    h_rows: mx.array
+
+
+def embed_rows(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Rows:
+    """The hidden states that enter the first block, evaluated."""
+    e = decoder.embed(prompt_1S, rows_KT)
+    mx.eval(e.h_prompt, e.h_rows)
+    return Rows(e, e.h_prompt, e.h_rows)
+
+
+def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> None:
+    """Move all rows behind the last block."""
+    for i, block in enumerate(decoder.blocks):
+        apply_precision(block, precision)
+        for r in rows:
+            r.h_prompt, r.h_rows = decoder.run_block(r.embedded, i, r.h_prompt, r.h_rows)
+            mx.eval(r.h_prompt, r.h_rows)
+        let_go(block)
+
+
+def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> None:
+    """Let embedding, final norm and head compute in a dtype. What looks tokens up stays packed; its
+    scales decide what a looked-up row is rounded to."""
+
+    def cast(value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    with decoder.without_blocks():
+        decoder.model.update(tree_map(cast, decoder.model.parameters()))
+
+
+def let_go(module: nn.Module) -> None:
+    """Give the memory of a module's weights back."""
+    module.update(tree_map(lambda _: mx.zeros((0,)), module.parameters()))
+    mx.clear_cache()

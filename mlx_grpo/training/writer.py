@@ -1,0 +1,196 @@
+"""What the loop writes and says: all of it on rank 0, nothing on the others."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_grpo.console.output import Console
+from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.grpo.iteration import Iteration
+from mlx_grpo.grpo.learner import Learner
+from mlx_grpo.grpo.state import RunState
+from mlx_grpo.report.health import new_findings
+from mlx_grpo.report.write import REPORT, try_report
+from mlx_grpo.run import directory, log
+from mlx_grpo.run.directory import Snapshot
+from mlx_grpo.training.trackers import Tracker, open_trackers
+
+RESUME = "stopped early; resume with: mlx-grpo train --resume --output {run}"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation during training."""
+
+    state: RunState
+    """After it."""
+    evaluation: Evaluation
+    metrics: dict[str, Any]
+    refusal: str
+    """Why it is not the best checkpoint so far; empty if it is."""
+
+
+class Writer(Protocol):
+    """What the loop tells of its progress, in this order."""
+
+    def start(self, state: RunState, resume: bool, allow_change: bool) -> RunState:
+        """Check the disk and restore a run that is resumed; returns the state to go on from."""
+
+    def writing(self, state: RunState) -> AbstractContextManager[None]:
+        """Hold what is open while the loop runs."""
+
+    def evaluated(self, evaluated: Evaluated) -> None:
+        """After an evaluation."""
+
+    def iterated(self, done: Iteration) -> None:
+        """After an iteration."""
+
+    def save(self, state: RunState, before: Snapshot) -> None:
+        """A checkpoint is due."""
+
+    def ended_early(self, stopped: bool) -> None:
+        """A stop was asked for, or a turn failed."""
+
+    def finish(self, state: RunState) -> None:
+        """After the last turn."""
+
+
+class SilentWriter:
+    """Writes nothing: for ranks other than 0."""
+
+    def start(self, state: RunState, resume: bool, allow_change: bool) -> RunState:
+        return state
+
+    def writing(self, state: RunState) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def evaluated(self, evaluated: Evaluated) -> None: ...
+
+    def iterated(self, done: Iteration) -> None: ...
+
+    def save(self, state: RunState, before: Snapshot) -> None: ...
+
+    def ended_early(self, stopped: bool) -> None: ...
+
+    def finish(self, state: RunState) -> None: ...
+
+
+class RunWriter:
+    """Writes the run directory, the trackers and the console."""
+
+    def __init__(self, learner: Learner, run: Path, ui: Console, about: dict[str, Any]):
+        self.learner, self.run, self.ui, self.about = learner, run, ui, about
+        self._track: Tracker = lambda row: None
+
+    def start(self, state: RunState, resume: bool, allow_change: bool) -> RunState:
+        """Check the disk and restore a run that is resumed.
+
+        Raises:
+            InputError: too little disk space, or a run that cannot be resumed.
+        """
+        config, actor = self.learner.config, self.learner.roles.actor.model
+        directory.check_space(self.run, config, actor)
+        if not resume:
+            return state
+        with self._telling_how_to_resume(OSError):
+            state, warnings = directory.restore(
+                self.run, config, state, actor, self.learner.optimizer, self.about, allow_change
+            )
+        for warning in warnings:
+            self.ui.warn(warning)
+        self.ui.say(f"resuming after iteration {state.iteration}")
+        return state
+
+    @contextmanager
+    def writing(self, state: RunState) -> Iterator[None]:
+        """Hold the live view and the trackers open."""
+        config = self.learner.config
+        with (
+            self._telling_how_to_resume(BaseException),
+            self.ui.training(config.run.num_iterations),
+            open_trackers(config, self.run, state.iteration, self.ui.warn) as self._track,
+        ):
+            yield
+
+    @contextmanager
+    def _telling_how_to_resume(self, failure: type[BaseException]) -> Iterator[None]:
+        try:
+            yield
+        except failure:
+            self._say_how_to_resume()
+            raise
+
+    def _say_how_to_resume(self) -> None:
+        if directory.is_run(self.run):
+            self.ui.warn(RESUME.format(run=self.run))
+
+    def evaluated(self, evaluated: Evaluated) -> None:
+        """Log an evaluation, and keep the adapter if it is the best so far."""
+        step, evaluation = evaluated.state.iteration, evaluated.evaluation
+        config = self.learner.config
+        if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
+            self._check_rewards(evaluation)
+            directory.open_new(self.run, config)
+        if not evaluated.refusal:
+            actor = self.learner.roles.actor.model
+            directory.save_named_adapter(self.run, "best", actor)
+        log.append(self.run / log.METRICS, evaluated.metrics)
+        self._track(evaluated.metrics)
+        directory.log_evaluation(self.run, step, evaluation)
+        for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
+            self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
+        note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
+        self.ui.evaluation(step, evaluated.metrics, note if step else "")
+        try_report([self.run], self.ui.warn, running=True)
+
+    def _check_rewards(self, evaluation: Evaluation) -> None:
+        """Raise InputError that names the source of a reward that is NaN or infinite."""
+        for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
+            if not math.isfinite(reward):
+                self.learner.evaluator.rewards.check_finite(group)
+
+    def iterated(self, done: Iteration) -> None:
+        """Log an iteration."""
+        run, ui, config, step = self.run, self.ui, self.learner.config.run, done.state.iteration
+        log.append(run / log.METRICS, done.metrics)
+        self._track(done.metrics)
+        directory.log_completions(run, step, done.groups, done.raw_PK)
+        directory.log_skips(run, step, done.groups, done.skips)
+        if "skipped" not in done.metrics:
+            ui.iteration(done.metrics, config.num_iterations)
+            if config.show_every and step % config.show_every == 0:
+                ui.samples(step, done.groups, done.raw_PK)
+        for skip in done.skips:
+            ui.warn(
+                f"iteration {step}: NaN or infinity in the {skip.stage}, skipped; see "
+                f"{run / log.SKIPPED}"
+            )
+
+    def save(self, state: RunState, before: Snapshot) -> None:
+        """Write a checkpoint."""
+        directory.save(self.run, self.learner.config, state, before, self.about)
+
+    def ended_early(self, stopped: bool) -> None:
+        """Bring the report up to date: it must not say that the run still goes on."""
+        if directory.is_run(self.run):
+            try_report([self.run], self.ui.warn)
+        if stopped:
+            self._say_how_to_resume()
+
+    def finish(self, state: RunState) -> None:
+        """Write `final/` and the last report."""
+        directory.save_named_adapter(self.run, "final", self.learner.roles.actor.model)
+        try_report([self.run], self.ui.warn)
+        if state.best.step is None:
+            self.ui.warn(
+                "no evaluation passed the KL gate, so there is no best/ adapter; final/ is the "
+                "last one"
+            )
+        adapters = "final/" if state.best.step is None else "best/ and final/"
+        self.ui.say(
+            f"done: {self.run} (adapters in {adapters}, metrics in {log.METRICS}, report in "
+            f"{REPORT})"
+        )
