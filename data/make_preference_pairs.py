@@ -17,8 +17,8 @@ from itertools import combinations
 from pathlib import Path
 
 import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
-from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.prompts import load_prompts
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import write_text
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.models.backbone import load_backbone
@@ -95,9 +95,9 @@ def main() -> None:
     if not args.samples.exists():
         args.samples.parent.mkdir(parents=True, exist_ok=True)
         draw_samples(args.model, args.samples)
-    known = {row["id"] for _, row in read_jsonl(HERE / "rl_prompts.jsonl")}
+    known = {row["id"] for _, row in read_rows(HERE / "rl_prompts.jsonl")}
     by_prompt: dict[str, list[dict]] = {}
-    for _, row in read_jsonl(args.samples):
+    for _, row in read_rows(args.samples):
         if row["id"] in known:
             by_prompt.setdefault(row["id"], []).append(row)
     pairs = [pair for rows in by_prompt.values() for pair in pairs_of(rows)]

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import write_text
 from mlx_grpo.rubric import FUNCTION_WORDS, words
 
@@ -76,8 +76,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE)
     out = parser.parse_args().out
-    train = training_rows(row for _, row in read_jsonl(DATA / "rl_prompts.jsonl"))
-    held_out = held_out_rows(row for _, row in read_jsonl(DATA / "eval_prompts.jsonl"))
+    train = training_rows(row for _, row in read_rows(DATA / "rl_prompts.jsonl"))
+    held_out = held_out_rows(row for _, row in read_rows(DATA / "eval_prompts.jsonl"))
     for name, rows in (("train", train), ("eval", held_out)):
         file = out / f"constraints_{name}.jsonl"
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

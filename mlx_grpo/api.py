@@ -3,14 +3,16 @@
 The settings are those of `mlx-grpo train`, by the names of its flags.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config, flat_name
 from mlx_grpo.console.output import Console
 from mlx_grpo.distributed.launch import launched
+from mlx_grpo.rewards.functions import PYTHON, UserFunction, named
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train as train_run
 
@@ -20,10 +22,13 @@ __all__ = ["GRPOConfig", "Run", "train"]
 def GRPOConfig(**settings: Any) -> TrainConfig:
     """Settings by the names of the flags: `GRPOConfig(K=4, kl_targets=(0.05,))`.
 
+    Whether the rewards fit together is checked by `train`, which may be given more of them.
+
     Raises:
         InputError: an unknown setting, a wrong type, or a value out of range.
     """
-    return build_config(flags={flat_name("GRPOConfig", n): v for n, v in settings.items()})
+    flags = {flat_name("GRPOConfig", n): v for n, v in settings.items()}
+    return build_config(flags=flags, more_rewards=True)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,28 @@ class Run:
         return self.directory / name if (self.directory / name).is_dir() else None
 
 
-def train(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Run:
+def train(
+    config: TrainConfig,
+    *,
+    rewards: Sequence[UserFunction] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> Run:
     """Train; the run directory is `--output`, or runs/seed-SEED.
 
     A script that mlx.launch has started trains together with its other ranks.
 
+    Args:
+        rewards: reward functions beside those of the `reward` setting, called in this process, so
+            that --reward-timeout does not end them. `reward_weights` has the weights of all, in
+            this order. Give them again with `resume`.
+
     Raises:
         InputError: a setting or a file that cannot work, in one line; it is a ValueError.
     """
-    ui = Console(quiet)
+    ui, functions = Console(quiet), named(rewards)
+    given = (PYTHON + name for name in functions)
+    config = with_settings(config, reward=(*config.reward.functions, *given))
     with launched(ui) as ranks:
-        finished = train_run(config, ui, resume, ranks=ranks)
+        finished = train_run(config, ui, resume, ranks=ranks, functions=functions)
     return Run(config.run_directory, finished, ranks.leads)

@@ -11,7 +11,7 @@ import pytest
 from examples.constraints import all_met, constraints
 from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.training.loop import train
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -20,7 +20,7 @@ LIMITS = ("min_words", "max_words", "keyword")
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(EXAMPLES / name)]
+    return [row for _, row in read_rows(EXAMPLES / name)]
 
 
 @pytest.mark.parametrize(

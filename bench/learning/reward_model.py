@@ -22,8 +22,8 @@ import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.pairs import group_pairs, load_pairs, split_groups
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import MANIFEST, sha256, write_manifest
 from mlx_grpo.models.backbone import load_backbone
@@ -43,14 +43,14 @@ SETTINGS = RewardTrainConfig(
 def train_and_record(settings: RewardTrainConfig, pairs: Path, out: Path, ui: Console) -> None:
     """Train, show, and write settings, figures and learning curve."""
     started = time.process_time()
-    rows = [row for _, row in read_jsonl(pairs)]
+    rows = [row for _, row in read_rows(pairs)]
     usable = [row for row in rows if not _has_empty_answer(row)]
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "pairs.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in usable))
         config = replace(settings, pairs=str(file), output=f"{place}/rm")
         found = train_rm(config, ui.say)
-        curve = [row for _, row in read_jsonl(Path(place, "rm", LEARNING_CURVE))]
+        curve = [row for _, row in read_rows(Path(place, "rm", LEARNING_CURVE))]
     show_quality(ui, found)
     kept = {n: v for n, v in asdict(config).items() if n not in ("model", "pairs", "output")}
     record: dict[str, Any] = {

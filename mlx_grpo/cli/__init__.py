@@ -5,7 +5,18 @@ from typing import Annotated, Any
 import typer
 
 from mlx_grpo import __version__
-from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
+from mlx_grpo.cli import (
+    convert,
+    demo,
+    doctor,
+    eval_rm,
+    evaluate,
+    export,
+    plan,
+    report,
+    train,
+    train_rm,
+)
 from mlx_grpo.cli.options import with_models
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -22,6 +33,7 @@ app.command("plan")(with_models(plan.plan))
 app.command("train")(with_models(train.train))
 app.command("train-rm")(with_models(train_rm.train_reward_model))
 app.command("eval")(with_models(evaluate.evaluate))
+app.command("eval-rm")(with_models(eval_rm.evaluate_reward_model))
 app.command("report")(report.report)
 app.command("export")(with_models(export.export))
 app.command("doctor")(doctor.doctor)

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import Quiet
+from mlx_grpo.cli.options import Quiet, check_json_file
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.errors import InputError
 
 
 def evaluate(
@@ -16,6 +15,14 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
     ] = None,
+    prompt_column: Annotated[
+        str,
+        typer.Option(help="Field of --prompts that holds the prompt, if not prompt or messages."),
+    ] = "",
+    response_column: Annotated[
+        str,
+        typer.Option(help="Field of --prompts that holds the reference answer, if not response."),
+    ] = "",
     limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
     eval_reward: Annotated[
@@ -46,15 +53,15 @@ def evaluate(
     from mlx_grpo.evaluation.judge import Judge, compare_answers
     from mlx_grpo.files.atomic import write_json
 
-    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
-        found = "a directory; name a file" if json_file.is_dir() else "no such directory"
-        raise InputError(f"--json {json_file}: {found}")
+    if json_file:
+        check_json_file(json_file)
     ui = Console(quiet)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     asked = Judge(judge, judge_model, key) if judge else None
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
-    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or ())
+    columns = (prompt_column, response_column)
+    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or (), columns)
     verdicts = None
     try:
         if asked:

@@ -13,6 +13,7 @@ import typer
 
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of
 from mlx_grpo.config.sources import field_help, field_types, setting_help, setting_types
+from mlx_grpo.core.errors import InputError
 
 T = TypeVar("T")
 FIRST = (
@@ -36,6 +37,13 @@ ConfigFile = Annotated[
     typer.Option(help="TOML file with any of these settings, such as `batch_size = 8`."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+
+
+def check_json_file(file: Path) -> None:
+    """Raise InputError unless the file of --json can be written."""
+    if file.is_dir() or not file.parent.is_dir():
+        found = "a directory; name a file" if file.is_dir() else "no such directory"
+        raise InputError(f"--json {file}: {found}")
 
 
 def with_models(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,6 +17,6 @@ def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     ui = Console(quiet)
     config = RewardTrainConfig(**typed_flags(RewardTrainConfig, flags))
     with ui.working("training the reward model"):
-        quality = train_rm(config, ui.say)
+        quality = train_rm(config, ui.say, warn=ui.warn)
     show_quality(ui, quality)
     ui.say(f"written to {config.output}; use it with: mlx-grpo train --rm-model {config.output}")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_grpo.config.settings import RewardTrainConfig, TrainConfig, flag_of, flat_values
+from mlx_grpo.core.dates import is_date
 from mlx_grpo.core.errors import InputError
 
 POSITIVE = {
@@ -61,7 +62,9 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         InputError: naming flag, value and bound.
     """
     for name, value in values.items():
-        if name in POSITIVE:
+        if name == "template_date":
+            need(name, value, not value or is_date(value), "a date such as 2026-01-31")
+        elif name in POSITIVE:
             need(name, value, value > 0, "more than 0")
         elif name in AT_LEAST_ZERO:
             need(name, value, value >= 0, "0 or more")
@@ -81,8 +84,12 @@ def check_reward_training(config: RewardTrainConfig) -> None:
     need("test_fraction", test, 0 < test < 1, "between 0 and 1")
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, more_rewards: bool = False) -> None:
     """Refuse values that cannot work.
+
+    Args:
+        more_rewards: reward functions may follow as Python objects, so whether the rewards fit
+            together is not checked yet.
 
     Raises:
         InputError: naming flag, value and bound.
@@ -99,13 +106,14 @@ def check(config: TrainConfig) -> None:
     rows = config.optimizer.update_rows
     must("update_rows", rows == 0 or 2 <= rows <= k, "0, or from 2 to --K")
     must("clip_range", 0 < config.optimizer.clip_range < 1, "between 0 and 1")
-    _check_reward(config, must)
+    must("reward_alpha", 0 <= config.reward.alpha < 1, "at least 0 and below 1")
+    if not more_rewards:
+        _check_rewards(config, must)
     _check_kl(config, must)
 
 
-def _check_reward(config: TrainConfig, must: Any) -> None:
+def _check_rewards(config: TrainConfig, must: Any) -> None:
     reward = config.reward
-    must("reward_alpha", 0 <= reward.alpha < 1, "at least 0 and below 1")
     counts = (0, len(reward.functions))
     must("reward_weights", len(reward.weights) in counts, "as many numbers as --reward")
     some = reward.model != "none" or bool(reward.functions)

@@ -41,6 +41,9 @@ class ModelSettings:
 
     actor: str = named("actor_model", "weights/sft-4bit")
     """SFT model: a directory in mlx-lm format, as `mlx-grpo convert` writes it."""
+    template_date: str = ""
+    """Date that a chat template sees as today, such as 2026-01-31; empty means the day on which the
+    run starts, and the run keeps it."""
     lora_rank: int = 16
     """Rank of the LoRA on the linear layers of the blocks."""
     lora_scale: float = 2.0
@@ -55,7 +58,11 @@ class DataSettings:
     """The prompts to train on."""
 
     prompts: str = "data/rl_prompts.jsonl"
-    """Training prompts, JSONL."""
+    """Training prompts: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
+    prompt_column: str = ""
+    """Field of both prompt files that holds the prompt, if it is not `prompt` or `messages`."""
+    response_column: str = ""
+    """Field of --eval-prompts that holds the reference answer, if it is not `response`."""
     max_prompt_length: int = 256
     """Prompts longer than this many tokens, chat template included, are skipped and counted."""
     batch_size: int = 16
@@ -179,7 +186,8 @@ class EvaluationSettings:
     """Held-out evaluation during training."""
 
     prompts: str = named("eval_prompts", "data/eval_prompts.jsonl")
-    """Held-out prompts, JSONL; a `response` field is the reference answer for the perplexity."""
+    """Held-out prompts, in the same forms; a `response` field is the reference answer for the
+    perplexity."""
     every: int = named("eval_every", 50)
     """Iterations between evaluations. There is also one before the first iteration and one after
     the last."""
@@ -232,6 +240,11 @@ class TrainConfig:
     def run_directory(self) -> Path:
         """Where the run is written."""
         return Path(self.run.output or f"runs/seed-{self.run.seed}")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What `prompt` and `response` are called in the file of held-out prompts."""
+        return {"prompt": self.data.prompt_column, "response": self.data.response_column}
 
     @property
     def gold_names(self) -> list[str]:
@@ -297,7 +310,7 @@ class RewardTrainConfig:
     model: str = "weights/sft-4bit"
     """Directory of the SFT model the reward model grows on."""
     pairs: str = "data/preference_pairs.jsonl"
-    """Preference pairs, JSONL."""
+    """Preference pairs: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
     output: str = "weights/rm"
     """Directory to write."""
     seed: int = 42
@@ -327,5 +340,13 @@ class RewardTrainConfig:
     """Share of the prompts held out to choose the weights; 0: keep the last ones."""
     test_fraction: float = 0.1
     """Share of the prompts held out for the figures, and for nothing else."""
+    template_date: str = ""
+    """Date that a chat template sees as today, such as 2026-01-31; empty means today's."""
+    prompt_column: str = ""
+    """Field that holds the prompt, if it is not `prompt` or `messages`."""
+    chosen_column: str = ""
+    """Field that holds the preferred answer, if it is not `chosen`."""
+    rejected_column: str = ""
+    """Field that holds the other answer, if it is not `rejected`."""
     max_length: int = 512
     """Pairs longer than this many tokens, prompt included, are skipped and counted."""

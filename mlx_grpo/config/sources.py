@@ -146,8 +146,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid TOML: {e}") from None
 
 
-def build_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> TrainConfig:
+def build_config(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, more_rewards: bool = False
+) -> TrainConfig:
     """The configuration from a TOML file and from flags by flat name, checked.
+
+    Args:
+        more_rewards: see `check`.
 
     Raises:
         InputError: unknown setting, wrong type, or a value out of range.
@@ -159,7 +164,7 @@ def build_config(file: Path | None = None, flags: Mapping[str, Any] | None = Non
     for name, value in (flags or {}).items():
         values[name] = typed(flag_of(name), setting_types()[name], value)
     config = train_config(**values)
-    check(config)
+    check(config, more_rewards)
     return config
 
 

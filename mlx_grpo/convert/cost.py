@@ -5,7 +5,7 @@ measured on the machine that can convert it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,10 @@ from mlx_grpo.backend.precision import Precision, apply_precision, choose_precis
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import pearson, ranks
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.data.chat import answer_tokens, row_messages
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.chat import answer_tokens
+from mlx_grpo.data.messages import pair_conversation
 from mlx_grpo.data.prompts import load_prompts
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.models.block_reader import cast_around_blocks, embed_rows, let_go, run_blocks
 from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 from mlx_grpo.models.reward_model import TextForm, head_parts, reward_head
@@ -79,9 +80,9 @@ class QuantizationCost:
         return None
 
 
-def check_texts(texts: Path) -> None:
+def check_texts(texts: Path, columns: Mapping[str, str] | None = None) -> None:
     """Raise InputError unless the file has texts to measure on."""
-    count = sum(isinstance(row.get("response"), str) for _, row in read_jsonl(texts))
+    count = sum(isinstance(row.get("response"), str) for _, row in read_rows(texts, columns))
     if count < 2:
         raise InputError(
             f"{texts}: {count} rows have a 'response', two are needed to measure what quantization "
@@ -89,16 +90,24 @@ def check_texts(texts: Path) -> None:
         )
 
 
-def policy_rows(tokenizer: Any, texts: Path) -> list[PromptAndAnswer]:
+def policy_rows(
+    tokenizer: Any, texts: Path, columns: Mapping[str, str] | None = None
+) -> list[PromptAndAnswer]:
     """Prompts with their reference answers, as many as are measured on."""
-    prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT)
+    prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT, columns)
     chosen = [p for p in prompts if p.response][:TEXTS]
     return [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
 
 
-def policy_cost(before: Open, after: Open, tokenizer: Any, texts: Path) -> QuantizationCost:
+def policy_cost(
+    before: Open,
+    after: Open,
+    tokenizer: Any,
+    texts: Path,
+    columns: Mapping[str, str] | None = None,
+) -> QuantizationCost:
     """KL(source || converted) per token and both perplexities, on reference answers."""
-    rows = policy_rows(tokenizer, texts)
+    rows = policy_rows(tokenizer, texts, columns)
     targets = [token for _, answer in rows for token in answer]
     precision = choose_precision(0)
     hidden_ND = [
@@ -138,18 +147,15 @@ def _compare(
 
 def check_pairs(pairs: Path) -> None:
     """Raise InputError unless the file has preference pairs to measure on."""
-    for place, row in islice(read_jsonl(pairs), TEXTS):
-        row_messages(place, row)
-        for side in ("chosen", "rejected"):
-            if not isinstance(row.get(side), str):
-                raise InputError(f"{place}: field '{side}' is missing or not a text")
+    for place, row in islice(read_rows(pairs), TEXTS):
+        pair_conversation(place, row)
 
 
 def reward_rows(tokenizer: Any, form: TextForm, pairs: Path) -> list[PromptAndAnswer]:
     """Both sides of preference pairs, in turn; the head reads the last token of each."""
     texts = [
         _conversation(place, row, side, tokenizer, form)
-        for place, row in islice(read_jsonl(pairs), TEXTS)
+        for place, row in islice(read_rows(pairs), TEXTS)
         for side in ("chosen", "rejected")
     ]
     return [(ids[:-1], ids[-1:]) for ids in texts]
@@ -174,7 +180,8 @@ def _conversation(
     place: str, row: dict[str, Any], side: str, tokenizer: Any, form: TextForm
 ) -> tuple[int, ...]:
     try:
-        return form.ids(tokenizer, row_messages(place, row), row[side])
+        asked, answers = pair_conversation(place, row)
+        return form.ids(tokenizer, asked, answers[side])
     except InputError as e:
         raise InputError(f"{place}: {e}") from e
 

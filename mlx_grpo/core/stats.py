@@ -1,7 +1,7 @@
 """Win rates with intervals, ranks, and correlation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -48,3 +48,10 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     """Compare two policies prompt by prompt."""
     wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
     return WinRate(wins, len(before))
+
+
+def source_means(by_source: Mapping[str, Sequence[float | None]], prefix: str) -> dict[str, float]:
+    """Mean score of each reward source where it applies, as `PREFIX/NAME/mean`; none for a source
+    that applies nowhere."""
+    known = {name: [s for s in scores if s is not None] for name, scores in by_source.items()}
+    return {f"{prefix}/{name}/mean": sum(s) / len(s) for name, s in known.items() if s}

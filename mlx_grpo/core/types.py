@@ -19,7 +19,7 @@ class Prompt:
     """One row of a prompts file."""
 
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     token_ids: tuple[int, ...]
     """The chat template applied to `messages`, generation prompt included."""
     response: str | None = None

@@ -1,6 +1,8 @@
-"""Conversations and chat templates: messages to token ids, and the tokenizer that does it."""
+"""Chat templates: conversations to token ids, and the tokenizer that does it."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -8,85 +10,158 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import FinishReason
+from mlx_grpo.data.clock import pinned
+from mlx_grpo.data.messages import Message
 
-ROLES = ("system", "user", "assistant")
-
-
-def row_messages(place: str, row: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    """The conversation of a row: its `messages`, or its `prompt` as one user message."""
-    if "prompt" in row and "messages" in row:
-        raise InputError(f"{place}: has both 'prompt' and 'messages'; keep one")
-    if "prompt" in row:
-        if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-            raise InputError(f"{place}: field 'prompt' must be a text that is not empty")
-        return ({"role": "user", "content": row["prompt"]},)
-    messages = row.get("messages")
-    if messages is None:
-        raise InputError(f"{place}: field 'prompt' is missing (or 'messages')")
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: field 'messages' must be a list that is not empty")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise InputError(
-                f"{place}: field 'messages[{i}].role' must be one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise InputError(
-                f"{place}: field 'messages[{i}].content' must be a text that is not empty"
-            )
-    if messages[-1]["role"] == "assistant":
-        raise InputError(
-            f"{place}: field 'messages' ends with the assistant; the last message must ask"
-        )
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+QUESTION, ANSWER = "gravel", "tulip"
+"""Words that no chat template holds."""
+TURN = ({"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER})
 
 
-def prompt_tokens(
-    place: str, tokenizer: Any, messages: tuple[dict[str, str], ...]
-) -> tuple[int, ...]:
+def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
     """The chat template applied to the conversation, with the opening of an answer.
 
     Raises:
-        InputError: the template refuses the conversation, as Gemma's does with a system message.
+        InputError: the template refuses the conversation, as Gemma's does with a system message, or
+            leaves a message out.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
-        raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
+    text = prompt_text(place, tokenizer, messages)
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
+def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:
+    """What `prompt_tokens` encodes.
+
+    Raises:
+        InputError: as there.
+    """
+    try:
+        text = _rendered(tokenizer, messages, add_generation_prompt=True)
+    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
+    if (role := _left_out(messages, text)) is not None:
+        raise InputError(
+            f"{place}: the chat template leaves out the message of role '{role}'; give its text in "
+            "a role that the template knows"
+        )
+    return text
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> str:
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, enable_thinking=False, **how)
+    )
+
+
+def _left_out(messages: Sequence[Message], text: str) -> str | None:
+    """The role of a message whose longest word is not in the text. Templates may trim and quote
+    what they are given, and drop what an assistant thought in an earlier turn."""
+    for message in messages:
+        words = re.findall(r"\w+", message["content"])
+        if message["role"] != "assistant" and max(words, key=len, default="") not in text:
+            return str(message["role"])
+    return None
+
+
 def answer_tokens(
-    tokenizer: Any, text: str, finish_reason: FinishReason = "stop"
+    tokenizer: Any, text: str, finish_reason: FinishReason = "stop", stop: int | None = None
 ) -> tuple[int, ...]:
-    """Tokens of an answer as the policy would sample it, with a stop token unless cut off."""
+    """Tokens of an answer as the policy would sample it, with a stop token unless cut off.
+
+    Args:
+        stop: what `end_of_turn` found, where many answers are to be closed.
+    """
     ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-    return (*ids, end_of_turn(tokenizer)) if finish_reason == "stop" else ids
+    if finish_reason != "stop":
+        return ids
+    return (*ids, end_of_turn(tokenizer) if stop is None else stop)
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """The stop token with which the chat template closes an answer; Gemma's is not its `eos`.
+    """The token with which the chat template closes an answer, where there is one, else `eos`.
+
+    Raises:
+        InputError: the template refuses a question with an answer, or there is neither.
+    """
+    found = closing_token(tokenizer)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        raise InputError(
+            "nothing ends an answer: the chat template closes it with no special token, and the "
+            "tokenizer has no eos_token"
+        )
+    return int(found)
+
+
+def closing_token(tokenizer: Any) -> int | None:
+    """The special token with which the chat template closes an answer; None where it closes it with
+    plain text, or not at all.
+
+    Of what follows an answer at the end (Phi: `<|end|>`, `<|endoftext|>`) and what follows one that
+    is answered in turn (`<|end|>`, `<|user|>`) the common beginning closes the turn.
 
     Raises:
         InputError: the template refuses a question with an answer.
     """
-    whole = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+    last = _special(tokenizer, _closing_text(tokenizer))
     try:
-        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
+        goes_on = _rendered(tokenizer, [*TURN, {"role": "user", "content": QUESTION}])
+    except Exception:  # a template for one turn, which is its right
+        goes_on = ""
+    inside = _special(tokenizer, goes_on.rpartition(ANSWER)[2].partition(QUESTION)[0])
+    common = [a for a, _ in takewhile(lambda p: p[0] == p[1], zip(last, inside, strict=False))]
+    if common or last:
+        return (common or last[:1])[-1]
+    # nothing at the end: inside, the first of several closes; a single one opens the next turn
+    closes = inside[:1] if len(inside) > 1 else [i for i in inside if i in tokenizer.eos_token_ids]
+    return next((i for i in closes if i != tokenizer.bos_token_id), None)
+
+
+def _closing_text(tokenizer: Any) -> str:
+    """What the chat template writes behind the last answer."""
+    try:
+        return _rendered(tokenizer, TURN).rpartition(ANSWER)[2]
     except Exception as e:  # as above
         raise InputError(f"the chat template refuses a question with an answer: {e}") from None
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    closing = [i for i in ids if i in tokenizer.eos_token_ids]
-    return int(closing[-1] if closing else tokenizer.eos_token_id)
 
 
-def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
+def _special(tokenizer: Any, text: str) -> list[int]:
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    return [i for i in tokenizer.encode(text, add_special_tokens=False) if i in special]
+
+
+def stop_at_end_of_turn(tokenizer: Any) -> str | None:
+    """Make what closes an answer a stop token; a line for the user if it was none, or cannot be.
+
+    Without it an answer runs on into turns that the model makes up.
+    """
+    closing = closing_token(tokenizer)
+    if closing in tokenizer.eos_token_ids:
+        return None
+    known = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))))
+    if closing is None:
+        text = _closing_text(tokenizer).strip()
+        if not text:
+            return None
+        return (
+            f"the chat template closes an answer with {text!r}, which is not one token here; "
+            f"answers stop at {known or 'nothing'} only"
+        )
+    tokenizer.add_eos_token(str(closing))
+    token = tokenizer.convert_ids_to_tokens(closing)
+    return (
+        f"the chat template closes an answer with {token}, which the configuration does not name "
+        f"as a stop token (it names {known or 'none'}); answers stop there as well"
+    )
+
+
+def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -> Any:
     """mlx-lm's wrapper of the tokenizer in `path`.
 
     Args:
         eos_token_ids: what ends an answer, where it is more than the tokenizer's own.
+        date: what its chat template sees as today, YYYY-MM-DD; empty means the clock.
 
     Raises:
         InputError: damaged files, or no chat template.
@@ -100,12 +175,14 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model, or "
             "put one into chat_template.jinja beside it"
         )
+    if date:
+        tokenizer.chat_template = pinned(tokenizer.chat_template, date)
     return tokenizer
 
 
 def conversation_tokens(
     tokenizer: Any,
-    messages: tuple[dict[str, str], ...],
+    messages: Sequence[Message],
     answer: str,
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:

@@ -1,73 +1,138 @@
 """Preference pairs: read, gathered by prompt, and split into training, choosing and measuring."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.types import PreferencePair
-from mlx_grpo.data.chat import answer_tokens, prompt_tokens, row_messages
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.core.types import FinishReason, PreferencePair
+from mlx_grpo.data.chat import answer_tokens, end_of_turn, prompt_tokens
+from mlx_grpo.data.messages import Message, pair_conversation
+from mlx_grpo.data.tables import read_rows, row_number
 
 SPLITS = ("train", "valid", "test")
+SIDES = ("chosen", "rejected")
+REASONS = ("chosen_finish_reason", "rejected_finish_reason")
+KNOWN = ("id", "prompt", "messages", "conversations", *SIDES, *REASONS, "split")
+EQUAL, EMPTY = "with equal answers", "with an empty answer"
 
 
-def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[PreferencePair], int]:
-    """Read preference pairs; those beyond `max_tokens`, prompt included, are left out and counted.
+@dataclass(frozen=True)
+class PairRow:
+    """A row of a pairs file that no tokenizer has seen yet."""
+
+    place: str
+    """file:line, for complaints."""
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    chosen_finish_reason: FinishReason = "stop"
+    rejected_finish_reason: FinishReason = "stop"
+    split: str = ""
+    """`train`, `valid` or `test`, where the file says so."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What else the row holds."""
+
+    @property
+    def unusable(self) -> str | None:
+        """Why nothing can be learned from it."""
+        if not self.chosen.strip() or not self.rejected.strip():
+            return EMPTY
+        same = self.chosen_finish_reason == self.rejected_finish_reason
+        return EQUAL if same and self.chosen == self.rejected else None
+
+
+def read_pairs(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[PairRow]:
+    """Read preference pairs without a tokenizer; see `messages.pair_conversation` for their shapes.
 
     Optional fields `chosen_finish_reason` and `rejected_finish_reason` (`stop` or `length`) tell
     answers that ended by themselves from answers that were cut off, `split` (`train`, `valid` or
     `test`) says what a pair is for.
+
+    Args:
+        columns: what `prompt`, `chosen` and `rejected` are called in the file.
+
+    Raises:
+        InputError: a bad row.
+    """
+    for place, row in read_rows(path, columns):
+        messages, answers = pair_conversation(place, row)
+        split = row.get("split") or ""
+        if split not in ("", *SPLITS):
+            raise InputError(f"{place}: field 'split' must be one of {', '.join(SPLITS)}")
+        identifier = row_number(place) if row.get("id") in (None, "") else str(row["id"])
+        fields = {k: v for k, v in row.items() if k not in KNOWN}
+        yield PairRow(
+            place,
+            identifier,
+            messages,
+            answers["chosen"],
+            answers["rejected"],
+            _reason(place, row, "chosen"),
+            _reason(place, row, "rejected"),
+            split,
+            fields,
+        )
+
+
+def _reason(place: str, row: dict[str, Any], side: str) -> Any:
+    reason = row.get(f"{side}_finish_reason") or "stop"
+    if reason not in ("stop", "length"):
+        raise InputError(f"{place}: field '{side}_finish_reason' must be 'stop' or 'length'")
+    return reason
+
+
+def load_pairs(
+    path: Path, tokenizer: Any, max_tokens: int, columns: Mapping[str, str] | None = None
+) -> tuple[list[PreferencePair], Counter[str]]:
+    """Read and tokenize preference pairs. Those beyond `max_tokens`, prompt included, and those
+    whose answers are equal or empty are left out.
+
+    Returns:
+        (pairs, number left out by reason).
+
+    Raises:
+        InputError: a bad row, a prompt on two sides of a split, or no usable pair.
     """
     pairs: list[PreferencePair] = []
-    sides: dict[tuple[int, ...], tuple[str, str]] = {}
-    too_long = 0
-    for place, row in read_jsonl(path):
-        prompt_ids = prompt_tokens(place, tokenizer, row_messages(place, row))
-        answers = []
-        for side in ("chosen", "rejected"):
-            text, reason = row.get(side), row.get(f"{side}_finish_reason", "stop")
-            if text is None:
-                raise InputError(f"{place}: field '{side}' is missing")
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{place}: field '{side}' must be a text that is not empty")
-            if reason not in ("stop", "length"):
-                raise InputError(
-                    f"{place}: field '{side}_finish_reason' must be 'stop' or 'length'"
-                )
-            answers.append(answer_tokens(tokenizer, text, reason))
-        if answers[0] == answers[1]:
-            raise InputError(
-                f"{place}: 'chosen' and 'rejected' are the same answer; remove the row"
-            )
-        split = _pair_split(
-            place, row, *sides.setdefault(prompt_ids, (place, row.get("split", "")))
-        )
-        if len(prompt_ids) + max(map(len, answers)) > max_tokens:
-            too_long += 1
+    sides: dict[tuple[int, ...], PairRow] = {}
+    skipped: Counter[str] = Counter()
+    stop, too_long = end_of_turn(tokenizer), f"longer than {max_tokens} tokens"
+    for row in read_pairs(path, columns):
+        if row.unusable:
+            skipped[row.unusable] += 1
             continue
-        identifier = str(row.get("id", place.rsplit(":", 1)[1]))
-        pairs.append(PreferencePair(identifier, prompt_ids, answers[0], answers[1], split))
+        prompt_ids = prompt_tokens(row.place, tokenizer, row.messages)
+        _check_side(row, sides.setdefault(prompt_ids, row))
+        chosen = answer_tokens(tokenizer, row.chosen, row.chosen_finish_reason, stop)
+        rejected = answer_tokens(tokenizer, row.rejected, row.rejected_finish_reason, stop)
+        if len(prompt_ids) + max(len(chosen), len(rejected)) > max_tokens:
+            skipped[too_long] += 1
+            continue
+        pairs.append(PreferencePair(row.id, prompt_ids, chosen, rejected, row.split))
     if not pairs:
-        raise InputError(
-            f"{path}: no usable pairs ({too_long} longer than {max_tokens} tokens); see "
-            "--max-length"
-        )
-    return pairs, too_long
+        found = told(skipped) if skipped else "it is empty"
+        remedy = "; raise --max-length" if too_long in skipped else ""
+        raise InputError(f"{path}: no usable pairs ({found}){remedy}")
+    return pairs, skipped
 
 
-def _pair_split(place: str, row: dict[str, Any], first: str, expected: Any) -> str:
-    """What a pair is for; a prompt on two sides would make the held-out figures worthless."""
-    split = row.get("split", "")
-    if split not in ("", *SPLITS):
-        raise InputError(f"{place}: field 'split' must be one of {', '.join(SPLITS)}")
-    if split != expected:
+def told(skipped: Mapping[str, int]) -> str:
+    """What was left out, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+
+
+def _check_side(row: PairRow, first: PairRow) -> None:
+    """A prompt on two sides of a split would make the held-out figures worthless."""
+    if row.split != first.split:
         raise InputError(
-            f"{place}: field 'split' is '{split}', but the same prompt has '{expected}' at {first}"
+            f"{row.place}: field 'split' is '{row.split}', but the same prompt has "
+            f"'{first.split}' at {first.place}"
         )
-    return str(split)
 
 
 @dataclass(frozen=True)

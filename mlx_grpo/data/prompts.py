@@ -1,4 +1,4 @@
-"""JSONL files to prompts and preference pairs; every complaint names file, line and field."""
+"""Rows to prompts; every complaint names file, row and field."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,11 @@ import mlx.core as mx
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key, permutation
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.data.chat import prompt_tokens, row_messages
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.chat import prompt_tokens
+from mlx_grpo.data.messages import Message, row_messages
+from mlx_grpo.data.tables import Row, read_rows, row_number
+
+KNOWN = ("id", "prompt", "messages", "conversations", "response")
 
 
 @dataclass(frozen=True)
@@ -21,42 +24,66 @@ class PromptRow:
     place: str
     """file:line, for complaints."""
     id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Message, ...]
     response: str | None
     fields: dict[str, Any]
     """What else the row holds."""
 
 
-def load_prompts(path: Path, tokenizer: Any, max_tokens: int) -> tuple[list[Prompt], int]:
-    """Read and tokenize prompts, see `tokenize_prompts`."""
-    return tokenize_prompts(path, read_prompts(path), tokenizer, max_tokens)
+def load_prompts(
+    path: Path, tokenizer: Any, max_tokens: int, columns: Mapping[str, str] | None = None
+) -> tuple[list[Prompt], int]:
+    """Read and tokenize prompts, see `read_prompts` and `tokenize_prompts`."""
+    return tokenize_prompts(path, read_prompts(path, columns), tokenizer, max_tokens)
 
 
-def read_prompts(path: Path) -> list[PromptRow]:
+def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[PromptRow]:
     """Read prompts without a tokenizer.
+
+    Args:
+        columns: what `prompt` and `response` are called in the file.
 
     Raises:
         InputError: a bad row, or none.
     """
-    rows: list[PromptRow] = []
-    seen: dict[str, str] = {}
-    for place, row in read_jsonl(path):
-        messages = row_messages(place, row)
-        identifier = str(row.get("id", place.rsplit(":", 1)[1]))
-        if identifier in seen:
-            raise InputError(
-                f"{place}: field 'id' repeats '{identifier}' of {seen[identifier]}; ids must be "
-                "unique"
-            )
-        seen[identifier] = place
-        response = row.get("response")
+    found = list(read_rows(path, columns))
+    if not found:
+        raise InputError(f"{path}: no prompts in it; give one JSON object a line")
+    rows = []
+    for identifier, (place, row) in zip(_ids(found), found, strict=True):
+        messages, response = row_messages(place, row), row.get("response")
         if response is not None and not (isinstance(response, str) and response.strip()):
             raise InputError(f"{place}: field 'response' must be a text that is not empty")
-        fields = {k: v for k, v in row.items() if k not in ("id", "prompt", "messages", "response")}
+        fields = {k: v for k, v in row.items() if k not in KNOWN}
         rows.append(PromptRow(place, identifier, messages, response, fields))
-    if not rows:
-        raise InputError(f"{path}: no prompts in it; give one JSON object a line")
     return rows
+
+
+def _ids(rows: Sequence[Row]) -> list[str]:
+    """The id of each row, its number where it has none.
+
+    Raises:
+        InputError: an id comes twice.
+    """
+    given: dict[str, str] = {}
+    for place, row in rows:
+        if row.get("id") in (None, ""):
+            continue
+        if (identifier := str(row["id"])) in given:
+            raise InputError(
+                f"{place}: field 'id' repeats '{identifier}' of {given[identifier]}; ids must be "
+                "unique"
+            )
+        given[identifier] = place
+    taken = set(given)
+    found = []
+    for count, (place, row) in enumerate(rows, 1):
+        identifier = row_number(place) if row.get("id") in (None, "") else str(row["id"])
+        if row.get("id") in (None, "") and identifier in taken:  # another row's own id
+            identifier = f"row {count}"
+        taken.add(identifier)
+        found.append(identifier)
+    return found
 
 
 def tokenize_prompts(

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.distributed.ranks import Ranks
 
-Rewards = tuple[list[list[float]], dict[str, list[float]]]
+Rewards = tuple[list[list[float]], dict[str, list[float | None]]]
 """(raw rewards [P][K], each source's own scores, flat)."""
 
 

@@ -14,8 +14,9 @@ from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
+from mlx_grpo.rewards.functions import PYTHON
 from mlx_grpo.run.directory import chosen_adapter, run_settings
-from mlx_grpo.training.setup import load_evaluator
+from mlx_grpo.training.setup import load_evaluator, without_given
 
 SHOWN = 3
 Scores = tuple[Sequence[float], Sequence[float]]
@@ -42,12 +43,14 @@ def compare_run(
     ui: Console,
     limit: int = 0,
     judges: Sequence[str] = (),
+    columns: tuple[str, str] = ("", ""),
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
     Args:
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
+        columns: what `prompt` and `response` are called in `prompts`.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
@@ -55,9 +58,18 @@ def compare_run(
     config = run_settings(run)
     measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
     config = with_settings(config, eval_limit=limit, eval_reward=measured)
+    if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
+        config = without_given(config)
+        names = ", ".join(spec.removeprefix(PYTHON) for spec in not_here)
+        ui.warn(f"{run}: {names} was given from Python and is left out here; see --eval-reward")
     directory = chosen_adapter(run, adapter)
     if prompts:
-        config = with_settings(config, eval_prompts=str(prompts))
+        config = with_settings(
+            config,
+            eval_prompts=str(prompts),
+            prompt_column=columns[0],
+            response_column=columns[1],
+        )
     with ui.working("loading"):
         evaluator = load_evaluator(config, ui)
         backbone = evaluator.backbone
@@ -76,7 +88,14 @@ def contests(comparison: Comparison) -> dict[str, Scores]:
     before, after = comparison.before, comparison.after
     found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
     for name, scores in before.by_source.items():
-        sides = (scores, after.by_source[name])
+        both = [
+            (b, a)
+            for b, a in zip(scores, after.by_source[name], strict=True)
+            if b is not None and a is not None  # it applies to both answers
+        ]
+        if not both:
+            continue
+        sides: Scores = ([b for b, _ in both], [a for _, a in both])
         if any(list(s) != list(e.rewards) for s, e in zip(sides, (before, after), strict=True)):
             found[name] = sides  # else it is the reward itself, as the only one that counts
     return found

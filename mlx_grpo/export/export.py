@@ -13,6 +13,7 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.convert.cost import check_texts
 from mlx_grpo.convert.source import declared_base
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.tables import data_files
 from mlx_grpo.export.card import USES, Subject, export_card
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
@@ -76,7 +77,8 @@ def export_run(export: Export) -> Exported:
         raise InputError(f"{out}: already exists; replace it with --force, or choose --output")
     with atomic_directory(out, replace=export.replace) as directory:
         _write(export.form, directory, adapter, sft, base)
-        cost = fused_cost(sft, adapter, directory, measured) if measured else None
+        own = {} if export.texts else config.columns
+        cost = fused_cost(sft, adapter, directory, measured, own) if measured else None
         report = export.report and (export.run / REPORT).is_file()
         if report:
             shutil.copyfile(export.run / REPORT, directory / REPORT)
@@ -92,9 +94,11 @@ def _texts(export: Export, config: TrainConfig) -> Path | None:
     if not export.verify or export.form not in ("fused", "dequantized"):
         return None
     texts = export.texts or Path(config.evaluation.prompts)
-    if not texts.is_file():
-        raise InputError(f"{texts}: no such file; give --texts FILE, or --no-verify")
-    check_texts(texts)
+    try:
+        data_files(texts)
+    except InputError as e:
+        raise InputError(f"{e}; give --texts FILE, or --no-verify") from None
+    check_texts(texts, {} if export.texts else config.columns)
     return texts
 
 

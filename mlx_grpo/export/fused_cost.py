@@ -2,7 +2,7 @@
 small beside a step of 4 bits."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,13 @@ class FusedCost:
         )
 
 
-def fused_cost(sft: Path, adapter: Path, fused: Path, texts: Path) -> FusedCost:
+def fused_cost(
+    sft: Path,
+    adapter: Path,
+    fused: Path,
+    texts: Path,
+    columns: Mapping[str, str] | None = None,
+) -> FusedCost:
     """Measure a fused model against the adapter it was made of, one block in memory at a time."""
     tokenizer = load_chat_tokenizer(sft)
     with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
@@ -54,8 +60,8 @@ def fused_cost(sft: Path, adapter: Path, fused: Path, texts: Path) -> FusedCost:
         def adapted() -> nn.Module:
             return load_adapter(plain(), adapter)
 
-        rounding = policy_cost(adapted, new, tokenizer, texts)
-        training = policy_cost(plain, adapted, tokenizer, texts)
+        rounding = policy_cost(adapted, new, tokenizer, texts, columns)
+        training = policy_cost(plain, adapted, tokenizer, texts, columns)
     return FusedCost(rounding.kl_per_token or 0.0, training.kl_per_token or 0.0, rounding.texts)
 
 

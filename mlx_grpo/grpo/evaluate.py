@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_grpo.core.stats import source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
@@ -44,8 +45,8 @@ class Evaluation:
     rewards: tuple[float, ...]
     """Raw reward of each answer."""
     groups: tuple[Group, ...]
-    by_source: dict[str, list[float]] = field(default_factory=dict)
-    """What each reward model or function gave to each answer."""
+    by_source: dict[str, list[float | None]] = field(default_factory=dict)
+    """What each reward model or function gave to each answer; None where it does not apply."""
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl."""
@@ -55,7 +56,7 @@ class Evaluation:
             "eval_perplexity": self.perplexity,
             "eval_completions/mean_length": self.mean_length,
             "eval_completions/clipped_ratio": 1 - self.finished,
-            **{f"eval_rewards/{n}/mean": sum(s) / len(s) for n, s in self.by_source.items()},
+            **source_means(self.by_source, "eval_rewards"),
         }
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_grpo.backend.device import peak_memory
 from mlx_grpo.core.finite import Skip
+from mlx_grpo.core.stats import source_means
 from mlx_grpo.core.types import Group
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateStats
@@ -60,7 +61,7 @@ def iteration_metrics(
     state: RunState,
     groups: Sequence[Group],
     raw_PK: Sequence[Sequence[float]],
-    by_source: dict[str, list[float]],
+    by_source: dict[str, list[float | None]],
     kl: tuple[float, float],
     dead_groups: int,
     stats: UpdateStats,
@@ -80,7 +81,7 @@ def iteration_metrics(
         "step": state.iteration + 1,
         "reward": rewards_PK.mean().item(),
         "reward_std": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
-        **{f"rewards/{name}/mean": sum(s) / len(s) for name, s in by_source.items()},
+        **source_means(by_source, "rewards"),
         "frac_reward_zero_std": sum(len(set(row)) == 1 for row in raw_PK) / len(groups),
         "frac_dead_groups": dead_groups / len(groups),
         "loss": stats.loss / steps,

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
-from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.data.chat import load_chat_tokenizer, stop_at_end_of_turn
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import (
     Stamps,
@@ -32,6 +32,8 @@ class Backbone:
     precision: Precision
     stamps: Stamps = ()
     """Of the weight files, as they were read."""
+    note: str | None = None
+    """What its user should be told: a stop token that the configuration had forgotten."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -47,8 +49,11 @@ class Backbone:
         return load_unchanged(self.path, self.stamps)
 
 
-def load_backbone(path: Path, precision: Precision | None = None) -> Backbone:
+def load_backbone(path: Path, precision: Precision | None = None, date: str = "") -> Backbone:
     """Load an mlx-lm directory, frozen and in the form of the compute precision.
+
+    Args:
+        date: what the chat template sees as today, YYYY-MM-DD; empty means the clock.
 
     Raises:
         InputError: no such directory, damaged or unreadable weights, or a tokenizer without a chat
@@ -60,10 +65,12 @@ def load_backbone(path: Path, precision: Precision | None = None) -> Backbone:
     model, config = load_lazily(path)
     precision = precision or choose_precision(parameter_count(path))
     with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
-        reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"))
+        reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"), date)
         _in_form(model, precision)
         tokenizer = reading.result()
-    return Backbone(path, model, tokenizer, config, precision, stamps)
+    note = stop_at_end_of_turn(tokenizer)
+    named = f"{path}: {note}" if note else None
+    return Backbone(path, model, tokenizer, config, precision, stamps, named)
 
 
 def load_alone(path: Path, precision: Precision | None = None) -> nn.Module:

@@ -8,7 +8,7 @@ layers has a first one named after its activation: relu.weight [m, hidden], relu
 weight [1, m].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.types import Group
 from mlx_grpo.data.chat import conversation_tokens, load_chat_tokenizer
+from mlx_grpo.data.messages import Message
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.safetensors import load_arrays
 from mlx_grpo.models.backbone import Backbone, load_alone
@@ -65,7 +66,7 @@ class TextForm:
     template: Mapping[str, Any] | None = None
     """Arguments of the chat template; None for those of mlx-grpo's own prompts."""
 
-    def ids(self, tokenizer: Any, messages: tuple[dict[str, str], ...], answer: str) -> TokenIds:
+    def ids(self, tokenizer: Any, messages: Sequence[Message], answer: str) -> TokenIds:
         """A whole conversation as token ids; its last is the one that the head reads."""
         ids = conversation_tokens(tokenizer, messages, answer, self.template)
         ids = without_padding(ids, self.padding)
@@ -194,37 +195,42 @@ def reward_config(path: Path) -> dict[str, Any]:
 
 def load_reward_model(
     path: Path,
-    backbone: Backbone,
+    backbone: Backbone | None,
     sizes: Sizes = WHOLE,
     precision: Precision | None = None,
+    date: str = "",
 ) -> RewardModel:
     """Load a reward model; one of kind `adapter` shares the arrays of `backbone`.
 
     Its `input` says what it reads: `policy_token_ids` or `chat_template` (its own).
 
     Args:
+        backbone: may be None for one of kind `full`.
         sizes: how much to work on at a time.
         precision: of a model of kind `full`; what this machine does by default.
+        date: what its own chat template sees as today, YYYY-MM-DD; empty means the clock.
 
     Raises:
         InputError: missing or unfitting files, or an adapter made for another backbone.
     """
     config = reward_config(path)
     if config["kind"] == "adapter":
+        if backbone is None:
+            raise InputError(f"{path}: an adapter; name the model it was made for: --actor-model")
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
         decoder = Decoder(load_adapter(backbone.model, path), sizes)
     else:
         decoder = Decoder(load_alone(path, precision), sizes)
-    tokenizer = input_tokenizer(path, config)
+    tokenizer = input_tokenizer(path, config, date)
     weight_1D, bias, first = load_head(path / REWARD_HEAD, decoder.hidden_size)
     return RewardModel(decoder, weight_1D, bias, tokenizer, TextForm.of(config), first)
 
 
-def input_tokenizer(path: Path, config: dict[str, Any]) -> Any | None:
+def input_tokenizer(path: Path, config: dict[str, Any], date: str = "") -> Any | None:
     """None where the reward model reads the policy's token ids; one trained here does, whether it
     became a model of its own or not."""
     own_text = config.get("input") == "chat_template"
-    return load_chat_tokenizer(path) if own_text else None
+    return load_chat_tokenizer(path, date=date) if own_text else None
 
 
 def check_fingerprint(place: Path, config: dict[str, Any], backbone: Path) -> None:

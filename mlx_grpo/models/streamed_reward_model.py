@@ -114,7 +114,7 @@ class StreamedRewardModel:
 
 
 def open_streamed(
-    path: Path, precision: Precision, sizes: Sizes, hidden_bytes: int
+    path: Path, precision: Precision, sizes: Sizes, hidden_bytes: int, date: str = ""
 ) -> StreamedRewardModel:
     """A reward model of kind `full` that stays on disk; its files are checked here, once.
 
@@ -133,7 +133,7 @@ def open_streamed(
         hidden_bytes=hidden_bytes,
         weight_1D=weight_1D,
         bias=bias,
-        tokenizer=input_tokenizer(path, config),
+        tokenizer=input_tokenizer(path, config, date),
         form=TextForm.of(config),
         first=first,
     )

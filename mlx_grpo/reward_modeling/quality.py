@@ -8,7 +8,7 @@ arXiv:1706.04599, section 4.2) changes no ranking and no score, only this probab
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlx_grpo.console.output import Console
@@ -20,6 +20,9 @@ BINS = 10
 FOLDS = 5
 SIMILAR = 0.2  # lengths that differ by at most this share of the longer one
 COLDEST, HOTTEST = 0.01, 100.0
+SHOWN = 20
+"""Most values of a field in a table."""
+RANKING_COLUMNS = ("pairs", "accuracy (95 % interval)", "longer wins", "shorter wins")
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,12 @@ def cross_fitted(pairs: Sequence[JudgedPair]) -> list[float]:
     return found
 
 
-def show_quality(ui: Console, found: Quality) -> None:
+def show_quality(ui: Console, found: Quality, title: str = "Held-out pairs") -> None:
     """Two tables: ranking beside the length rules, and confidence beside accuracy."""
     rows = [("all", found), (f"lengths within {SIMILAR:.0%}", found.similar_length)]
     ui.table(
-        f"Held-out pairs, loss {found.loss:.3f}",
-        ("", "pairs", "accuracy (95 % interval)", "longer wins", "shorter wins"),
+        f"{title}, loss {found.loss:.3f}",
+        ("", *RANKING_COLUMNS),
         [(name, *_ranking_cells(side)) for name, side in rows if side],
     )
     after = found.calibrated_error
@@ -220,6 +223,18 @@ def show_quality(ui: Console, found: Quality) -> None:
             f"the {name} answer wins in {rule:.1%} of these pairs; the interval does not show the "
             "reward model to be better than that rule"
         )
+
+
+def show_by_field(ui: Console, field: str, found: Mapping[str, Ranking]) -> None:
+    """A table with a line for each value of a field, the most frequent first."""
+    rows = sorted(found.items(), key=lambda item: -item[1].pairs)
+    ui.table(
+        f"By {field}",
+        (field, *RANKING_COLUMNS),
+        [(value, *_ranking_cells(side)) for value, side in rows[:SHOWN]],
+    )
+    if len(rows) > SHOWN:
+        ui.say(f"and {len(rows) - SHOWN} further values of {field}, with fewer pairs each")
 
 
 def _ranking_cells(side: Ranking) -> tuple[str, ...]:

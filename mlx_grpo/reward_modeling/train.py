@@ -19,13 +19,24 @@ import mlx.nn as nn
 
 from mlx_grpo.config.checks import check_reward_training
 from mlx_grpo.config.settings import RewardTrainConfig
+from mlx_grpo.core.dates import today
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import pad_right
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.data.pairs import PairGroup, Split, group_pairs, load_pairs, pair_count, split_groups
+from mlx_grpo.data.pairs import (
+    SIDES,
+    PairGroup,
+    Split,
+    group_pairs,
+    load_pairs,
+    pair_count,
+    split_groups,
+    told,
+)
+from mlx_grpo.data.tables import digest
 from mlx_grpo.files.atomic import atomic_directory, write_json, write_text
-from mlx_grpo.files.manifest import sha256, write_manifest
+from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.files.safetensors import save_arrays
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.backward import Pass, States, gradients
@@ -114,6 +125,7 @@ def train_rm(
     config: RewardTrainConfig,
     say: Callable[[str], None] = lambda _: None,
     backbone: Backbone | None = None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Quality:
     """Train, keep the weights with the lowest held-out loss, measure, and write the directory.
 
@@ -121,14 +133,17 @@ def train_rm(
         InputError: any of the inputs is missing or wrong, or the output directory exists.
     """
     check_reward_training(config)
+    config = replace(config, template_date=config.template_date or today())
     with atomic_directory(Path(config.output)) as directory:
-        backbone = backbone or load_backbone(Path(config.model))
-        pairs, too_long = load_pairs(Path(config.pairs), backbone.tokenizer, config.max_length)
-        if too_long:
-            say(
-                f"{config.pairs}: {too_long} pairs longer than {config.max_length} tokens are "
-                "skipped"
-            )
+        backbone = backbone or load_backbone(Path(config.model), date=config.template_date)
+        if backbone.note:
+            warn(backbone.note)
+        columns = {side: getattr(config, f"{side}_column") for side in ("prompt", *SIDES)}
+        pairs, skipped = load_pairs(
+            Path(config.pairs), backbone.tokenizer, config.max_length, columns
+        )
+        if skipped:
+            warn(f"{config.pairs}: pairs skipped: {told(skipped)}")
         groups = group_pairs(pairs)
         split = split_groups(groups, config.valid_fraction, config.test_fraction, config.seed)
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
@@ -148,7 +163,7 @@ def train_rm(
                 "temperature": measured.temperature,
                 "held_out": asdict(measured),
                 "training": asdict(config),
-                "pairs_sha256": sha256(Path(config.pairs)),
+                "pairs_sha256": digest(Path(config.pairs)),
             },
         )
         write_manifest(directory)

@@ -54,8 +54,8 @@ class RewardProcess:
 
     def __call__(
         self, arguments: dict[str, Any], safe_point: SafePoint = never_stop
-    ) -> list[float]:
-        """A number per completion.
+    ) -> list[float | None]:
+        """A number per completion, None where the function does not apply.
 
         Raises:
             RewardError: the function raised, returned something else, ended its process, or took
@@ -67,7 +67,7 @@ class RewardProcess:
             self._process.stdin.flush()
         except BrokenPipeError:  # it is gone; the reply says so
             pass
-        scores: list[float] = self._reply(self.timeout, safe_point)["scores"]
+        scores: list[float | None] = self._reply(self.timeout, safe_point)["scores"]
         return scores
 
     def _reply(self, timeout: float | None, safe_point: SafePoint) -> dict[str, Any]:

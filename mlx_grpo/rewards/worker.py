@@ -14,7 +14,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,60 @@ GRACE_SECONDS = 5.0
 
 class RewardError(ValueError):
     """One line about a user's function."""
+
+
+class Completions(list[str]):
+    """The completions, which know how far they have been walked, and by what text beside them."""
+
+    walked = 0
+    beside: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for self.walked, text in enumerate(super().__iter__(), 1):
+            yield text
+        self.walked = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int):
+            self.walked = key + 1
+        return super().__getitem__(key)
+
+    def __reduce__(self) -> Any:  # an ordinary list for other processes
+        return list, (super().__getitem__(slice(None)),)
+
+
+class FieldText(str):
+    """A text of the prompt's row: one for all completions. To walk it beside them, a letter for
+    each, is what becomes of a function written for a trainer that gives a list of texts here."""
+
+    def __new__(cls, name: str, text: str, completions: Completions) -> "FieldText":
+        made = super().__new__(cls, text)
+        made.name, made.completions, made.steps = name, completions, 0
+        return made
+
+    name: str
+    completions: Completions
+    steps: int
+    """Letters that were taken in step with the completions so far."""
+
+    def __iter__(self) -> Iterator[str]:
+        for index, letter in enumerate(super().__iter__()):
+            self._step(index)
+            yield letter
+
+    def __getitem__(self, key: Any) -> str:
+        if isinstance(key, int):
+            self._step(key)
+        return super().__getitem__(key)
+
+    def __reduce__(self) -> Any:
+        return str, (super().__str__(),)
+
+    def _step(self, index: int) -> None:
+        in_step = index == self.steps == self.completions.walked - 1
+        self.steps = self.steps + 1 if in_step else 0
+        if self.steps > 1:
+            self.completions.beside = self.name
 
 
 def load_function(spec: str) -> Any:
@@ -63,8 +118,8 @@ def _load_file(path: Path) -> Any:
     return module
 
 
-def call(function: Any, arguments: dict[str, Any]) -> list[float]:
-    """A number per completion.
+def call(function: Any, arguments: dict[str, Any]) -> list[float | None]:
+    """A number per completion; None where the function does not apply. It may be asynchronous.
 
     The function gets those arguments that it names, or all if it takes `**anything`.
 
@@ -72,19 +127,61 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float]:
         RewardError: it raises, or returns another count or something that is not numbers.
     """
     expected = len(arguments["completions"])
+    completions = Completions(arguments["completions"])
+    arguments = _watched(arguments, completions)
     try:
-        returned = function(**_asked_for(function, arguments))
+        returned = _finished(function(**_asked_for(function, arguments)))
         if not isinstance(returned, Iterable):
             kind = type(returned).__name__
             raise RewardError(f"it returned {kind}, not a list with a number per completion")
-        scores = [float(s) for s in returned]
+        scores = [None if s is None else float(s) for s in returned]
     except RewardError:
         raise
     except (Exception, SystemExit) as e:  # a user's code may raise anything
+        _check_walk(completions)
         raise RewardError(f"{type(e).__name__}: {e}{_place(e)}") from e
+    _check_walk(completions)
     if len(scores) != expected:
         raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
     return scores
+
+
+def _check_walk(completions: Completions) -> None:
+    """Before any other complaint, which would be a consequence of it."""
+    if (name := completions.beside) is not None:
+        raise RewardError(
+            f"it walks '{name}' letter by letter beside the completions; '{name}' is one text for "
+            f"all of them here, not a list: compare with it as it is, or begin with {name} = "
+            f"[{name}] * len(completions)"
+        )
+
+
+def _watched(arguments: dict[str, Any], completions: Completions) -> dict[str, Any]:
+    texts = {n: FieldText(n, v, completions) for n, v in arguments.items() if isinstance(v, str)}
+    return {**arguments, **texts, "completions": completions}
+
+
+def _finished(returned: Any) -> Any:
+    """What an asynchronous function comes to. It runs in the one event loop that this process has
+    for them, because clients that a user keeps belong to the loop they were first used in; and in a
+    thread, because a notebook has a loop of its own that runs already."""
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def waited() -> Any:
+        return await returned
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(_event_loop().run_until_complete, waited()).result()
+
+
+@cache
+def _event_loop() -> Any:
+    import asyncio  # not at the start of every worker: it takes as long as all the rest
+
+    return asyncio.new_event_loop()
 
 
 def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Any
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config, to_toml
+from mlx_grpo.core.dates import today
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
@@ -82,6 +83,16 @@ def run_settings(run: Path) -> TrainConfig:
     if not is_run(run):
         raise InputError(f"{run}: no run here ({CONFIG} is missing)")
     return build_config(run / CONFIG)
+
+
+def with_date(config: TrainConfig, resume: bool) -> TrainConfig:
+    """The settings with the date that chat templates see: what is set, or what the run that is
+    resumed was started with, or today."""
+    if config.model.template_date:
+        return config
+    started = resume and is_run(config.run_directory)
+    date = run_settings(config.run_directory).model.template_date if started else today()
+    return with_settings(config, template_date=date)
 
 
 def chosen_adapter(run: Path, name: str) -> Path:

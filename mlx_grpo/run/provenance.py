@@ -17,7 +17,8 @@ from mlx_grpo.config.settings import (
     flag_of,
     flat_values,
 )
-from mlx_grpo.files.manifest import directory_digest, sha256
+from mlx_grpo.data.tables import digest
+from mlx_grpo.files.manifest import directory_digest
 from mlx_grpo.rewards.functions import CustomReward
 
 
@@ -30,11 +31,11 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
     """sha256 of every input, by the flag that names it."""
     rm = "none" if config.reward.model == "none" else directory_digest(Path(config.reward.model))
     return {
-        "--prompts": sha256(Path(config.data.prompts)),
-        "--eval-prompts": sha256(Path(config.evaluation.prompts)),
+        "--prompts": digest(Path(config.data.prompts)),
+        "--eval-prompts": digest(Path(config.evaluation.prompts)),
         "--actor-model": directory_digest(Path(config.model.actor)),
         "--rm-model": rm,
-        **{f"--reward {r.name}": sha256(Path(r.file)) for r in custom if r.file},
+        **{f"--reward {r.name}": found for r in custom if (found := r.digest())},
     }
 
 

@@ -5,12 +5,12 @@ With several ranks all of them run this loop, step by step. Rank 0 writes the ru
 writer that writes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from mlx_grpo.config.checks import check
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.live import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -21,8 +21,9 @@ from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import Learner, first_state, target_at
 from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
+from mlx_grpo.rewards.functions import UserFunction
 from mlx_grpo.run import log
-from mlx_grpo.run.directory import Snapshot, check_vacant
+from mlx_grpo.run.directory import Snapshot, check_vacant, with_date
 from mlx_grpo.training.agreement import check_adapter, check_inputs, share_state
 from mlx_grpo.training.setup import LoadModels, load_learner, load_models, provenance_of
 from mlx_grpo.training.trackers import check_installed
@@ -37,6 +38,7 @@ def train(
     allow_change: bool = False,
     load: LoadModels = load_models,
     ranks: Ranks = ALONE,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal stopped it early.
 
@@ -44,18 +46,21 @@ def train(
         allow_change: resume even though settings or inputs that shape the numbers have changed.
         load: gets the weights; several runs may share them.
         ranks: those that share the work.
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: wrong input, or a run directory that is in the way.
     """
     check(config)
+    date = with_date(config, resume).model.template_date
+    config = with_settings(config, template_date=ranks.gather(date)[0])  # of the rank with the run
     run = config.run_directory
     if ranks.leads:
         check_installed(config.run.log)
     with locked(run) if ranks.leads and not dry_run else nullcontext():
         if ranks.leads and not dry_run:
             check_vacant(run, resume)
-        with _loaded(config, ui, load, ranks) as learner:
+        with _loaded(config, ui, load, ranks, functions) as learner:
             if dry_run:
                 return _dry_run(learner, ui)
             about, state = provenance_of(learner), first_state(config)
@@ -68,12 +73,18 @@ def train(
 
 
 @contextmanager
-def _loaded(config: TrainConfig, ui: Console, load: LoadModels, ranks: Ranks) -> Iterator[Learner]:
+def _loaded(
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels,
+    ranks: Ranks,
+    functions: Mapping[str, UserFunction] | None,
+) -> Iterator[Learner]:
     models = [] if config.reward.model == "none" else [config.reward.model]
     rewards = ", ".join([*models, *config.reward.functions])
     ui.say(f"mlx-grpo: {config.model.actor}, rewards: {rewards}, seed {config.run.seed}")
     with ui.working("loading"):
-        learner = load_learner(config, ui, load, ranks)
+        learner = load_learner(config, ui, load, ranks, functions)
     try:
         yield learner
     finally:

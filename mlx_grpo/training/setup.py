@@ -1,13 +1,13 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.backend.device import limit_memory
 from mlx_grpo.backend.precision import precision_for
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
@@ -26,7 +26,13 @@ from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_stre
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
 from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.plan.tables import check_fits
-from mlx_grpo.rewards.functions import CustomReward, load_reward
+from mlx_grpo.rewards.functions import (
+    PYTHON,
+    CustomReward,
+    UserFunction,
+    given_reward,
+    load_reward,
+)
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run.provenance import input_digests, recorded
 
@@ -53,13 +59,16 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     precision, sizes = precision_for(plan.choice.dense), plan.choice.sizes
-    backbone = load_backbone(Path(config.model.actor), precision)
+    date = config.model.template_date
+    backbone = load_backbone(Path(config.model.actor), precision, date)
     if config.reward.model == "none":
         return FrozenModels(backbone, None)
     path = Path(config.reward.model)
     if plan.choice.swap:
-        return FrozenModels(backbone, open_streamed(path, precision, sizes, STREAMED_HIDDEN))
-    return FrozenModels(backbone, load_reward_model(path, backbone, sizes, precision))
+        held = STREAMED_HIDDEN
+        return FrozenModels(backbone, open_streamed(path, precision, sizes, held, date))
+    reward_model = load_reward_model(path, backbone, sizes, precision, date)
+    return FrozenModels(backbone, reward_model)
 
 
 class SharedModels:
@@ -67,11 +76,11 @@ class SharedModels:
     models and plan are the same."""
 
     def __init__(self) -> None:
-        self._of: tuple[str, str, Plan] | None = None
+        self._of: tuple[str, str, str, Plan] | None = None
         self._weights: FrozenModels | None = None
 
     def __call__(self, config: TrainConfig, plan: Plan) -> FrozenModels:
-        wanted = (config.model.actor, config.reward.model, plan)
+        wanted = (config.model.actor, config.reward.model, config.model.template_date, plan)
         if self._weights is None or self._of != wanted:
             self._weights = None  # not both at once
             self._of, self._weights = wanted, load_models(config, plan)
@@ -79,13 +88,18 @@ class SharedModels:
 
 
 def load_learner(
-    config: TrainConfig, ui: Console, load: LoadModels = load_models, ranks: Ranks = ALONE
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels = load_models,
+    ranks: Ranks = ALONE,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> Learner:
     """Build everything a run needs.
 
     Args:
         load: gets the weights; not before everything else has been found good.
         ranks: those that share the work.
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
@@ -93,8 +107,9 @@ def load_learner(
     planner = planner_for(config, ranks=ranks.size)
     plan = planner.plan()
     check_fits(planner, plan, ui)
-    rows = read_prompts(Path(config.data.prompts))  # before the weights: a bad row is found at once
-    evaluator = load_evaluator(config, ui, load, plan)
+    # before the weights: a bad row is found at once
+    rows = read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
+    evaluator = load_evaluator(config, ui, load, plan, functions)
     backbone = evaluator.backbone
     prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
     actor = new_actor(
@@ -111,17 +126,27 @@ def load_learner(
 
 
 def load_evaluator(
-    config: TrainConfig, ui: Console, load: LoadModels = load_models, plan: Plan | None = None
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels = load_models,
+    plan: Plan | None = None,
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
+
+    Args:
+        functions: reward functions that were given as Python objects, by name.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom, rows = _custom_rewards(config), read_prompts(Path(config.evaluation.prompts))
+    custom = _custom_rewards(config, functions or {})
+    rows = read_prompts(Path(config.evaluation.prompts), config.columns)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
+    if backbone.note:
+        ui.warn(backbone.note)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     check_length(backbone.path, backbone.config, longest)
     held_out = _prompts(
@@ -145,7 +170,9 @@ def load_evaluator(
     )
 
 
-def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
+def _custom_rewards(
+    config: TrainConfig, functions: Mapping[str, UserFunction]
+) -> tuple[CustomReward, ...]:
     weights = config.reward.weights or (1.0,) * len(config.reward.functions)
     weighted = [
         *zip(config.reward.functions, weights, strict=True),
@@ -156,7 +183,26 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    return tuple(load_reward(spec, weight, config.reward.timeout) for spec, weight in weighted)
+    return tuple(
+        given_reward(spec, weight, functions)
+        if spec.startswith(PYTHON)
+        else load_reward(spec, weight, config.reward.timeout)
+        for spec, weight in weighted
+    )
+
+
+def without_given(config: TrainConfig) -> TrainConfig:
+    """The settings without the reward functions that were given as Python objects."""
+    specs = config.reward.functions
+    weights = config.reward.weights or (1.0,) * len(specs)
+    kept = [
+        (spec, weight)
+        for spec, weight in zip(specs, weights, strict=True)
+        if not spec.startswith(PYTHON)
+    ]
+    return with_settings(
+        config, reward=tuple(s for s, _ in kept), reward_weights=tuple(w for _, w in kept)
+    )
 
 
 def _prompts(

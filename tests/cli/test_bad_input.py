@@ -257,7 +257,7 @@ def test_a_reward_function_that_raises(process: Run, tmp_path: Path) -> None:
 
 def test_a_pair_of_equal_answers(process: Run, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
-    complaint = r"^error: pairs\.jsonl:1: 'chosen' and 'rejected' are the same answer; remove the"
+    complaint = r"^error: pairs\.jsonl: no usable pairs \(1 with equal answers\)$"
     refused(process, tmp_path, (*TRAIN_RM, "pairs.jsonl"), complaint)
 
 

@@ -43,15 +43,17 @@ def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     return model
 
 
-def write_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
-    """A byte-level tokenizer: 256 bytes and four special tokens."""
+def write_tokenizer(
+    directory: Path, chat_template: str | None = CHAT_TEMPLATE, more: tuple[str, ...] = ()
+) -> None:
+    """A byte-level tokenizer: 256 bytes, four special tokens, and `more` of them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = ["<pad>", "<s>", "</s>", "<unk>"]
+    names = ["<pad>", "<s>", "</s>", "<unk>", *more]
     tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {

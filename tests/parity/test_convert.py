@@ -17,7 +17,7 @@ import torch
 from mlx_grpo.convert.convert import Converted, convert_rm, convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
-from mlx_grpo.data.jsonl import read_jsonl
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
 from tests.helpers import sources
@@ -219,7 +219,7 @@ def test_an_mlx_backbone_or_lora_with_a_reward_head(
 def torch_cost(before: Any, after: Any, encode: Any, texts: Path) -> tuple[float, float]:
     """(KL per token, relative change of the perplexity) in float64, from the definition."""
     kl, nll = [], [[], []]
-    for _, row in read_jsonl(texts):
+    for _, row in read_rows(texts):
         prompt = encode(f"<user>{row['prompt']}</s><assistant>", add_special_tokens=False)
         ids = prompt + encode(f"{row['response']}</s>", add_special_tokens=False)
         with torch.no_grad():
@@ -267,7 +267,7 @@ def test_the_agreement_at_4_bits_is_what_torch_finds(
     for model in (before, after):
         texts = [
             f"<user>{row['prompt']}</s><assistant>{row[side]}</s>"
-            for _, row in read_jsonl(pair_file)
+            for _, row in read_rows(pair_file)
             for side in ("chosen", "rejected")
         ]
         ids = [encode(text, add_special_tokens=False) for text in texts]

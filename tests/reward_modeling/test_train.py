@@ -15,8 +15,8 @@ from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
-from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.pairs import PairGroup
+from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
@@ -136,7 +136,7 @@ def test_pairs_that_leave_nothing_to_train_on_are_refused(
 
 
 def curve_of(config: RewardTrainConfig) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(Path(config.output) / "learning_curve.jsonl")]
+    return [row for _, row in read_rows(Path(config.output) / "learning_curve.jsonl")]
 
 
 def test_the_curve_has_a_line_per_evaluation(toy: RewardTrainConfig, backbone: Backbone) -> None:

@@ -116,6 +116,7 @@ def raises(completions: list[str]) -> list[float]:
         (lambda: None, "'p1': it returned NoneType, not a list with a number per completion"),
         (lambda: 1.0, "'p1': it returned float, not a list with a number per completion"),
         (lambda: ["good", "bad"], "failed on prompt 'p1': ValueError"),
+        (lambda: [1.0, [2.0]], "failed on prompt 'p1': TypeError"),
         (lambda: [1.0], "returned 1 scores for 2 completions"),
         (lambda: exit(3), "failed on prompt 'p1': SystemExit: 3"),
     ],

@@ -1,0 +1,334 @@
+"""Reward functions as people write them: asynchronous, silent where they do not apply, written for
+columns that are lists, given as Python objects."""
+
+import asyncio
+import copy
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo import GRPOConfig, train
+from mlx_grpo.config.sources import build_config
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stats import source_means
+from mlx_grpo.evaluation.compare import compare_run
+from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.rewards.functions import CustomReward, given_reward, load_reward, named
+from mlx_grpo.rewards.mix import RewardMix
+from mlx_grpo.rewards.worker import RewardError, call
+from mlx_grpo.run import log
+from mlx_grpo.run.directory import CONFIG
+from mlx_grpo.training.loop import train as train_run
+from tests.helpers.answers import group
+
+Scores = list[float | None]
+
+
+def here(name: str, function: Callable[..., Any], weight: float = 1.0) -> CustomReward:
+    """A reward function called as its worker would, in this process."""
+    return CustomReward(name, lambda arguments, _: call(function, arguments), weight)
+
+
+def scores(function: Callable[..., Any], *texts: str, **fields: Any) -> Scores:
+    return here("f", function)(group(*texts, **fields))
+
+
+# asynchronous ones
+
+
+async def after_a_while(completions: list[str]) -> list[int]:
+    await asyncio.sleep(0)
+    return [len(c) for c in completions]
+
+
+class Asynchronous:
+    async def __call__(self, completions: list[str]) -> list[int]:
+        return await after_a_while(completions)
+
+
+@pytest.mark.parametrize(
+    "function", [after_a_while, Asynchronous(), lambda completions: after_a_while(completions)]
+)
+def test_an_asynchronous_function_is_waited_for(function: Callable[..., Any]) -> None:
+    assert scores(function, "a", "bcd") == [1.0, 3.0]
+
+
+def test_what_it_keeps_between_calls_belongs_to_one_event_loop() -> None:
+    loops = []
+
+    async def remembers(completions: list[str]) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * len(completions)
+
+    assert scores(remembers, "a") == scores(remembers, "b") == [0.0]
+    assert loops[0] is loops[1]
+
+
+def test_it_may_be_called_where_a_loop_runs_already() -> None:
+    async def notebook() -> Scores:
+        return scores(after_a_while, "ab")
+
+    assert asyncio.run(notebook()) == [2.0]
+
+
+def test_an_asynchronous_function_fails_in_one_line_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("async def f(completions):\n    raise KeyError('a')\n")
+    reward = load_reward(f"{file}:f")
+    with pytest.raises(InputError, match=r"reward 'f' failed on prompt 'p1': KeyError: 'a'"):
+        reward(group("a"))
+
+
+def test_an_asynchronous_function_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import asyncio\n"
+        "async def f(completions):\n"
+        "    await asyncio.sleep(0)\n"
+        "    return [None if c == 'a' else len(c) for c in completions]\n"
+    )
+    assert load_reward(f"{file}:f")(group("a", "bc")) == [None, 2.0]
+
+
+# None
+
+
+def test_a_source_that_does_not_apply_is_left_out_of_sum_and_mean() -> None:
+    length = here("length", lambda completions: [len(c) for c in completions])
+    sums = here("sums", lambda completions: [2.0 if "=" in c else None for c in completions], 3.0)
+    totals, parts = RewardMix(None, 1.0, (length, sums))([group("1=1", "tea")])
+    assert totals == [[3.0 + 6.0, 3.0]]
+    assert parts == {"length": [3.0, 3.0], "sums": [2.0, None]}
+    assert source_means(parts, "rewards") == {"rewards/length/mean": 3, "rewards/sums/mean": 2}
+
+
+def test_a_completion_that_no_source_scores_counts_as_nothing() -> None:
+    mix = RewardMix(None, 1.0, (here("f", lambda: [None, 1.0]),))
+    assert mix([group("a", "b")])[0] == [[0.0, 1.0]]
+    mix.check_finite(group("a", "b"))
+
+
+def test_a_group_that_no_source_scores_is_refused() -> None:
+    mute = here("mute", lambda completions: [None] * len(completions))
+    gold = here("gold", lambda completions: [1.0] * len(completions), 0.0)
+    with pytest.raises(InputError, match="prompt 'p1': every reward function returned None for al"):
+        RewardMix(None, 1.0, (mute, gold))([group("a", "b")])
+    assert RewardMix(None, 1.0, (mute,))([group("a")])[0] == [[0.0]]  # an evaluation's one answer
+    assert RewardMix(None, 1.0, (gold,))([group("a", "b")])[0] == [[0.0, 0.0]]
+
+
+def test_means_of_a_source_that_never_applies_are_left_out() -> None:
+    evaluation = Evaluation(0, 0, 1, 1, 1, (0.0,), (), {"f": [None], "g": [1.0, None, 3.0]})
+    assert "eval_rewards/f/mean" not in evaluation.metrics()
+    assert evaluation.metrics()["eval_rewards/g/mean"] == 2.0
+
+
+# scores of any size
+
+
+@pytest.mark.parametrize(("value", "weight"), [(1e200, 1.0), (-1e19, 1.0), (1e12, 1e9)])
+def test_a_score_that_32_bits_cannot_work_with_is_one_line(value: float, weight: float) -> None:
+    mix = RewardMix(None, 1.0, (here("huge", lambda: [0.0, value], weight),))
+    with pytest.raises(InputError, match=r"reward 'huge' returned .* on prompt 'p1', more than"):
+        mix([group("a", "b")])
+
+
+@pytest.mark.parametrize(("value", "weight"), [(1e18, 1.0), (1e200, 0.0), (math.inf, 1.0)])
+def test_other_scores_pass(value: float, weight: float) -> None:
+    mix = RewardMix(None, 1.0, (here("f", lambda: [0.0, value], weight),))
+    assert mix([group("a", "b")])[1] == {"f": [0.0, value]}  # infinities are left to the caller
+
+
+# columns
+
+
+def zipped(completions: list[str], answer: str) -> list[float]:
+    return [float(c == a) for c, a in zip(completions, answer, strict=False)]
+
+
+def mapped(completions: list[str], answer: str) -> list[float]:
+    return list(map(lambda c, a: float(c == a), completions, answer))
+
+
+def enumerated(completions: list[str], answer: str) -> list[float]:
+    return [float(c == answer[i]) for i, c in enumerate(completions)]
+
+
+def indexed(completions: list[str], answer: str) -> list[float]:
+    return [float(completions[i] == answer[i]) for i in range(len(completions))]
+
+
+def caught(completions: list[str], answer: str) -> list[float]:
+    try:
+        return zipped(completions, answer)
+    except Exception:
+        return [0.0] * len(completions)
+
+
+def with_all(completions: list[str], **fields: Any) -> list[float]:
+    return zipped(completions, fields["answer"])
+
+
+def strictly(completions: list[str], answer: str) -> list[float]:
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]  # ValueError
+
+
+def too_few(completions: list[str], answer: str) -> list[float]:
+    return zipped(completions, answer)[:2]
+
+
+@pytest.mark.parametrize(
+    "function", [zipped, mapped, enumerated, indexed, caught, with_all, strictly, too_few]
+)
+def test_a_text_that_is_walked_beside_the_completions_is_said_loudly(
+    function: Callable[..., Any],
+) -> None:
+    with pytest.raises(InputError) as failure:
+        scores(function, "a", "b", "c", answer="abcd")
+    assert "walks 'answer' letter by letter beside the completions" in str(failure.value)
+    assert "answer = [answer] * len(completions)" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions, answer: [float(answer in c) for c in completions],
+        lambda completions, answer: [float(c[0] == answer[0]) for c in completions],
+        lambda completions, answer: [sum(c.count(x) for x in answer) for c in completions],
+        lambda completions, answer: [float(any(x in c for x in answer)) for c in completions],
+        lambda completions, answer: [float(set(answer) <= set(c)) for c in completions],
+        lambda completions, answer: zipped(completions, [answer] * 3),
+        lambda completions, answer: [len("".join(answer) + c) for c in completions],
+        lambda completions, answer: [answer.index("b") for _ in completions],
+    ],
+)  # fmt: skip
+def test_any_other_use_of_a_text_is_fine(function: Callable[..., Any]) -> None:
+    assert len(scores(function, "ab", "bx", "cy", answer="abcd")) == 3
+
+
+def test_a_list_that_belongs_to_the_completions_may_be_walked() -> None:
+    assert scores(zipped, "a", "b", answer=["a", "x"]) == [1.0, 0.0]
+
+
+def test_texts_and_completions_are_ordinary_ones_to_everything_else() -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(completions: list[str], answer: str) -> list[float]:
+        seen.update(completions=completions, answer=answer)
+        return [0.0, 0.0]
+
+    scores(spy, "a", "b", answer="xyz")
+    answer, completions = seen["answer"], seen["completions"]
+    assert isinstance(answer, str) and answer == "xyz" and {answer: 1}["xyz"] == 1
+    assert json.dumps([answer, completions]) == '["xyz", ["a", "b"]]'
+    for copied in (pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer)):
+        assert (type(copied), copied) == (str, "xyz")
+    assert type(pickle.loads(pickle.dumps(completions))) is list
+    assert (answer[1:], answer[-1], completions[1:]) == ("yz", "z", ["b"])
+
+
+# Python objects
+
+
+@pytest.fixture
+def own_rewards(train_arguments: dict[str, Any]) -> dict[str, Any]:
+    return {**train_arguments, "rm_model": "none", "num_iterations": 2}
+
+
+def short(completions: list[str]) -> list[float]:
+    return [-float(len(c)) for c in completions]
+
+
+def test_functions_may_be_given_from_python(own_rewards: dict[str, Any]) -> None:
+    seen: list[str] = []
+
+    def vowels(completions: list[str]) -> list[float]:
+        seen.extend(completions)
+        return [float(sum(c in "aeiou" for c in text)) for text in completions]
+
+    config = GRPOConfig(**{**own_rewards, "reward_weights": (1.0, 0.5)})
+    run = train(config, rewards=[short, vowels], quiet=True)
+    assert run.finished and seen
+    first = run.metrics()[1]
+    total = first["rewards/short/mean"] + 0.5 * first["rewards/vowels/mean"]
+    assert first["reward"] == pytest.approx(total, abs=1e-5)
+    assert build_config(run.directory / CONFIG).reward.functions == (
+        "python:short",
+        "python:vowels",
+    )
+    state = json.loads(next(run.directory.glob("checkpoints/*/state.json")).read_text())
+    assert {"--reward short", "--reward vowels"} <= state["inputs"].keys()
+
+
+def test_a_run_goes_on_with_the_functions_it_was_given(own_rewards: dict[str, Any]) -> None:
+    whole = train(GRPOConfig(**{**own_rewards, "checkpoint_every": 1}), rewards=[short], quiet=True)
+    assert whole.finished
+    config = GRPOConfig(**{**own_rewards, "checkpoint_every": 1})
+    assert train(config, rewards=[short], resume=True, quiet=True).finished
+
+    def other(completions: list[str]) -> list[float]:
+        return [0.0 for _ in completions]
+
+    other.__name__ = "short"
+    with pytest.raises(InputError, match="--reward short other content"):
+        train(config, rewards=[other], resume=True, quiet=True)
+    with pytest.raises(InputError, match=r"goes on from there: train\(config, rewards=\[short\], "):
+        train_run(build_config(whole.directory / CONFIG), Console(quiet=True), resume=True)
+
+
+def test_an_evaluation_leaves_out_what_was_given_from_python(
+    own_rewards: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(GRPOConfig(**own_rewards), rewards=[short], quiet=True)
+    gold = ("mlx_grpo.rubric:gold",)
+    found = compare_run(run.directory, None, "", Console(quiet=True), judges=gold)
+    assert "short was given from Python and is left out here" in capsys.readouterr().err
+    assert list(found.before.by_source) == ["gold"]
+    assert log.read(run.directory / log.METRICS)
+
+
+def test_a_function_from_python_gets_copies_and_fails_in_one_line() -> None:
+    def spoils(messages: list[Any], completions: list[str]) -> list[float]:
+        messages[0]["content"] = "gone"
+        raise ValueError("two\nlines")
+
+    asked = group("a")
+    reward = given_reward("python:spoils", 1.0, named([spoils]))
+    with pytest.raises(InputError, match="reward 'spoils' failed on prompt 'p1': ValueError: two "):
+        reward(asked)
+    assert asked.prompt.messages[0]["content"] == "be kind"
+
+
+@pytest.mark.parametrize(
+    ("functions", "complaint"),
+    [
+        ([3], "rewards: must be functions, not int"),
+        (["mine.py:f"], "rewards: must be functions, not str"),
+        ([short, short], "two functions are named 'short'"),
+    ],
+)
+def test_what_is_no_function_is_refused(functions: list[Any], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        named(functions)
+
+
+def test_weights_are_those_of_all_rewards(own_rewards: dict[str, Any]) -> None:
+    config = GRPOConfig(**{**own_rewards, "reward_weights": (1.0, 2.0)})
+    with pytest.raises(InputError, match="--reward-weights: must be as many numbers as --reward"):
+        train(config, rewards=[short], quiet=True)
+
+
+def test_a_run_without_any_reward_is_refused(own_rewards: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="--rm-model: must be a directory, or give --reward"):
+        train(GRPOConfig(**own_rewards), quiet=True)
+
+
+def test_a_number_that_is_none_is_an_error_of_its_own() -> None:
+    with pytest.raises(RewardError, match="returned 1 scores for 2 completions"):
+        call(lambda: [None], {"completions": ["a", "b"]})
