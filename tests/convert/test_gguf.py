@@ -57,7 +57,7 @@ def test_in_fp32_the_restored_weights_are_exact(kind: str, tmp_path: Path) -> No
     original = write_tiny(tmp_path / "m.gguf", kind)
     convert_sft(locate(str(tmp_path / "m.gguf")), tmp_path / "out", Quantization(16), None)
     backbone = load_backbone(tmp_path / "out")
-    if not backbone.policy.dense:
+    if not backbone.precision.dense:
         pytest.skip("this backend keeps weights packed")
     restored = dict(tree_flatten(backbone.model.parameters()))
     for name, value in tree_flatten(original.parameters()):
