@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import load_chat_tokenizer, stop_at_end_of_turn
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import (
@@ -68,7 +69,10 @@ def load_backbone(path: Path, precision: Precision | None = None, date: str = ""
         reading = beside.submit(load_chat_tokenizer, path, config.get("eos_token_id"), date)
         _in_form(model, precision)
         tokenizer = reading.result()
-    note = stop_at_end_of_turn(tokenizer)
+    try:
+        note = stop_at_end_of_turn(tokenizer)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
     named = f"{path}: {note}" if note else None
     return Backbone(path, model, tokenizer, config, precision, stamps, named)
 

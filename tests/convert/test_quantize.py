@@ -153,7 +153,10 @@ def test_without_texts_it_measures_on_those_that_ship_wherever_it_runs(
         (("--sft", "{sft}", "--texts", "no.jsonl"), r"no\.jsonl: no such file; give --texts FILE"),
         (("--rm", "{sft}", "--pairs", "no.jsonl"), r"no\.jsonl: no such file; give --pairs FILE"),
         (("--sft", "{sft}", "--texts", "one.jsonl"), r"one\.jsonl: 1 rows have a 'response', two"),
-        (("--rm", "{sft}", "--pairs", "one.jsonl"), r"one\.jsonl:1: field 'chosen' is missing or"),
+        (
+            ("--rm", "{sft}", "--pairs", "one.jsonl"),
+            r"one\.jsonl:1: field 'chosen' is missing; the row has",
+        ),
         (("--sft", "{sft}", "--bits", "3"), r"--bits: must be 4, 8 or 16, not 3"),
         (("--sft", "{sft}", "--group-size", "48"), r"--group-size: must be 32, 64 or 128, not 48"),
         (("--sft", "{sft}", "--rm-as", "lora"), r"--rm-as: must be auto, full or adapter, not 'lo"),

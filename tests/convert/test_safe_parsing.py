@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.chat import load_chat_tokenizer
 from mlx_grpo.data.prompts import load_prompts
 from mlx_grpo.files.atomic import write_json
 from mlx_grpo.files.manifest import MANIFEST, sha256, verify_manifest, write_manifest
@@ -38,7 +39,9 @@ def test_a_chat_template_reaches_nothing_outside_of_its_sandbox(
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": str(owned)}) + "\n")
     with pytest.raises(InputError, match=r"p\.jsonl:1: the chat template refuses"):
-        load_prompts(prompts, load_backbone(model).tokenizer, 10_000)
+        load_prompts(prompts, load_chat_tokenizer(model), 10_000)
+    with pytest.raises(InputError, match=rf"{model}: the chat template refuses"):
+        load_backbone(model)
     assert not owned.exists()
 
 
