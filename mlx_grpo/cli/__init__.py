@@ -57,7 +57,7 @@ def main() -> int:
     try:
         code = command.main(prog_name="mlx-grpo", standalone_mode=False)
     except InputError as e:
-        Console().error(" ".join(str(e).split()))
+        Console().error(str(e))
         return 2
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""

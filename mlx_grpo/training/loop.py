@@ -119,7 +119,7 @@ def _run(parts: Learner, run: Path, ui: Console, resume: bool, allow_change: boo
         _telling_how_to_go_on(run, ui, (BaseException,)),
         ui.training(config.num_iterations),
         open_trackers(config, run, state.iteration, ui.warn) as tracker,
-        stop_signals() as safe_point,
+        stop_signals(lambda: ui.reader_gone) as safe_point,
     ):
         safe_point = parts.ranks.watching(safe_point)
         return _loop(parts, state, run, ui, about, tracker, safe_point)
@@ -169,7 +169,7 @@ def _loop(
                 safe_point()
                 check_skips(state, config)
                 state = _iterate_and_log(parts, state, run, ui, tracker, safe_point)
-        except Exception as reason:
+        except (Exception, SystemExit) as reason:  # libraries may call sys.exit
             before.put_back(actor, optimizer)
             if state.iteration and state != saved:
                 run_directory.save(run, config, state, before, about)
