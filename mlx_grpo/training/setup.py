@@ -112,7 +112,7 @@ def load_evaluator(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom, rows = _custom_rewards(config), read_prompts(Path(config.eval_prompts))
+    custom, rows = _custom_rewards(config, ui), read_prompts(Path(config.eval_prompts))
     plan = plan or planner(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
@@ -135,7 +135,7 @@ def load_evaluator(
     )
 
 
-def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
+def _custom_rewards(config: TrainConfig, ui: Console) -> tuple[CustomReward, ...]:
     weights = config.reward_weights or (1.0,) * len(config.reward)
     weighted = [*zip(config.reward, weights, strict=True), *((s, 0.0) for s in config.eval_reward)]
     names = [spec.rpartition(":")[2] for spec, _ in weighted]
@@ -143,7 +143,8 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
+    timeout = config.reward_timeout
+    return tuple(load_reward(spec, weight, timeout, ui.relay) for spec, weight in weighted)
 
 
 def _prompts(
