@@ -60,7 +60,7 @@ def train(
 def _planned(
     flags: dict[str, Any], file: Path | None, assignments: Sequence[str], resume: bool
 ) -> list["PlannedRun"]:
-    from mlx_grpo.run.directory import CONFIG, is_run
+    from mlx_grpo.run.directory import is_run, settings
     from mlx_grpo.training.seeds import PlannedRun
 
     seeds = flags.pop("seed", [])
@@ -75,7 +75,7 @@ def _planned(
         if resume and started and file is None:
             # the run knows its own settings; flags that contradict them are refused later
             given = {**flags, "output": c.output, **({"seed": c.seed} if seeds else {})}
-            c = build_config(c.run_directory / CONFIG, assignments, given)
+            c = settings(c.run_directory, assignments, given)
         # of several seeds, those not started yet start now
         runs.append(PlannedRun(c, resume and (started or len(configs) == 1)))
     return runs

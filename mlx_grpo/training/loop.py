@@ -35,7 +35,7 @@ from mlx_grpo.training.setup import (
 )
 from mlx_grpo.training.trackers import Tracker, check_installed, open_trackers
 
-GO_ON = "stopped early; go on with: mlx-grpo train --resume --output {run}"
+GO_ON = "stopped early; go on with: {command}"
 
 
 def train(
@@ -132,8 +132,8 @@ def _telling_how_to_go_on(
     try:
         yield
     except failures:
-        if run_directory.is_run(run):
-            ui.warn(GO_ON.format(run=run))
+        if run_directory.in_place(run):
+            ui.warn(GO_ON.format(command=run_directory.resume_command(run)))
         raise
 
 
@@ -171,15 +171,15 @@ def _loop(
                 state = _iterate_and_log(parts, state, run, ui, tracker, safe_point)
         except (Exception, SystemExit) as reason:  # libraries may call sys.exit
             before.put_back(actor, optimizer)
-            if state.iteration and state != saved:
+            if state.iteration and state != saved and run_directory.in_place(run):
                 run_directory.save(run, config, state, before, about)
-            if run_directory.is_run(run):
+            if run_directory.in_place(run):
                 try_report([run], ui.warn)  # which must not go on saying that the run does
             if not isinstance(reason, StopRequested):
                 raise
             parts.ranks.stopped()
-            if run_directory.is_run(run):
-                ui.warn(GO_ON.format(run=run))
+            if run_directory.in_place(run):
+                ui.warn(GO_ON.format(command=run_directory.resume_command(run)))
             return False
     run_directory.save_named_adapter(run, "final", actor)
     try_report([run], ui.warn)
@@ -200,6 +200,7 @@ def _iterate_and_log(
 ) -> RunState:
     done = iterate(parts, state, ui, safe_point)
     step = done.state.iteration
+    run_directory.check_in_place(run)
     log.append(run / log.METRICS, done.metrics)
     tracker(done.metrics)
     run_directory.log_completions(run, step, done.groups, done.raw_PK)
@@ -221,6 +222,7 @@ def _evaluate(
     clock = Clock()
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
         evaluation = parts.evaluator(policy_at(parts, step), ui.progress, safe_point, parts.ranks)
+    run_directory.check_in_place(run)
     if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
         for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):

@@ -200,7 +200,7 @@ def test_the_learning_curve_of_the_reward_model_is_drawn(tmp_path: Path) -> None
     [
         (lambda run: (run / "config.toml").unlink(), r"no run here"),
         (lambda run: (run / "metrics.jsonl").unlink(), r"nothing to report before"),
-        (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics.jsonl: not valid JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics.jsonl:1: not valid JSON"),
     ],
 )
 def test_a_directory_without_a_report_in_it_gets_one_line(

@@ -53,7 +53,7 @@ def assert_kept(run: Path) -> None:
     checkpoint, skipped = load_newest(run / "checkpoints")
     assert checkpoint.iteration >= 1 and not skipped
     page = (run / "report.html").read_text()
-    assert "mlx-grpo train --resume" in page and "http-equiv" not in page  # it reloads no more
+    assert "mlx-grpo train --resume" in page and 'http-equiv="refresh"' not in page
     assert not (run / ".lock").exists()
 
 
