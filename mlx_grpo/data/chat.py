@@ -1,14 +1,20 @@
 """Conversations and chat templates: messages to token ids, and the tokenizer that does it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import time_limit
 from mlx_grpo.core.types import FinishReason
 
 ROLES = ("system", "user", "assistant")
+LONGEST_RENDERING = 10.0
+"""Seconds for one conversation; a template takes a millisecond."""
+LONGEST_FRAME, LONGEST_SHARE = 100_000, 100
+"""Characters a template may add, and how often it may repeat what was said."""
 
 
 def row_messages(place: str, row: dict[str, Any]) -> tuple[dict[str, str], ...]:
@@ -40,6 +46,34 @@ def row_messages(place: str, row: dict[str, Any]) -> tuple[dict[str, str], ...]:
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)
 
 
+class TemplateRefusal(Exception):
+    """A chat template raised, took too long, or wrote too much."""
+
+
+def rendered(
+    tokenizer: Any, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The chat template applied to a conversation.
+
+    Raises:
+        TemplateRefusal: with the reason on one line.
+    """
+    try:
+        with time_limit(LONGEST_RENDERING):
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                enable_thinking=False,
+            )
+    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        raise TemplateRefusal(one_line(e)) from None
+    given = sum(len(m["content"]) for m in messages)
+    if len(text) > LONGEST_FRAME + LONGEST_SHARE * given:
+        raise TemplateRefusal(f"it writes {len(text):,} characters for {given:,}")
+    return str(text)
+
+
 def prompt_tokens(
     place: str, tokenizer: Any, messages: tuple[dict[str, str], ...]
 ) -> tuple[int, ...]:
@@ -49,10 +83,8 @@ def prompt_tokens(
         InputError: the template refuses the conversation, as Gemma's does with a system message.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusal as e:
         raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
@@ -73,8 +105,8 @@ def end_of_turn(tokenizer: Any) -> int:
     """
     whole = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     try:
-        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
-    except Exception as e:  # as above
+        text = rendered(tokenizer, whole)
+    except TemplateRefusal as e:
         raise InputError(f"the chat template refuses a question with an answer: {e}") from None
     ids = tokenizer.encode(text, add_special_tokens=False)
     closing = [i for i in ids if i in tokenizer.eos_token_ids]
@@ -91,7 +123,9 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
         InputError: damaged files, or no chat template.
     """
     try:
-        tokenizer = load_tokenizer(path, eos_token_ids=eos_token_ids)
+        # said outright: left open, transformers asks at the terminal whether to run what it finds
+        no_code = {"trust_remote_code": False}
+        tokenizer = load_tokenizer(path, no_code, eos_token_ids=eos_token_ids)
     except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
         raise InputError(f"{path}: cannot load the tokenizer: {one_line(e)}") from e
     if not tokenizer.has_chat_template:
@@ -99,7 +133,24 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model, or "
             "put one into chat_template.jinja beside it"
         )
+    _check_template(path, tokenizer)
     return tokenizer
+
+
+def _check_template(path: Path, tokenizer: Any) -> None:
+    """Raise InputError if the template passes over what is said: every prompt would be the same."""
+    for said, spare in (("user", "a request"), ("assistant", "an answer")):
+        talks = [
+            [{"role": role, "content": word if role == said else "?"} for role in ROLES[1:]]
+            for word in ("tea", "rain")
+        ]
+        try:
+            one, other = (rendered(tokenizer, talk[: ROLES.index(said)]) for talk in talks)
+        except TemplateRefusal:  # told with its prompt, if that is one it refuses
+            continue
+        if one == other:
+            what = "is empty" if not one.strip() else f"leaves out the text of {spare}"
+            raise InputError(f"{path}: its chat template {what}; give one that writes all messages")
 
 
 def conversation_tokens(
@@ -112,8 +163,8 @@ def conversation_tokens(
     """
     whole = [*messages, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(whole, tokenize=False, enable_thinking=False)
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        text = rendered(tokenizer, whole)
+    except TemplateRefusal as e:
         roles = ", ".join(m["role"] for m in whole)
         raise InputError(
             f"the reward model's chat template refuses a conversation of {roles}: {e}; change the "
