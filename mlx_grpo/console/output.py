@@ -122,7 +122,7 @@ class Console:
     def working(self, what: str) -> Iterator[None]:
         """A spinner on a terminal while the block runs."""
         if self._view:
-            self._view.doing = what
+            self._view.doing = single_line(what)
             yield
             return
         if not self.out.is_terminal or self.out.quiet:
@@ -140,7 +140,7 @@ class Console:
         """Text beside the spinner; where there is no terminal, a line every now and then."""
         text = f"{what} {done}/{total}"
         if self._view:
-            self._view.doing = text
+            self._view.doing = single_line(text)
         elif self._spinner:
             self._spinner.update(text=_text(text))
         elif time.monotonic() - self._last_progress > SECONDS_BETWEEN_LINES:
@@ -198,6 +198,7 @@ class Console:
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False
     ) -> None:
         """A small table; the first column is a label. Where it does not fit, a line per cell."""
+        columns = list(map(single_line, columns))
         rows = [[visible(cell, keep="\n") for cell in row] for row in rows]
         needed = _least_width(columns, rows, lines)
         if needed > self.out.width and self.out.is_terminal:

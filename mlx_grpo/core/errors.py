@@ -26,7 +26,7 @@ def _spelled(character: str) -> str:
 
 def single_line(text: str) -> str:
     """`visible` on one line: what is written over several lines is joined by blanks."""
-    return visible(re.sub(r"\s*[\r\n]\s*", " ", text.strip()))
+    return visible(re.sub(r"\s*\r?\n\s*", " ", text.strip()))
 
 
 class InputError(ValueError):
