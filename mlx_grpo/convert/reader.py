@@ -26,7 +26,7 @@ from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.directory import rope_fields
+from mlx_grpo.models.directory import check_layers, rope_fields
 from mlx_grpo.models.reward_model import REWARD_HEAD
 
 SILU_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -240,6 +240,7 @@ def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Mod
     Raises:
         InputError: an unknown architecture, a tensor that is missing, mis-shaped or unknown.
     """
+    check_layers(place / "config.json" if place.is_dir() else place, config)
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))

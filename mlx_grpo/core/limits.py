@@ -30,6 +30,18 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def check_regular(path: Path) -> None:
+    """Raise InputError for a pipe or a device, which may never end, where a file is expected."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: a pipe or a device; give a regular file")
+
+
+def check_directory(directory: Path) -> None:
+    """Raise InputError if a model directory holds a pipe or a device."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        check_regular(path)
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """The bytes of a file.
 
@@ -37,8 +49,7 @@ def read_bounded(path: Path, most: int) -> bytes:
         InputError: it is larger than `most` bytes, or no regular file: a pipe may never end.
         OSError: it cannot be read.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path}: not a regular file (a pipe or a device); give a file")
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.core.limits import time_limit
+from mlx_grpo.core.limits import check_directory, time_limit
 from mlx_grpo.core.types import FinishReason
 
 ROLES = ("system", "user", "assistant")
@@ -122,6 +122,7 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None) -> Any:
     Raises:
         InputError: damaged files, or no chat template.
     """
+    check_directory(path)
     try:
         # said outright: left open, transformers asks at the terminal whether to run what it finds
         no_code = {"trust_remote_code": False}

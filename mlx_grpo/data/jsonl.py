@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.limits import check_regular
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -15,6 +16,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: the file is missing, a line is not JSON or not an object.
     """
     try:
+        check_regular(path)  # it is read twice, for its digest too
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such file") from None

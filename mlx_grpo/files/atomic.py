@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.limits import read_bounded
+
+LARGEST_JSON = 256 << 20
+"""Bytes; the largest tokenizers take 40 million."""
 
 
 def fsync_path(path: Path) -> None:
@@ -147,13 +151,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
+        InputError: the file is missing, too large, is not JSON, or holds something else than an
+            object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, LARGEST_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # nesting without end, numbers of many digits
         raise InputError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object")
