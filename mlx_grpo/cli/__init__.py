@@ -8,6 +8,7 @@ from mlx_grpo import __version__
 from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
 from mlx_grpo.cli.options import with_models
 from mlx_grpo.console.output import Console
+from mlx_grpo.console.stream import bear_any_encoding
 from mlx_grpo.core.errors import InputError
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def main() -> int:
 
     A command may return its exit code, or whether it came to its end.
     """
+    bear_any_encoding()  # the help is typer's to print
     command = typer.main.get_command(app)
     try:
         code = command.main(prog_name="mlx-grpo", standalone_mode=False)

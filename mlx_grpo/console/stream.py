@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import sys
+from io import TextIOWrapper
 from typing import Literal, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
@@ -93,3 +94,10 @@ class Stream:
                 self._instead = os.fdopen(tty, "w", encoding="utf-8")
         elif self.name == "stdout" and not self.patient:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def bear_any_encoding() -> None:
+    """Let standard output and error write what their encoding lacks as escapes, whoever prints."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

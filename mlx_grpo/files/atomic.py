@@ -7,8 +7,8 @@ parent.
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +53,11 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(target)
-    prefix = f".{target.name}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
+    unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = target.parent / unique
+    temporary.mkdir()  # not mkdtemp: who may read it is the umask's to say
     try:
         yield temporary
-        temporary.chmod(0o755)
         fsync_tree(temporary)
         swap_directory(temporary, target)
     finally:

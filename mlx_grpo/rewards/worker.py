@@ -124,9 +124,9 @@ def serve(spec: str, timeout: float) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what the function prints is not a reply
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # nor is it lost when the process is ended
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # nothing that it prints fails, or is lost at its end
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     own = os.getpid()
 
     def reply(request: int, value: dict[str, Any]) -> None:
