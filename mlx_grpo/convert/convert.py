@@ -37,6 +37,7 @@ from mlx_grpo.convert.quantize import (
 from mlx_grpo.convert.reader import OpenedSource, open_source
 from mlx_grpo.convert.source import Source, locate
 from mlx_grpo.convert.tokenizer import check_tokenizer
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import load_chat_tokenizer
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
@@ -308,5 +309,8 @@ def _finish(
         ("what it cost", cost.describe()),
     ]
     write_manifest(directory)  # before the card, which people edit
-    write_text(directory / "README.md", model_card(opened, out.name, table, usage.format(out.name)))
+    write_text(
+        directory / "README.md",
+        model_card(opened, out.name, table, usage.format(command(out.name))),
+    )
     return row

@@ -1,6 +1,5 @@
 """A run on disk: configuration, logs, checkpoints, adapters; opened, saved, restored."""
 
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import mlx.optimizers as optim
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.config.sources import build_config, to_toml
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
@@ -98,7 +98,7 @@ def check_in_place(run: Path) -> None:
 
 def resume_command(run: Path) -> str:
     """What to type to go on with a run."""
-    return shlex.join(("mlx-grpo", "train", "--resume", "--output", str(run)))
+    return command("mlx-grpo", "train", "--resume", "--output", run)
 
 
 def settings(
