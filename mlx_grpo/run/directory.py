@@ -272,7 +272,6 @@ def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -
 
 def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:
     """Write `best/` or `final/`, an adapter in mlx-lm's format, in one step."""
-    check_in_place(run)
     size = _adapter_bytes(actor)
     need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
     with atomic_directory(run / name, replace=True) as temporary:

@@ -181,6 +181,7 @@ def _loop(
             if run_directory.in_place(run):
                 ui.warn(GO_ON.format(command=run_directory.resume_command(run)))
             return False
+    run_directory.check_in_place(run)
     run_directory.save_named_adapter(run, "final", actor)
     try_report([run], ui.warn)
     if state.best.step is None:
