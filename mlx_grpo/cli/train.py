@@ -44,8 +44,8 @@ def train(
 ) -> bool:
     """Train a LoRA on the SFT model with GRPO.
 
-    --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C or
-    SIGTERM ended it early.
+    --seed may be given several times: the runs follow one another. Exit code 130 where Ctrl-C,
+    SIGTERM, a closed terminal or a closed pipe ended it early.
     """
     from mlx_grpo.distributed.launch import launched
     from mlx_grpo.training.seeds import planned_by_leader, train_all

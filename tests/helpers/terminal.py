@@ -21,6 +21,13 @@ PATIENCE = 120.0
 """Seconds after which a program that says nothing more is taken to hang."""
 
 
+def _at_a_terminal() -> None:
+    """As a person's shell starts a program, even where these tests run under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """A program on a screen of `columns` x `lines`."""
 
@@ -51,7 +58,7 @@ class Terminal:
                 **environment,
             },
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_at_a_terminal,
         )
         os.close(slave)
 

@@ -1,5 +1,6 @@
 """However the one who watches goes away, the work is kept and told as at SIGTERM."""
 
+import json
 import os
 import shlex
 import signal
@@ -20,14 +21,14 @@ SLOW = """
 import time
 def slow(completions):
     time.sleep(0.05)
-    return [-len(c) for c in completions]
 """
+RETURN = "    return [-len(c) for c in completions]\n"
 
 
 @pytest.fixture
 def command(train_arguments: dict[str, Any], tmp_path: Path) -> list[str]:
     """A run that would take minutes, with a checkpoint at its end only."""
-    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "slow.py").write_text(SLOW + RETURN)
     changes = {
         "rm_model": "none",
         "reward": (f"{tmp_path / 'slow.py'}:slow",),
@@ -90,6 +91,23 @@ def test_both_streams_may_lose_their_reader(command: list[str], tmp_path: Path) 
     assert_kept(tmp_path / "run")
 
 
+def test_ctrl_c_on_a_terminal_leaves_the_warnings_the_picture_and_the_hint(
+    command: list[str], tmp_path: Path, shells: list[Terminal]
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW + "    print('said by the reward')\n" + RETURN)
+    shells.append(Terminal([*command, "--num-iterations", "1000", "--eval-every", "2"]))
+    shells[0].until("   2  held-out")
+    shells[0].send(b"\x03")
+    assert shells[0].end() == 130
+    seen = shells[0].seen()
+    assert seen.count("warning: stopped early; go on with: mlx-grpo train --resume") == 1, seen
+    assert seen.count("said by the reward") >= 6, seen
+    assert [seen.count(piece) for piece in ("iterations ━", "peak memory")] == [1, 1], seen
+    log = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(seen.count(f"{r['step']:>4}  held-out") == 1 for r in log if "eval_kl" in r)
+    assert_kept(tmp_path / "run")
+
+
 def test_ctrl_c_through_tee_ends_as_without_it(
     command: list[str], tmp_path: Path, shells: list[Terminal]
 ) -> None:
@@ -118,6 +136,22 @@ def test_a_terminal_that_closes_ends_as_sigterm_does(
         assert shells[0].process.wait(60) == 130
     wait_for_end(pid)
     assert_kept(tmp_path / "run")
+
+
+@pytest.mark.parametrize("words", [("doctor",), ("train", "--help"), ("plan", "--help")])
+def test_other_commands_end_quietly_where_nobody_reads(words: tuple[str, ...]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "mlx_grpo", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert running.stdout and running.stderr
+    running.stdout.close()
+    assert "Traceback" not in running.stderr.read()
+    assert running.wait(120) in (0, 1, 120)
 
 
 def wait_for_end(pid: int) -> None:
