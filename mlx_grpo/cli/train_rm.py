@@ -6,6 +6,7 @@ from mlx_grpo.cli.options import Quiet, class_flags, with_flags
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.config.sources import typed_flags
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.commands import command
 
 
 @with_flags(class_flags(RewardTrainConfig))
@@ -19,4 +20,5 @@ def train_reward_model(flags: dict[str, Any], quiet: Quiet = False) -> None:
     with ui.working("training the reward model"):
         quality = train_rm(config, ui.say, warn=ui.warn)
     show_quality(ui, quality)
-    ui.say(f"written to {config.output}; use it with: mlx-grpo train --rm-model {config.output}")
+    use = command("mlx-grpo", "train", "--rm-model", config.output)
+    ui.say(f"written to {config.output}; use it with: {use}")

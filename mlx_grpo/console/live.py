@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,11 @@ TREND = 10
 """Iterations whose mean is compared with that of as many before."""
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_CELLS = 24
+NARROW = 76
+"""Columns below which figures follow one another instead of standing in a table."""
+LEAST_BAR = 6
+Figure = tuple[str, str]
+"""(name, value)."""
 
 
 class LiveView:
@@ -41,20 +46,30 @@ class LiveView:
         finally:
             self._running = None
 
-    def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [self._progress(), self._stages()]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        narrow = width < NARROW
+        parts: list[RenderableType] = [Text(), *self._progress(width), self._stages(width)]
         if self.history:
             now = self.history[-1]
-            parts += [Text(), self._trends(now), Text(), self._figures(now)]
-        return Group(Text(), *parts)
+            parts += [Text(), *self._trends(now, narrow, width), Text()]
+            figures = self._figures(now)
+            parts += flow(figures, width) if narrow else [_table(figures)]
+        # a console that wraps nothing itself would cut what is too long for a line
+        yield from console.render(Group(*parts), options.update(no_wrap=False, overflow="fold"))
 
-    def _progress(self) -> Table:
+    def _progress(self, width: int) -> list[RenderableType]:
         # a resumed run has no history of what is done, and one left out is not in it
         done = max(self._begun - 1, self.history[-1]["step"] if self.history else 0)
+        count, left = f"{done}/{self.total}", self._left(done)
+        taken = len(f"iterations  {count} {left}")
+        if width < taken + LEAST_BAR:
+            return list(flow([("iterations", count), ("", left)], width))
+        cells = min(BAR_CELLS, width - taken)
         row = _grid(4, gap=1)
-        bar = ProgressBar(self.total, done, width=BAR_CELLS, complete_style="cyan")
-        row.add_row(Text("iterations", style="bold"), bar, f"{done}/{self.total}", self._left(done))
-        return row
+        bar = ProgressBar(self.total, done, width=cells, complete_style="cyan")
+        row.add_row(Text("iterations", style="bold"), bar, count, left)
+        return [row]
 
     def _left(self, done: int) -> str:
         if not self.history:
@@ -62,15 +77,17 @@ class LiveView:
         left = (self.total - done) * fmean(m["time/iteration"] for m in self.history[-TREND:])
         return f"{duration(left)} left" if left else ""
 
-    def _stages(self) -> Text:
-        """A bar as long as the last iteration took, in stages; or what is done between."""
+    def _stages(self, width: int) -> Text:
+        """A bar as long as the last iteration took, in stages; or what is done between. Where that
+        is too wide, the stage it is in."""
         if (running := self._running) is None:
             return Text(self.doing, style="dim")
         step, stage, since = running
         elapsed = time.monotonic() - since
         took = self._took()
-        text = Text(f"{step}:", no_wrap=True, overflow="ellipsis")
-        for name in STAGES:
+        shown = STAGES if width >= NARROW else (stage,)
+        text = Text(f"{step}:")
+        for name in shown:
             now = name == stage
             before = STAGES.index(name) < STAGES.index(stage)
             cells = max(2, round(STAGE_CELLS * took[name] / sum(took.values())))
@@ -88,17 +105,21 @@ class LiveView:
             return {"rollout": 10.0, "reward": 4.0, "logprob": 10.0, "update": 17.0}
         return {name: max(self.history[-1][f"time/{name}"], 1e-3) for name in STAGES}
 
-    def _trends(self, m: dict[str, Any]) -> Table:
+    def _trends(self, m: dict[str, Any], narrow: bool, width: int) -> list[RenderableType]:
         rewards, kls = ([row[key] for row in self.history] for key in ("reward", "kl"))
+        reward = (f"{m['reward']:+.3f}", _bars(rewards), trend(rewards))
+        kl = (f"{m['kl']:.4f}", _bars(kls), f"target {m['kl/target']:g}")
+        if narrow:
+            told = [("reward", reward[0]), ("", reward[2]), ("KL", kl[0]), ("", kl[2])]
+            return list(flow(told, width))
         table = _grid(4, right=(1,))
-        table.add_row(_dim("reward"), f"{m['reward']:+.3f}", _bars(rewards), trend(rewards))
-        table.add_row(_dim("KL"), f"{m['kl']:.4f}", _bars(kls), f"target {m['kl/target']:g}")
-        return table
+        table.add_row(_dim("reward"), *reward)
+        table.add_row(_dim("KL"), *kl)
+        return [table]
 
-    def _figures(self, m: dict[str, Any]) -> Table:
+    def _figures(self, m: dict[str, Any]) -> list[Figure]:
         beta = ("beta", f"{m['kl/beta']:.3g}")
-        table = _grid(6, right=(1, 3, 5))
-        rows = (
+        return [
             beta if m["kl/beta"] else ("decay", f"{m['kl/decay']:.2f}"),
             ("length", f"{m['completions/mean_length']:.0f} tokens"),
             ("rollout", f"{m['time/tokens_per_second']:.0f} tok/s"),
@@ -108,12 +129,30 @@ class LiveView:
             ("dead groups", f"{m['frac_dead_groups']:.0%}"),
             ("peak memory", f"{m['memory/peak'] / 1e9:.2f} GB"),
             ("iteration", duration(m["time/iteration"])),
-        )
-        for i in range(0, len(rows), 3):
-            table.add_row(
-                *(cell for name, value in rows[i : i + 3] for cell in (_dim(name), value))
-            )
-        return table
+        ]
+
+
+def flow(figures: Sequence[Figure], width: int) -> list[Text]:
+    """Names and values one after the other, as many on a line as fit."""
+    lines: list[Text] = []
+    for name, value in figures:
+        item = Text.assemble((name, "dim"), " " if name and value else "", value)
+        if not item:
+            continue
+        if lines and lines[-1].cell_len + 2 + item.cell_len <= width:
+            lines[-1].append("  ").append_text(item)
+        else:
+            lines.append(item)
+    return lines
+
+
+def _table(figures: Sequence[Figure]) -> Table:
+    """Three figures a line."""
+    table = _grid(6, right=(1, 3, 5))
+    for i in range(0, len(figures), 3):
+        cells = [cell for name, value in figures[i : i + 3] for cell in (_dim(name), value)]
+        table.add_row(*cells)
+    return table
 
 
 def _dim(text: str) -> Text:

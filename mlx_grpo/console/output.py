@@ -3,72 +3,114 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.live import Live
-from rich.status import Status
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.live import duration as duration  # for the lines of others
+from mlx_grpo.console.stream import Stream
+from mlx_grpo.core.errors import single_line, visible
 from mlx_grpo.core.types import Group
 
 REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
 SAMPLES = 3
 LONGEST_CELL = 160
+LEAST_TEXT = 12
+"""Cells below which a column of texts cannot be read."""
 SECONDS_BETWEEN_LINES = 20.0
 
 
 class Console:
-    """Where the program speaks. `quiet` leaves warnings and errors only."""
+    """Where the program speaks. `quiet` leaves warnings and errors only.
+
+    What others wrote (prompts, answers, names, complaints) is shown with its control characters
+    spelled out: none of it can steer the terminal.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.out = RichConsole(highlight=False, soft_wrap=True, quiet=quiet)
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._stdout = Stream("stdout")
+        self.out = _rich(self._stdout, quiet)
+        self.err = _rich(Stream("stderr"))
         self._muted = False
-        self._status: Status | None = None
+        self._live: Live | None = None
+        self._spinner: Spinner | None = None
         self._view: LiveView | None = None
         self._last_progress = time.monotonic()
+
+    @property
+    def reader_gone(self) -> bool:
+        """Whether nobody reads standard output any more, as under `| head`, or after a hang-up."""
+        return self._stdout.gone
 
     def mute(self) -> None:
         """Errors only from here on: another process says the rest."""
         self.out.quiet = self._muted = True
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.out.print(Text(text))
+        """One line, or several."""
+        self.out.print(Text(visible(text, keep="\n")))
 
     def warn(self, text: str) -> None:
         """One line on standard error."""
         if not self._muted:
-            self.err.print(Text(f"warning: {text}", style="yellow"))
+            self._tell(f"warning: {text}", "yellow")
 
     def error(self, text: str) -> None:
         """One line on standard error."""
-        self.err.print(Text(f"error: {text}", style="red"))
+        self._tell(f"error: {text}", "red")
+
+    def relay(self, text: str) -> None:
+        """A line that another program printed, for standard error."""
+        if not self._muted:
+            self._tell(text, "")
+
+    def _tell(self, text: str, style: str) -> None:
+        # while a picture is drawn on the terminal, only its own console writes around it
+        drawn = self._live and self.err.is_terminal
+        (self.out if drawn else self.err).print(Text(single_line(text), style=style))
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:
         """The live view of a run of `total` iterations while the block runs, where it can be drawn;
-        elsewhere `iteration` says a line each."""
-        terminal = self.out.is_terminal and not self.out.is_dumb_terminal
-        if self.out.quiet or not terminal or self.out.options.ascii_only:
-            yield
-            return
-        self._view = LiveView(total)
-        live = Live(
-            self._view,
-            console=self.out,
-            refresh_per_second=REFRESHES_PER_SECOND,
-            redirect_stderr=self.err.is_terminal,  # an error log in a file stays there
-        )
+        elsewhere `iteration` says a line each.
+
+        A reader that goes away ends no block: see `reader_gone`.
+        """
+        self._stdout.patient = True
         try:
-            with live:
+            terminal = self.out.is_terminal and not self.out.is_dumb_terminal
+            if self.out.quiet or not terminal or self.out.options.ascii_only:
+                yield
+                return
+            self._view = LiveView(total)
+            with self._drawing(self._view):
                 yield
         finally:
             self._view = None
+            self._stdout.patient = False
+
+    @contextmanager
+    def _drawing(self, picture: RenderableType, transient: bool = False) -> Iterator[None]:
+        """Keep the picture below all that is printed while the block runs."""
+        self._live = Live(
+            picture,
+            console=self.out,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=transient,
+            redirect_stderr=self.err.is_terminal,  # an error log in a file stays there
+        )
+        try:
+            with self._live:
+                yield
+        finally:
+            self._live = None
 
     @contextmanager
     def stage(self, step: int, name: str) -> Iterator[None]:
@@ -80,27 +122,30 @@ class Console:
     def working(self, what: str) -> Iterator[None]:
         """A spinner on a terminal while the block runs."""
         if self._view:
-            self._view.doing = what
+            self._view.doing = single_line(what)
             yield
             return
-        if not self.out.is_terminal:
+        if not self.out.is_terminal or self.out.quiet:
             yield
             return
+        kind = "line" if self.out.options.ascii_only else "dots"
+        self._spinner = Spinner(kind, _text(what), style="status.spinner")
         try:
-            with self.out.status(what) as self._status:
+            with self._drawing(self._spinner, transient=True):
                 yield
         finally:
-            self._status = None
+            self._spinner = None
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Text beside the spinner; where there is no terminal, a line every now and then."""
+        text = f"{what} {done}/{total}"
         if self._view:
-            self._view.doing = f"{what} {done}/{total}"
-        elif self._status:
-            self._status.update(f"{what} {done}/{total}")
+            self._view.doing = single_line(text)
+        elif self._spinner:
+            self._spinner.update(text=_text(text))
         elif time.monotonic() - self._last_progress > SECONDS_BETWEEN_LINES:
             self._last_progress = time.monotonic()
-            self.say(f"      {what} {done}/{total}")
+            self.say(f"      {text}")
 
     def iteration(self, metrics: dict[str, Any], total: int) -> None:
         """A training iteration: in the live view, or as a line."""
@@ -152,18 +197,53 @@ class Console:
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool = False
     ) -> None:
-        """A small table; the first column is a label."""
-        table = Table(title=title, title_justify="left", show_lines=lines)
+        """A small table; the first column is a label. Where it does not fit, a line per cell."""
+        columns = list(map(single_line, columns))
+        rows = [[visible(cell, keep="\n") for cell in row] for row in rows]
+        needed = _least_width(columns, rows, lines)
+        if needed > self.out.width and self.out.is_terminal:
+            self._list(title, columns, rows)
+            return
+        table = Table(title=_text(title), title_justify="left", show_lines=lines)
         for i, column in enumerate(columns):
             table.add_column(
-                column,
+                _text(column),
                 justify="left" if i == 0 or lines else "right",
                 overflow="fold",
                 no_wrap=i == 0 and not lines,  # a path can be copied from the table
             )
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self.out.print(table, soft_wrap=False)
+            table.add_row(*map(Text, row))
+        # a file has no width
+        self.out.print(table, soft_wrap=False, width=max(self.out.width, needed), crop=False)
+
+    def _list(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.out.print(Text(single_line(title), style="table.title"))
+        for first, *rest in rows:
+            self.out.print(Text(f"{columns[0]} {first}".strip(), style="bold"))
+            for column, cell in zip(columns[1:], rest, strict=True):
+                if cell:
+                    self.out.print(Text(f"  {column}: {cell}"))
+
+
+def _rich(stream: Stream, quiet: bool = False) -> RichConsole:
+    file = cast(TextIO, stream)
+    return RichConsole(file=file, highlight=False, soft_wrap=True, quiet=quiet)
+
+
+def _text(text: str) -> Text:
+    return Text(single_line(text))
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]], lines: bool) -> int:
+    """Cells that a table needs to break no word, or in tables of texts to leave each some room."""
+    total = 1
+    for i, column in enumerate(columns):
+        cells = [column, *(row[i] for row in rows)]
+        words = cells if i == 0 and not lines else " ".join(cells).split()
+        longest = max(map(cell_len, words), default=0)
+        total += 3 + (min(longest, LEAST_TEXT) if lines else longest)
+    return total
 
 
 def _cut(text: str) -> str:

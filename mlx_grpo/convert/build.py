@@ -10,6 +10,7 @@ from mlx_lm.utils import _get_classes
 from mlx_grpo.convert.tensors import Tensors
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
+from mlx_grpo.models.directory import check_layers
 
 
 def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Module:
@@ -18,6 +19,7 @@ def build_model(config: dict[str, Any], tensors: Tensors, place: Path) -> nn.Mod
     Raises:
         InputError: an unknown architecture, a tensor that is missing, mis-shaped or unknown.
     """
+    check_layers(place / "config.json" if place.is_dir() else place, config)
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))

@@ -60,7 +60,7 @@ def tensor_types(path: Path) -> dict[str, int]:
             raise InputError(f"{path}: not a GGUF file")
         try:
             return _walk_header(data)
-        except (struct.error, UnicodeDecodeError):
+        except (struct.error, UnicodeDecodeError, RecursionError):
             raise InputError(
                 f"{path}: damaged or incomplete GGUF header; fetch the file again"
             ) from None

@@ -22,6 +22,7 @@ from mlx_grpo.convert.quantize import (
 from mlx_grpo.convert.reader import OpenedSource, open_source
 from mlx_grpo.convert.source import Source, locate
 from mlx_grpo.convert.tokenizer import check_tokenizer
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.files.manifest import write_manifest
@@ -143,5 +144,6 @@ def finish(
         ("what it cost", cost.describe()),
     ]
     write_manifest(directory)  # before the card, which people edit
-    write_text(directory / "README.md", model_card(opened, out.name, table, usage.format(out.name)))
+    use = usage.format(command(out.name))
+    write_text(directory / "README.md", model_card(opened, out.name, table, use))
     return row

@@ -7,6 +7,7 @@ which runs no code from the file, into a temporary safetensors file.
 import json
 import math
 import re
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import check_regular
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.safetensors import safetensors_header
 
@@ -21,6 +23,8 @@ READABLE = {"F64", "F32", "F16", "BF16", "U32", "U8"}
 """Floats and packed weights; 8-bit floats come without a rule for their scales."""
 LFS_POINTER = b"version https://git-lfs"
 LARGEST_POINTER = 1024
+MOST_TIMES = 4
+"""Times a file's size that its tensors may take: those that share storage become several."""
 LIMIT = 2.0**20
 """No trained weight is larger; one flipped bit in an exponent is."""
 
@@ -154,6 +158,7 @@ def safe_file(file: Path, scratch: Path) -> Path:
             f"{file}: PyTorch's own format, which only PyTorch reads safely; pip install torch, or "
             "save the model as safetensors"
         ) from None
+    _check_archive(file)
     try:
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch raises many kinds for a damaged or unsafe file
@@ -163,10 +168,30 @@ def safe_file(file: Path, scratch: Path) -> Path:
         ) from None
     if not isinstance(values, dict) or not all(torch.is_tensor(v) for v in values.values()):
         raise InputError(f"{file}: holds something else than tensors by name")
+    written = 0
+    for name, value in values.items():
+        size = value.numel() * value.element_size()
+        written += size
+        if size > value.untyped_storage().nbytes() or written > MOST_TIMES * file.stat().st_size:
+            raise InputError(f"{file}: tensor '{name}' is larger than what the file holds of it")
     target = scratch / f"{file.parent.name}-{file.stem}.safetensors"
     # tensors that share storage (tied embeddings) become two, as safetensors wants
     save_file({name: value.clone().contiguous() for name, value in values.items()}, target)
     return target
+
+
+def _check_archive(file: Path) -> None:
+    """Raise InputError for a `.bin` that unpacks to more than it is: PyTorch compresses nothing."""
+    check_regular(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of the older kind, or damaged: PyTorch's own reader says which
+    if size > file.stat().st_size:
+        raise InputError(
+            f"{file}: unpacks to {size:,} bytes, more than the file has; not PyTorch's"
+        )
 
 
 def check_values(name: str, value: mx.array, file: Path) -> None:

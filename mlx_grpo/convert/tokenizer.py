@@ -4,10 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
-from mlx_grpo.core.errors import InputError, one_line
-from mlx_grpo.data.chat import load_chat_tokenizer
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.chat import TemplateRefusal, load_chat_tokenizer, rendered
 from mlx_grpo.files.atomic import read_json, write_json
 
 TOKENIZER_FILES = (
@@ -56,11 +54,9 @@ def check_tokenizer(directory: Path, rows: int) -> tuple[str, ...]:
     """
     tokenizer = load_chat_tokenizer(directory)
     try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
-        )
-    except (TemplateError, ValueError, TypeError) as e:
-        raise InputError(f"{directory}: the chat template cannot be applied: {one_line(e)}") from e
+        rendered(tokenizer, [{"role": "user", "content": "?"}], add_generation_prompt=True)
+    except TemplateRefusal as e:
+        raise InputError(f"{directory}: the chat template cannot be applied: {e}") from e
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
     if not beyond:
         return ()

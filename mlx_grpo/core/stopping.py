@@ -11,7 +11,8 @@ from types import FrameType
 SafePoint = Callable[[], None]
 """Called where a stage may be left; raises StopRequested if a stop was asked for."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, the system's request to end, a terminal or an ssh connection that closes."""
 
 
 class StopRequested(Exception):
@@ -23,24 +24,31 @@ def never_stop() -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[SafePoint]:
-    """The first SIGINT or SIGTERM stops at the next safe point; a second one ends the process.
+def stop_signals(also: Callable[[], bool] = lambda: False) -> Iterator[SafePoint]:
+    """The first of `SIGNALS` stops at the next safe point; a second one ends the process.
 
     The second is left to the operating system, which ends even a long call into MLX at once. That
-    costs no more than the work since the last checkpoint: files are complete or absent.
+    costs no more than the work since the last checkpoint: files are complete or absent. Not SIGHUP:
+    a terminal that closes sends it, and then the shell once more.
+
+    Args:
+        also: whether anything else asks for a stop.
     """
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for s in SIGNALS:
-            signal.signal(s, signal.SIG_DFL)
+        for s in watched:
+            signal.signal(s, signal.SIG_IGN if s == signal.SIGHUP else signal.SIG_DFL)
 
     def safe_point() -> None:
-        if received:
+        if received or also():
             raise StopRequested
 
-    previous = {s: signal.signal(s, handle) for s in SIGNALS}
+    # nohup and its like have hang-ups ignored: so it stays
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    watched = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
+    previous = {s: signal.signal(s, handle) for s in watched}
     try:
         yield safe_point
     finally:

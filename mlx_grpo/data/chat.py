@@ -9,6 +9,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import check_directory, time_limit
 from mlx_grpo.core.types import FinishReason
 from mlx_grpo.data.clock import pinned
 from mlx_grpo.data.messages import Message
@@ -16,6 +17,44 @@ from mlx_grpo.data.messages import Message
 QUESTION, ANSWER = "gravel", "tulip"
 """Words that no chat template holds."""
 TURN = ({"role": "user", "content": "x"}, {"role": "assistant", "content": ANSWER})
+LONGEST_RENDERING = 10.0
+"""Seconds for one conversation; a template takes a millisecond."""
+LONGEST_FRAME, LONGEST_SHARE = 100_000, 100
+"""Characters a template may add, and how often it may repeat what was said."""
+
+
+class TemplateRefusal(Exception):
+    """A chat template raised, took too long, or wrote too much."""
+
+
+def rendered(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """The chat template applied to a conversation.
+
+    Args:
+        arguments: of the template, and no others; None for those of this project's prompts.
+
+    Raises:
+        TemplateRefusal: with the reason on one line.
+    """
+    # mlx-lm's wrapper adds `enable_thinking` where nobody gives it
+    plain = tokenizer if arguments is None else getattr(tokenizer, "_tokenizer", tokenizer)
+    how = {"enable_thinking": False} if arguments is None else dict(arguments)
+    try:
+        with time_limit(LONGEST_RENDERING):
+            text = plain.apply_chat_template(
+                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **how
+            )
+    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        raise TemplateRefusal(one_line(e)) from None
+    given = sum(len(m["content"]) for m in messages)
+    if len(text) > LONGEST_FRAME + LONGEST_SHARE * given:
+        raise TemplateRefusal(f"it writes {len(text):,} characters for {given:,}")
+    return str(text)
 
 
 def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -36,8 +75,8 @@ def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:
         InputError: as there.
     """
     try:
-        text = _rendered(tokenizer, messages, add_generation_prompt=True)
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusal as e:
         raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
     if (role := _left_out(messages, text)) is not None:
         raise InputError(
@@ -45,12 +84,6 @@ def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:
             "a role that the template knows"
         )
     return text
-
-
-def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> str:
-    return str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, enable_thinking=False, **how)
-    )
 
 
 def _left_out(messages: Sequence[Message], text: str) -> str | None:
@@ -106,8 +139,8 @@ def closing_token(tokenizer: Any) -> int | None:
     """
     last = _special(tokenizer, _closing_text(tokenizer))
     try:
-        goes_on = _rendered(tokenizer, [*TURN, {"role": "user", "content": QUESTION}])
-    except Exception:  # a template for one turn, which is its right
+        goes_on = rendered(tokenizer, [*TURN, {"role": "user", "content": QUESTION}])
+    except TemplateRefusal:  # a template for one turn, which is its right
         goes_on = ""
     inside = _special(tokenizer, goes_on.rpartition(ANSWER)[2].partition(QUESTION)[0])
     common = [a for a, _ in takewhile(lambda p: p[0] == p[1], zip(last, inside, strict=False))]
@@ -121,8 +154,8 @@ def closing_token(tokenizer: Any) -> int | None:
 def _closing_text(tokenizer: Any) -> str:
     """What the chat template writes behind the last answer."""
     try:
-        return _rendered(tokenizer, TURN).rpartition(ANSWER)[2]
-    except Exception as e:  # as above
+        return rendered(tokenizer, TURN).rpartition(ANSWER)[2]
+    except TemplateRefusal as e:
         raise InputError(f"the chat template refuses a question with an answer: {e}") from None
 
 
@@ -166,8 +199,11 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -
     Raises:
         InputError: damaged files, or no chat template.
     """
+    check_directory(path)
     try:
-        tokenizer = load_tokenizer(path, eos_token_ids=eos_token_ids)
+        # said outright: left open, transformers asks at the terminal whether to run what it finds
+        no_code = {"trust_remote_code": False}
+        tokenizer = load_tokenizer(path, no_code, eos_token_ids=eos_token_ids)
     except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
         raise InputError(f"{path}: cannot load the tokenizer: {one_line(e)}") from e
     if not tokenizer.has_chat_template:
@@ -177,7 +213,25 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -
         )
     if date:
         tokenizer.chat_template = pinned(tokenizer.chat_template, date)
+    _check_template(path, tokenizer)
     return tokenizer
+
+
+def _check_template(path: Path, tokenizer: Any) -> None:
+    """Raise InputError if the template passes over what is said: every prompt would be the same."""
+    roles = ("user", "assistant")
+    for turns, (said, spare) in enumerate(zip(roles, ("a request", "an answer"), strict=True), 1):
+        talks = [
+            [{"role": role, "content": word if role == said else "?"} for role in roles]
+            for word in ("tea", "rain")
+        ]
+        try:
+            one, other = (rendered(tokenizer, talk[:turns]) for talk in talks)
+        except TemplateRefusal:  # told with its prompt, if that is one it refuses
+            continue
+        if one == other:
+            what = "is empty" if not one.strip() else f"leaves out the text of {spare}"
+            raise InputError(f"{path}: its chat template {what}; give one that writes all messages")
 
 
 def conversation_tokens(
@@ -196,12 +250,9 @@ def conversation_tokens(
         InputError: the template refuses it, as Gemma's does with a system message.
     """
     whole = [*messages, {"role": "assistant", "content": answer}]
-    # mlx-lm's wrapper adds `enable_thinking` where nobody gives it
-    plain = tokenizer if arguments is None else getattr(tokenizer, "_tokenizer", tokenizer)
-    given = {"enable_thinking": False} if arguments is None else dict(arguments)
     try:
-        text = plain.apply_chat_template(whole, tokenize=False, **given)
-    except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
+        text = rendered(tokenizer, whole, arguments=arguments)
+    except TemplateRefusal as e:
         roles = ", ".join(m["role"] for m in whole)
         raise InputError(
             f"the reward model's chat template refuses a conversation of {roles}: {e}; change the "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import check_regular
 from mlx_grpo.data.hub import dataset_files
 from mlx_grpo.files.manifest import sha256
 
@@ -74,6 +75,7 @@ def _renamed(place: str, row: dict[str, Any], renamed: Mapping[str, str]) -> dic
 
 
 def _rows(file: Path, name: str) -> Iterator[Row]:
+    check_regular(file)  # it is read twice, for its digest too
     try:
         data = file.read_bytes()
     except IsADirectoryError:

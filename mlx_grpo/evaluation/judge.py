@@ -10,19 +10,24 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPMessage
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from typing import IO, Any
 
-from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Group
 
 AT_ONCE = 4
 RETRIES = 3
 BUSY = (429, 500, 502, 503, 504)
 LONGEST_PAUSE = 30.0
+PATIENCE = 5
+"""Timeouts that a reply may take which never falls silent."""
+LONGEST_REPLY = 1 << 20
+"""Bytes of a body that are read: a verdict is a letter, thoughts before it some thousand words."""
 QUESTION = """\
 Compare two answers to the same request. The better one does what was asked, is correct, and is easy
 to read. Neither length nor the order in which they are shown is a merit.
@@ -49,7 +54,7 @@ class Judge:
     """A model that is asked by HTTP."""
 
     url: str
-    """Base of the endpoint, as in http://localhost:8080/v1."""
+    """Base of the endpoint, as in http://localhost:8080/v1; a query is sent along."""
     model: str
     key: str | None = field(default=None, repr=False)
     """Bearer token; sent to `url` alone and never shown."""
@@ -59,12 +64,46 @@ class Judge:
     """Seconds before the first retry; each further one waits twice as long."""
 
     def __post_init__(self) -> None:
-        """Raise InputError unless `url` is one that a request can be sent to."""
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        """Raise InputError unless `url` and `key` are such that a request can be sent."""
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+            usable = usable and parts.port != 0 and self.url.isprintable()
+            self._endpoint().encode("ascii")
+        except ValueError:  # a bracket that is not closed, a port that is no number, ...
+            usable = False
+        if not usable or " " in self.url:
             raise InputError(
-                f"--judge {self.url}: not a URL; write it like http://localhost:8080/v1"
+                f"--judge {self.shown}: not a URL; write it like http://localhost:8080/v1"
             )
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise InputError(
+                "OPENAI_API_KEY: holds characters that no key has, a line break perhaps; set it "
+                "again"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The URL without what nobody else should see: a password, and values of the query."""
+        masked = re.sub(r"(?<=//)[^/?#]*@", "***@", self.url)
+        return re.sub(r"(?<==)[^&#]+", "***", masked) if "?" in masked else masked
+
+    def _endpoint(self) -> str:
+        """Where to post to: the path is longer, user, password and fragment are left out."""
+        parts = urllib.parse.urlsplit(self.url)
+        host = parts.netloc.rpartition("@")[2]
+        path = f"{parts.path.rstrip('/')}/chat/completions"
+        return urllib.parse.urlunsplit((parts.scheme, host, path, parts.query, ""))
+
+    def _authorization(self) -> str | None:
+        """The key as a bearer token, else user and password of the URL."""
+        if self.key:
+            return f"Bearer {self.key}"
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.username is None:
+            return None
+        pair = f"{parts.username}:{parts.password or ''}"
+        return "Basic " + b64encode(urllib.parse.unquote(pair).encode()).decode()
 
     def ask(self, question: str) -> str:
         """The reply to a question.
@@ -80,12 +119,14 @@ class Judge:
                 if e.code not in BUSY or retry == RETRIES:
                     raise InputError(self._complaint(f"HTTP {e.code}: {_reason(e)}")) from None
                 time.sleep(_pause(e.headers, self.pause * 2**retry))
+            except InputError:
+                raise
             except TimeoutError:
                 raise InputError(self._complaint(f"no reply in {self.timeout:g} s")) from None
             except (OSError, HTTPException) as e:
                 reason = getattr(e, "reason", e)
                 raise InputError(self._complaint(f"{reason or type(e).__name__}")) from None
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 raise InputError(self._complaint("the reply is not a chat completion")) from None
         raise AssertionError("unreachable")
 
@@ -96,23 +137,35 @@ class Judge:
             "temperature": 0,
         }
         headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-        )
+        if authorization := self._authorization():
+            headers["Authorization"] = authorization
+        request = urllib.request.Request(self._endpoint(), json.dumps(body).encode(), headers)
         opener = urllib.request.build_opener(_NoRedirect)
         with opener.open(request, timeout=self.timeout) as response:
-            reply = json.loads(response.read())["choices"][0]["message"]["content"]
+            text = self._body(response)
+        reply = json.loads(text)["choices"][0]["message"]["content"]
         if not isinstance(reply, str):
             raise TypeError("the content is not a text")
         return reply
 
+    def _body(self, response: HTTPResponse) -> bytes:
+        """All of a reply, within bounds: a server may send without end, or a byte a minute."""
+        body, end = b"", time.monotonic() + PATIENCE * self.timeout
+        while piece := response.read1(1 << 16):
+            body += piece
+            if len(body) > LONGEST_REPLY:
+                raise InputError(self._complaint(f"a reply of more than {LONGEST_REPLY >> 20} MB"))
+            if time.monotonic() > end:
+                raise TimeoutError
+        return body
+
     def _complaint(self, what: str) -> str:
-        line = " ".join(what.split())[:300]
-        if self.key:
-            line = line.replace(self.key, "***")
-        return f"--judge {self.url}: {line}; check the URL, --judge-model and OPENAI_API_KEY"
+        line = one_line(what)
+        password = urllib.parse.urlsplit(self.url).password or ""
+        sent = (self._authorization() or "").split(" ")[-1]
+        for secret in filter(None, (sent, password, urllib.parse.unquote(password))):
+            line = line.replace(secret, "***")
+        return f"--judge {self.shown}: {line}; check the URL, --judge-model and OPENAI_API_KEY"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -142,7 +195,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 def _pause(headers: Any, seconds: float) -> float:
     """What the server asks for, within bounds, or our own."""
     asked = str(headers.get("Retry-After", ""))
-    return min(float(asked) if asked.isdigit() else seconds, LONGEST_PAUSE)
+    return min(float(asked) if asked.isascii() and asked.isdigit() else seconds, LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -185,7 +238,7 @@ def compare_answers(
     read = [verdict(reply) for reply in replies]
     if not any(read):
         raise InputError(
-            f"--judge {judge.url}: no reply begins with A, B or T; the first is "
+            f"--judge {judge.shown}: no reply begins with A, B or T; the first is "
             f"{replies[0][:80]!r}; try another --judge-model"
         )
     pairs = list(zip(read[::2], read[1::2], strict=True))

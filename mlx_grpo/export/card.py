@@ -8,16 +8,11 @@ from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig, flat_values
 from mlx_grpo.convert.source import licence
+from mlx_grpo.core.commands import command
 from mlx_grpo.export.fused_cost import FusedCost
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import REPORT
 
-USES = {
-    "adapter": 'mlx_lm.generate --model {sft} --adapter-path {model} --prompt "..."',
-    "fused": 'mlx_lm.generate --model {model} --prompt "..."',
-    "dequantized": 'mlx_lm.generate --model {model} --prompt "..."',
-    "peft": "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{model}')",
-}
 FORMS = {
     "adapter": "LoRA adapter in mlx-lm's format",
     "fused": "adapter fused into the SFT model, quantized as that is",
@@ -48,12 +43,21 @@ class Subject:
     """Whether the run's report lies beside the card."""
 
 
+def usage(form: str, model: object, sft: object, base: str) -> str:
+    """What to type to use an export: a command, or of a PEFT adapter an expression of Python."""
+    if form == "peft":
+        loaded = f"AutoModelForCausalLM.from_pretrained({base!r})"
+        return f"PeftModel.from_pretrained({loaded}, {str(model)!r})"
+    models = ("--model", sft, "--adapter-path", model) if form == "adapter" else ("--model", model)
+    return command("mlx_lm.generate", *models, "--prompt", "...")
+
+
 def export_card(subject: Subject, config: TrainConfig, cost: FusedCost | None) -> str:
     """README.md of an exported directory."""
     name, base = subject.title, subject.base or subject.sft.name
     if not _is_hub_id(base):
         base = Path(base).name  # where it lies on this machine is nobody's business
-    use = USES[subject.form].format(model=name, sft=subject.sft.name, base=base)
+    use = usage(subject.form, name, subject.sft.name, base)
     return "\n".join(
         [
             *("---", *_front_matter(subject), "---", f"# {name}", ""),

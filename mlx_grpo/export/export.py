@@ -14,7 +14,7 @@ from mlx_grpo.convert.cost import check_texts
 from mlx_grpo.convert.source import declared_base
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.tables import data_files
-from mlx_grpo.export.card import USES, Subject, export_card
+from mlx_grpo.export.card import Subject, export_card, usage
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files.atomic import atomic_directory, write_text
@@ -85,7 +85,7 @@ def export_run(export: Export) -> Exported:
         write_manifest(directory)  # before the card, which people edit
         subject = Subject(export.run, adapter, sft, base, export.form, out.name, report)
         write_text(directory / "README.md", export_card(subject, config, cost))
-    use = USES[export.form].format(model=out, sft=sft, base=base or "BASE")
+    use = usage(export.form, out, sft, base or "BASE")
     return Exported(out, adapter, use, base, cost)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError, one_line
 
 
@@ -43,6 +44,6 @@ def push(directory: Path, repo: str, private: bool) -> str:
     except Exception as e:  # as above
         raise InputError(
             f"--push {repo}: the upload failed ({one_line(e)}); {directory} is complete, try "
-            f"again with: hf upload {repo} {directory}"
+            f"again with: {command('hf', 'upload', repo, directory)}"
         ) from None
     return str(address)

@@ -7,14 +7,18 @@ parent.
 import fcntl
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.limits import read_bounded
+
+LARGEST_JSON = 256 << 20
+"""Bytes; the largest tokenizers take 40 million."""
 
 
 def fsync_path(path: Path) -> None:
@@ -49,11 +53,11 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     missing = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(target)
-    prefix = f".{target.name}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=target.parent))
+    unique = f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = target.parent / unique
+    temporary.mkdir()  # not mkdtemp: who may read it is the umask's to say
     try:
         yield temporary
-        temporary.chmod(0o755)
         fsync_tree(temporary)
         swap_directory(temporary, target)
     finally:
@@ -147,13 +151,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: the file is missing, is not JSON, or holds something else than an object.
+        InputError: the file is missing, too large, is not JSON, or holds something else than an
+            object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, LARGEST_JSON).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # nesting without end, numbers of many digits
         raise InputError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object")

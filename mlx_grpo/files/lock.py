@@ -29,11 +29,21 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)
+        if mine(directory):
+            (directory / LOCK).unlink()
         file.close()
         for place in made:
-            if not any(place.iterdir()):
+            if place.is_dir() and not any(place.iterdir()):
                 place.rmdir()
+
+
+def mine(directory: Path) -> bool:
+    """Whether this process holds the lock of what is now at `directory`: not if the directory that
+    it locked was moved or deleted, or another put in its place."""
+    try:
+        return (directory / LOCK).read_text(encoding="utf-8") == f"{os.getpid()}\n"
+    except OSError:
+        return False
 
 
 def held(directory: Path) -> bool:

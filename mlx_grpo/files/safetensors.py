@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import check_regular
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import fsync_path
 
@@ -18,6 +19,8 @@ BITS = {
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
 """Bits per value of the dtypes of safetensors."""
+LONGEST_HEADER = 100_000_000
+"""Bytes, as the format's own library allows."""
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
@@ -26,20 +29,25 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the header cannot be read.
     """
+    check_regular(file)
     try:
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
+            if length > LONGEST_HEADER:
+                raise ValueError(f"header of {length:,} bytes")
             if length > file.stat().st_size:
                 raise ValueError("header longer than the file")
             header = json.loads(f.read(length))
             header.pop("__metadata__", None)
             for name, info in header.items():
                 begin, end = info["data_offsets"]
+                if not 0 <= begin <= end:
+                    raise ValueError(f"tensor '{name}' lies outside of the data")
                 if 8 * (end - begin) != BITS[info["dtype"]] * math.prod(info["shape"]):
                     raise ValueError(f"tensor '{name}' has another size than its shape says")
                 if 8 + length + end > file.stat().st_size:
                     raise ValueError(f"cut short within tensor '{name}'")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{file}: not a whole safetensors file ({one_line(e)})") from None
     return header
 

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model
 
 from mlx_grpo.core.errors import InputError, one_line
+from mlx_grpo.core.limits import check_directory
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import file_stamp
 from mlx_grpo.files.safetensors import safetensors_header
@@ -21,6 +22,9 @@ EXACT_UP_TO = "mlx_grpo_exact_up_to"
 """Field of a converted config.json: how many tokens mlx-lm computes as the source does."""
 Stamps = tuple[tuple[int, int, int], ...]
 """Of the weight files of a model directory: they change with the files."""
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_nextn_predict_layers")
+MOST_LAYERS = 1024
+"""The deepest models have 130."""
 
 
 def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -33,13 +37,16 @@ def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(
             f"{path}: no model here (config.json is missing); make one with 'mlx-grpo convert'"
         )
-    renamed = rope_fields(read_json(path / "config.json"))
+    check_directory(path)
+    config = read_json(path / "config.json")
+    check_layers(path / "config.json", config)
+    renamed = rope_fields(config)
     try:
         with _without_patterns(path) as plain:
             found: tuple[nn.Module, dict[str, Any]] = load_model(
                 plain, lazy=True, model_config=renamed, trust_remote_code=False
             )
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as e:
+    except Exception as e:  # the model code of mlx-lm asserts and raises what it likes
         raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
     return found
 
@@ -65,6 +72,18 @@ def check_length(path: Path, config: Mapping[str, Any], tokens: int) -> None:
             f"--max-prompt-length and --max-completion-length together allow {tokens}. Choose "
             "shorter ones, or convert it again with --allow-mismatch"
         )
+
+
+def check_layers(place: Path, config: dict[str, Any]) -> None:
+    """Raise InputError for a number of layers that no model has: each is built as modules before
+    its weights are missed."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in LAYERS:
+            if isinstance(count := part.get(name), int | float) and count > MOST_LAYERS:
+                raise InputError(
+                    f"{place}: field '{name}' is {count}; a model has at most {MOST_LAYERS}"
+                )
 
 
 def weight_stamps(path: Path) -> Stamps:

@@ -1,6 +1,5 @@
 """The words and tables of a report, and the page they stand on."""
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.live import duration
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
 from mlx_grpo.report.health import Row
 from mlx_grpo.report.record import Record, gold_names
+from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
@@ -58,7 +59,7 @@ def render(records: Sequence[Record], title: str) -> str:
         over=over,
         examples=examples,
         settings=settings_table,
-        command=command,
+        command=training_command,
     )
 
 
@@ -87,7 +88,7 @@ def pace(r: Record) -> str:
 
 def going_on(r: Record) -> str:
     """What to type to go on with a run."""
-    return f"mlx-grpo train --resume --output {shlex.quote(str(r.run))}"
+    return resume_command(r.run)
 
 
 def summary(r: Record) -> list[str]:
@@ -186,7 +187,7 @@ def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:
     ]
 
 
-def command(r: Record) -> str:
+def training_command(r: Record) -> str:
     """What to type to train the run again, beside the first one."""
     words = ["mlx-grpo", "train"]
     values = flat_values(r.config)
@@ -197,8 +198,8 @@ def command(r: Record) -> str:
         elif value == s.default and s.flat != "seed":
             continue
         for one in value if s.flat in REPEATED else [value]:
-            words += [flag_of(s.flat), shlex.quote(_text(one))]
-    return " ".join(words)
+            words += [flag_of(s.flat), _text(one)]
+    return command(*words)
 
 
 def _text(value: Any) -> str:

@@ -18,6 +18,21 @@ from mlx_grpo.report.health import Finding, Row, findings
 from mlx_grpo.run import log
 from mlx_grpo.run.checkpoint import step_directories
 from mlx_grpo.run.directory import CHECKPOINTS, run_settings
+from mlx_grpo.run.fields import (
+    FIGURE,
+    MAYBE,
+    NUMBER,
+    TABLE,
+    TEXT,
+    WHOLE,
+    Kind,
+    check_fields,
+    check_kind,
+)
+
+ITERATION = {"kl/target": NUMBER, "time/iteration": NUMBER}
+EVALUATION: dict[str, Kind] = {"eval_kl": MAYBE, "eval_best": (bool,)}
+ANSWER = {"id": TEXT, "step": WHOLE, "prompt": TEXT, "completion": TEXT, "reward": MAYBE}
 
 
 @dataclass(frozen=True)
@@ -112,9 +127,13 @@ def read(run: Path, running: bool) -> Record:
     """
     config = run_settings(run)
     rows = _log(run / log.METRICS)
+    for number, row in enumerate(rows, 1):
+        _check_figures(f"{run / log.METRICS}:{number}", row)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
     answers = _log(run / log.EVAL_COMPLETIONS)
+    for number, answer in enumerate(answers, 1):
+        check_fields(f"{run / log.EVAL_COMPLETIONS}:{number}", answer, ANSWER)
     curve = (
         [] if config.reward.model == "none" else _log(Path(config.reward.model) / LEARNING_CURVE)
     )
@@ -122,13 +141,25 @@ def read(run: Path, running: bool) -> Record:
 
 
 def _log(path: Path) -> list[Row]:
-    try:
-        return log.read(path) if path.is_file() else []
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON lines ({e}); restore it or remove it") from e
+    return log.read(path) if path.is_file() else []
+
+
+def _check_figures(place: str, row: Row) -> None:
+    """Raise InputError unless a row of metrics.jsonl has what a page is made of."""
+    check_fields(place, row, {"step": WHOLE})
+    if "reward" in row:
+        check_fields(place, row, ITERATION)
+    if "eval_reward" in row:
+        check_fields(place, row, EVALUATION)
+    for name, value in row.items():
+        if name != "skipped":  # which names a stage
+            check_kind(place, name, value, FIGURE)
 
 
 def _origin(run: Path) -> Row:
     steps = step_directories(run / CHECKPOINTS)
-    state = read_json(steps[0] / "state.json") if steps else {}
-    return {name: state.get(name, {}) for name in ("versions", "inputs")}
+    place = steps[0] / "state.json" if steps else None
+    state = read_json(place) if place else {}
+    found = {name: state.get(name, {}) for name in ("versions", "inputs")}
+    check_fields(str(place), found, dict.fromkeys(found, TABLE))
+    return found

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import write_text
 from mlx_grpo.files.lock import held
@@ -45,8 +46,8 @@ def try_report(
     try:
         return write_report(runs, running=running)
     except Exception as e:
-        names = " ".join(map(str, runs))
-        warn(f"{REPORT} not written ({one_line(e)}); try: mlx-grpo report {names}")
+        again = command("mlx-grpo", "report", *runs)
+        warn(f"{REPORT} not written ({one_line(e)}); try: {again}")
         return None
 
 

@@ -12,7 +12,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import sha256
-from mlx_grpo.rewards.process import RewardProcess
+from mlx_grpo.rewards.process import RewardProcess, no_relay
 from mlx_grpo.rewards.worker import RewardError, call
 
 Scores = list[float | None]
@@ -72,13 +72,21 @@ class CustomReward:
             ) from e
 
 
-def load_reward(spec: str, weight: float = 1.0, timeout: float = 60.0) -> CustomReward:
+def load_reward(
+    spec: str,
+    weight: float = 1.0,
+    timeout: float = 60.0,
+    relay: Callable[[str], None] = no_relay,
+) -> CustomReward:
     """Load `module:function` or `path/file.py:function` in a process of its own.
+
+    Args:
+        relay: told each line that the function prints.
 
     Raises:
         InputError: no such module, file or function.
     """
-    process = RewardProcess(spec, timeout)
+    process = RewardProcess(spec, timeout, relay)
     return CustomReward(spec.rpartition(":")[2], process, weight, process.file)
 
 

@@ -3,7 +3,8 @@ whatever it is doing.
 
 Run by path (`rewards.py` does), standard library only, so that it starts in no time and takes no
 memory of its own. A line of JSON in, a line of JSON out: first `{"file": ...}` once the function is
-loaded, then `{"scores": [...]}` for each `{"arguments": {...}}`, or `{"error": "..."}`.
+loaded, then `{"scores": [...]}` for each `{"request": 1, "arguments": {...}}`, or
+`{"error": "..."}`; each with the number of the request (0 for the first) and of this process.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -219,24 +221,31 @@ def serve(spec: str, timeout: float) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what the function prints is not a reply
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # nothing that it prints fails, or is lost at its end
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    own = os.getpid()
 
-    def reply(value: dict[str, Any]) -> None:
-        replies.write(json.dumps(value) + "\n")
+    def reply(request: int, value: dict[str, Any]) -> None:
+        if os.getpid() != own:  # a process that the function forked, and that returned as well
+            os._exit(0)
+        replies.write(json.dumps({"process": own, "request": request, **value}) + "\n")
         replies.flush()
 
     try:
         function = load_function(spec)
-        reply({"file": source_file(function)})
+        reply(0, {"file": source_file(function)})
     except RewardError as e:
-        reply({"error": str(e)})
+        reply(0, {"error": str(e)})
         return
     for line in requests:
+        request = json.loads(line)
         # should the trainer be gone by then, the system ends a function that never returns
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
         try:
-            reply({"scores": call(function, json.loads(line)["arguments"])})
+            reply(request["request"], {"scores": call(function, request["arguments"])})
         except RewardError as e:
-            reply({"error": str(e)})
+            reply(request["request"], {"error": str(e)})
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -16,6 +16,7 @@ from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.files.manifest import MANIFEST, verify_manifest, write_manifest
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.run.fields import WHOLE, check_fields
 
 ARRAYS = ("adapter", "optimizer")
 
@@ -33,6 +34,7 @@ class Checkpoint:
 def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `directory/step-NNNNNN`, move the pointer, prune all but the newest `keep`."""
     target = directory / f"step-{checkpoint.iteration:06d}"
+    directory.mkdir(exist_ok=True)  # without parents: a run that was moved is not begun anew
     with atomic_directory(target, replace=True) as temporary:
         contents = {"adapter": checkpoint.adapter, "optimizer": checkpoint.optimizer}
         for name, arrays in contents.items():
@@ -71,6 +73,7 @@ def load(path: Path) -> Checkpoint:
     if not {f"{n}.safetensors" for n in ARRAYS} <= manifest.get("files", {}).keys():
         raise InputError(f"{path / MANIFEST}: missing, or does not list the arrays")
     state = read_json(path / "state.json")
+    check_fields(str(path / "state.json"), state, {"iteration": WHOLE})
     adapter, optimizer = (load_arrays(path / f"{name}.safetensors") for name in ARRAYS)
     if _tensors({"adapter": adapter, "optimizer": optimizer}) != manifest.get("tensors"):
         raise InputError(f"{path / MANIFEST}: tensors differ from the files")

@@ -1,7 +1,7 @@
 """A run on disk: configuration, logs, checkpoints, adapters; opened, saved, restored."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,26 @@ import mlx.optimizers as optim
 
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config, to_toml
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.dates import today
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.types import Completion, Group, Parameters, Prompt
-from mlx_grpo.files.atomic import atomic_directory, clear_debris, need_space, write_text
+from mlx_grpo.files.atomic import (
+    atomic_directory,
+    clear_debris,
+    need_space,
+    read_json,
+    write_text,
+)
+from mlx_grpo.files.lock import mine
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
 from mlx_grpo.models.optimizer import optimizer_arrays, set_optimizer_arrays
 from mlx_grpo.run import checkpoint, log, provenance
+from mlx_grpo.run.fields import check_not_newer, check_state
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -74,15 +83,40 @@ def is_run(run: Path) -> bool:
     return (run / CONFIG).is_file()
 
 
-def run_settings(run: Path) -> TrainConfig:
-    """The settings of the run in a directory.
+def in_place(run: Path) -> bool:
+    """Whether the run that this process writes is still in its directory."""
+    return is_run(run) and mine(run)
+
+
+def check_in_place(run: Path) -> None:
+    """Raise InputError if the directory that this process writes to is there no more."""
+    if not mine(run):
+        raise InputError(
+            f"{run}: moved, deleted or replaced while the run went on; nothing more was written. "
+            f"Put it back, then go on from its last checkpoint: {resume_command(run)}"
+        )
+
+
+def resume_command(run: Path) -> str:
+    """What to type to go on with a run."""
+    return command("mlx-grpo", "train", "--resume", "--output", run)
+
+
+def run_settings(run: Path, flags: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The settings of the run in a directory, with flags that change them.
 
     Raises:
-        InputError: no run there, or its settings are damaged.
+        InputError: no run there, one of a newer mlx-grpo, or its settings are damaged.
     """
     if not is_run(run):
         raise InputError(f"{run}: no run here ({CONFIG} is missing)")
-    return build_config(run / CONFIG)
+    try:
+        return build_config(run / CONFIG, flags)
+    except InputError:
+        for step in checkpoint.step_directories(run / CHECKPOINTS)[:1]:
+            if (step / "state.json").is_file():
+                check_not_newer(str(run), read_json(step / "state.json"))
+        raise
 
 
 def with_date(config: TrainConfig, resume: bool) -> TrainConfig:
@@ -146,6 +180,7 @@ def save(
     Raises:
         InputError: the disk is too full; the checkpoints before are untouched.
     """
+    check_in_place(run)
     size = sum(v.nbytes for part in (now.adapter, now.optimizer) for v in part.values())
     need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
     log.flush(run)
@@ -189,8 +224,10 @@ def restore(
         write_text(run / CONFIG, to_toml(config))
         return state, []
     saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
+    check_not_newer(str(run), saved.state)
     if "inputs" not in saved.state:
         raise InputError(f"{run}: made by an older mlx-grpo; start anew in another --output")
+    check_state(str(run / CHECKPOINTS / f"step-{saved.iteration:06d}" / "state.json"), saved.state)
     warnings = [f"checkpoint skipped: {reason}" for reason in skipped]
     changes = provenance.differences(saved.state, about)
     if changes and not allow_change:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import fsync_path
 
 METRICS = "metrics.jsonl"
@@ -53,7 +54,21 @@ def cut(path: Path, size: int) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a log."""
+    """All whole rows of a log.
+
+    Raises:
+        InputError: a line is not a JSON object.
+    """
     # not splitlines(): it also splits at characters that JSON leaves inside a text
-    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_row(f"{path}:{number}", line) for number, line in enumerate(whole, 1)]
+
+
+def _row(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{place}: not valid JSON ({e}); restore the file or remove it") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: must be a JSON object, not {type(row).__name__}")
+    return row

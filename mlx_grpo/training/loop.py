@@ -68,7 +68,7 @@ def train(
             writer: Writer = RunWriter(learner, run, ui, about) if ranks.leads else SilentWriter()
             state = writer.start(state, resume, allow_change)
             state = share_state(ranks, state, learner.roles.actor.model, learner.optimizer)
-            with writer.writing(state), stop_signals() as safe_point:
+            with writer.writing(state), stop_signals(lambda: ui.reader_gone) as safe_point:
                 return _loop(learner, state, writer, ui, ranks.watching(safe_point))
 
 
@@ -135,12 +135,11 @@ def _loop(
                 check_adapter(ranks, actor, done.state.iteration)
                 writer.iterated(done)
                 state = done.state
-        except Exception as reason:
+        except (Exception, SystemExit) as reason:  # libraries may call sys.exit
             before.put_back(actor, optimizer)
-            if state.iteration and state != saved:
-                writer.save(state, before)
             stopped = isinstance(reason, StopRequested)
-            writer.ended_early(stopped)
+            unsaved = state.iteration > 0 and state != saved
+            writer.ended_early(stopped, (state, before) if unsaved else None)
             if not stopped:
                 raise
             ranks.stopped()

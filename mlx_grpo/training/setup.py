@@ -140,7 +140,7 @@ def load_evaluator(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom = _custom_rewards(config, functions or {})
+    custom = _custom_rewards(config, functions or {}, ui)
     rows = read_prompts(Path(config.evaluation.prompts), config.columns)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
@@ -171,7 +171,7 @@ def load_evaluator(
 
 
 def _custom_rewards(
-    config: TrainConfig, functions: Mapping[str, UserFunction]
+    config: TrainConfig, functions: Mapping[str, UserFunction], ui: Console
 ) -> tuple[CustomReward, ...]:
     weights = config.reward.weights or (1.0,) * len(config.reward.functions)
     weighted = [
@@ -186,7 +186,7 @@ def _custom_rewards(
     return tuple(
         given_reward(spec, weight, functions)
         if spec.startswith(PYTHON)
-        else load_reward(spec, weight, config.reward.timeout)
+        else load_reward(spec, weight, config.reward.timeout, ui.relay)
         for spec, weight in weighted
     )
 

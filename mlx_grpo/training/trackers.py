@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.config.settings import TrackerName, TrainConfig, flat_values
+from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.files.atomic import write_text
 
@@ -36,8 +37,8 @@ def check_installed(trackers: Sequence[TrackerName]) -> None:
         spec = importlib.util.find_spec(MODULES[tracker])
         if spec is None or spec.origin is None:  # none: a directory of that name, as wandb makes
             raise InputError(
-                f"--log {tracker}: {MODULES[tracker]} is not installed; type: pip install "
-                f"'mlx-grpo[{tracker}]'"
+                f"--log {tracker}: {MODULES[tracker]} is not installed; type: "
+                + command("pip", "install", f"mlx-grpo[{tracker}]")
             )
 
 

@@ -18,7 +18,8 @@ from mlx_grpo.run import directory, log
 from mlx_grpo.run.directory import Snapshot
 from mlx_grpo.training.trackers import Tracker, open_trackers
 
-RESUME = "stopped early; resume with: mlx-grpo train --resume --output {run}"
+Unsaved = tuple[RunState, Snapshot]
+RESUME = "stopped early; resume with: {command}"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Writer(Protocol):
     def save(self, state: RunState, before: Snapshot) -> None:
         """A checkpoint is due."""
 
-    def ended_early(self, stopped: bool) -> None:
-        """A stop was asked for, or a turn failed."""
+    def ended_early(self, stopped: bool, unsaved: Unsaved | None) -> None:
+        """A stop was asked for, or a turn failed; the last good state, where it was not saved."""
 
     def finish(self, state: RunState) -> None:
         """After the last turn."""
@@ -73,7 +74,7 @@ class SilentWriter:
 
     def save(self, state: RunState, before: Snapshot) -> None: ...
 
-    def ended_early(self, stopped: bool) -> None: ...
+    def ended_early(self, stopped: bool, unsaved: Unsaved | None) -> None: ...
 
     def finish(self, state: RunState) -> None: ...
 
@@ -124,13 +125,14 @@ class RunWriter:
             raise
 
     def _say_how_to_resume(self) -> None:
-        if directory.is_run(self.run):
-            self.ui.warn(RESUME.format(run=self.run))
+        if directory.in_place(self.run):
+            self.ui.warn(RESUME.format(command=directory.resume_command(self.run)))
 
     def evaluated(self, evaluated: Evaluated) -> None:
         """Log an evaluation, and keep the adapter if it is the best so far."""
         step, evaluation = evaluated.state.iteration, evaluated.evaluation
         config = self.learner.config
+        directory.check_in_place(self.run)
         if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
             self._check_rewards(evaluation)
             directory.open_new(self.run, config)
@@ -155,6 +157,7 @@ class RunWriter:
     def iterated(self, done: Iteration) -> None:
         """Log an iteration."""
         run, ui, config, step = self.run, self.ui, self.learner.config.run, done.state.iteration
+        directory.check_in_place(run)
         log.append(run / log.METRICS, done.metrics)
         self._track(done.metrics)
         directory.log_completions(run, step, done.groups, done.raw_PK)
@@ -170,18 +173,25 @@ class RunWriter:
             )
 
     def save(self, state: RunState, before: Snapshot) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            InputError: the disk is too full, or the directory is not there any more.
+        """
         directory.save(self.run, self.learner.config, state, before, self.about)
 
-    def ended_early(self, stopped: bool) -> None:
-        """Bring the report up to date: it must not say that the run still goes on."""
-        if directory.is_run(self.run):
+    def ended_early(self, stopped: bool, unsaved: Unsaved | None) -> None:
+        """Save, and bring the report up to date: it must not say that the run still goes on."""
+        if directory.in_place(self.run):
+            if unsaved:
+                self.save(*unsaved)
             try_report([self.run], self.ui.warn)
         if stopped:
             self._say_how_to_resume()
 
     def finish(self, state: RunState) -> None:
         """Write `final/` and the last report."""
+        directory.check_in_place(self.run)
         directory.save_named_adapter(self.run, "final", self.learner.roles.actor.model)
         try_report([self.run], self.ui.warn)
         if state.best.step is None:

@@ -76,12 +76,28 @@ def test_between_iterations_it_says_what_is_being_done(view: LiveView) -> None:
     assert "held-out answers 3/12" in picture(view)
 
 
-@pytest.mark.parametrize("width", [80, 60, 40])
-def test_it_never_wraps(view: LiveView, width: int) -> None:
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 30, 20])
+def test_no_figure_is_lost_and_no_line_too_long_however_narrow(view: LiveView, width: int) -> None:
     with view.stage(31, "reward"):
         lines = picture(view, width).splitlines()
     assert max(map(len, lines)) <= width
-    assert len(lines) == len(picture(view, 120).splitlines())
+    seen = " ".join(" ".join(lines).split())
+    for text in (
+        *("30/60", "11 min 00 s left", "31:", "reward", "+3.000", "+1.00 in 10", "0.0180"),
+        *("target 0.02", "0.020", "37 tokens", "30%", "10%", "120 tok/s", "80 tok/s", "1.10 GB"),
+        *("22 s", "clip fraction", "dead groups", "peak memory"),
+    ):
+        assert text in seen, text
+
+
+@pytest.mark.parametrize("width", [100, 60, 40, 20])
+def test_a_table_loses_no_figure_however_narrow(width: int) -> None:
+    ui = terminal(width)
+    rows = [("KL to the SFT model, nats/token", "0.0000", "0.1234"), ("length", "41.0", "37.5")]
+    ui.table("12 held-out prompts", ("", "SFT model", "after GRPO"), rows)
+    seen = ESCAPES.sub("", written(ui))
+    for text in ("SFT model", "after GRPO", *(cell for row in rows for cell in row)):
+        assert text in seen, text
 
 
 def test_before_the_first_iteration_there_is_a_view_too() -> None:

@@ -4,11 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mlx_grpo.core.stopping import SIGNALS, StopRequested, never_stop, stop_signals
+
+
+@pytest.fixture(autouse=True)
+def hang_ups_are_heard() -> Iterator[None]:
+    """Even where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -21,6 +30,32 @@ def test_the_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -
             with pytest.raises(StopRequested):
                 safe_point()
     assert [signal.getsignal(s) for s in SIGNALS] == before
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_hang_up_after_the_first_signal_does_not_end_the_saving(first: signal.Signals) -> None:
+    with stop_signals() as safe_point:
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), signal.SIGHUP)  # the terminal's, then the shell's, or systemd's
+        with pytest.raises(StopRequested):
+            safe_point()
+
+
+def test_hang_ups_that_are_ignored_stay_so() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with stop_signals() as safe_point:
+        os.kill(os.getpid(), signal.SIGHUP)
+        safe_point()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_something_else_may_ask_for_a_stop() -> None:
+    asked: list[int] = []
+    with stop_signals(lambda: bool(asked)) as safe_point:
+        safe_point()
+        asked.append(1)
+        with pytest.raises(StopRequested):
+            safe_point()
 
 
 def test_a_stage_on_its_own_never_stops() -> None:

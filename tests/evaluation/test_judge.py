@@ -3,6 +3,8 @@
 import json
 import sys
 import threading
+import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +17,7 @@ from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, Group, Prompt
+from mlx_grpo.evaluation import judge as judge_module
 from mlx_grpo.evaluation.judge import Judge, Verdicts, compare_answers, outcome, question, verdict
 from mlx_grpo.training.loop import train
 
@@ -41,7 +44,8 @@ class Stub:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                for piece in body.pieces() if isinstance(body, Endless) else (body,):
+                    self.wfile.write(piece)
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -240,6 +244,139 @@ def test_the_key_is_sent_and_not_shown(serve: Serve) -> None:
     assert KEY not in repr(judge)
     Judge(stub.url, "m").ask("x")
     assert None in stub.keys
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://[::1", "http://[::1/v1", "http://[nonsense]/v1", "http://h:port/v1"),
+        *("http://h:99999/v1", "http://h:0/v1", "http://a b/v1", "http://h/\x1b]52;c;aGk=\x07"),
+        *("http://h/v1\nX: y", "http://münchen.example/v1", "http://h/naïve", "http://:80/v1"),
+    ],
+)
+def test_an_odd_url_is_no_traceback(url: str) -> None:
+    with pytest.raises(InputError, match=r"not a URL; write it like") as refusal:
+        Judge(url, "m")
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-ключ", "sk-\x00", "“sk-quoted”", "sk-\ud83d"])
+def test_a_key_that_no_header_can_hold_is_named_and_not_shown(key: str) -> None:
+    with pytest.raises(InputError, match="OPENAI_API_KEY: holds characters that no key") as refusal:
+        Judge("http://localhost/v1", "m", key)
+    assert "sk-" not in str(refusal.value)
+
+
+def test_a_query_is_sent_along_and_its_values_are_not_shown(serve: Serve) -> None:
+    replies: Iterator[str | Reply] = iter(["A", (403, b"no, not with qwertz", {})])
+    stub = serve(lambda _: next(replies))
+    judge = Judge(f"{stub.url}/?api-version=7&key=qwertz#top", "m")
+    judge.ask("x")
+    assert stub.requests[0]["path"] == "/v1/chat/completions?api-version=7&key=qwertz"
+    with pytest.raises(InputError) as failure:
+        judge.ask("x")
+    line = str(failure.value)
+    assert f"--judge {stub.url}/?api-version=***&key=***" in line
+
+
+@pytest.mark.parametrize(("login", "sent"), [("me:pass%3Aword", "me:pass:word"), ("me", "me:")])
+def test_user_and_password_of_a_url_are_sent_and_not_shown(
+    serve: Serve, login: str, sent: str
+) -> None:
+    body = f"bad login pass%3Aword {b64encode(sent.encode()).decode()}".encode()
+    stub = serve(lambda _: (401, body, {}))
+    with pytest.raises(InputError) as failure:
+        Judge(stub.url.replace("//", f"//{login}@"), "m").ask("x")
+    line = str(failure.value)
+    assert stub.keys == {f"Basic {b64encode(sent.encode()).decode()}"}
+    assert "//***@127.0.0.1" in line and "me:" not in line
+    assert b64encode(sent.encode()).decode() not in line
+    assert login == "me" or "pass" not in line.replace("OPENAI", "")
+
+
+DEEP = b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (b"x" * (5 << 20), "a reply of more than 1 MB"),
+        (DEEP, "the reply is not a chat completion"),
+        (b'{"choices": []}', "the reply is not a chat completion"),
+        (b'{"choices": [{"message": {"content": 3}}]}', "the reply is not a chat completion"),
+        (b'{"choices": [' + b"9" * 5000 + b"]}", "the reply is not a chat completion"),
+        (b"\xff\xfe", "the reply is not a chat completion"),
+        (b"[]", "the reply is not a chat completion"),
+    ],
+)
+def test_a_reply_of_another_kind_or_size_is_said_in_a_line(
+    serve: Serve, body: bytes, complaint: str
+) -> None:
+    stub = serve(lambda _: (200, body, {}))
+    with pytest.raises(InputError, match=complaint):
+        Judge(stub.url, "m").ask("x")
+
+
+def test_no_more_of_a_large_reply_is_read_than_a_verdict_takes(serve: Serve) -> None:
+    sent: list[int] = []
+    stub = serve(lambda _: (200, Endless(sent), {}))
+    with pytest.raises(InputError, match="a reply of more than 1 MB"):
+        Judge(stub.url, "m").ask("x")
+    stub.close()
+    assert sum(sent) < 64 << 20  # what the system's buffers take beyond it
+
+
+class Endless(bytes):
+    """A body of a gigabyte that is made while it is sent."""
+
+    def __new__(cls, sent: list[int]) -> "Endless":
+        made = super().__new__(cls)
+        made.sent = sent  # type: ignore[attr-defined]
+        return made
+
+    def pieces(self) -> Iterator[bytes]:
+        for _ in range(1024):
+            self.sent.append(1 << 20)  # type: ignore[attr-defined]
+            yield b"x" * (1 << 20)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dripping(Endless):
+        def pieces(self) -> Iterator[bytes]:
+            for _ in range(600):
+                time.sleep(0.05)
+                yield b" "
+
+    stub = serve(lambda _: (200, Dripping([]), {}))
+    with pytest.raises(InputError, match=r"no reply in 0\.2 s"):
+        Judge(stub.url, "m", timeout=0.2).ask("x")
+
+
+@pytest.mark.parametrize("asked", ["²", "9" * 500, "-1", "soon", ""])
+def test_any_retry_after_is_borne(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(judge_module.time, "sleep", slept.append)
+    headers = {"Retry-After": asked.encode("utf-8").decode("latin-1")}
+    replies: Iterator[str | Reply] = iter([(503, b"wait", headers), "A"])
+    stub = serve(lambda _: next(replies))
+    assert Judge(stub.url, "m").ask("x") == "A"
+    assert 0 <= slept[0] <= 30
+
+
+def test_a_reply_that_steers_the_terminal_is_shown_as_it_is(serve: Serve) -> None:
+    evil = "\x1b]52;c;ZXZpbA==\x07\x1b[2J"
+    stub = serve(lambda _: (400, evil.encode(), {}))
+    with pytest.raises(InputError) as failure:
+        Judge(stub.url, "m").ask("x")
+    assert "\x1b" not in str(failure.value) and "\\x1b]52" in str(failure.value)
+    stub = serve(lambda _: evil)
+    with pytest.raises(InputError) as failure:
+        compare_answers(Judge(stub.url, "m"), groups("x"), groups("c"))
+    assert "\x1b" not in str(failure.value) and "\\x1b]52" in str(failure.value)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
 
 def test_the_command_on_the_page_is_the_run_again(run: Path, tmp_path: Path) -> None:
     record = read(write_run(tmp_path / "other", kl_targets=(0.1, 0.05), K=8), False)
-    typed = page.command(record).split()
+    typed = page.training_command(record).split()
     assert typed[:2] == ["mlx-grpo", "train"]
     flags = dict(zip(typed[2::2], typed[3::2], strict=True))
     names = {f.removeprefix("--").replace("-", "_"): v for f, v in flags.items()}
@@ -199,7 +199,7 @@ def test_the_learning_curve_of_the_reward_model_is_drawn(tmp_path: Path) -> None
     [
         (lambda run: (run / "config.toml").unlink(), r"no run here"),
         (lambda run: (run / "metrics.jsonl").unlink(), r"nothing to report before"),
-        (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics.jsonl: not valid JSON"),
+        (lambda run: (run / "metrics.jsonl").write_text("{\n"), r"metrics.jsonl:1: not valid JSON"),
     ],
 )
 def test_a_directory_without_a_report_in_it_gets_one_line(

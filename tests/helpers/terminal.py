@@ -1,0 +1,127 @@
+"""A terminal of our own: a program runs on a pseudo-terminal, and a screen keeps what a person has
+seen, that which scrolled away included."""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pyte
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120.0
+"""Seconds after which a program that says nothing more is taken to hang."""
+
+
+def _at_a_terminal() -> None:
+    """As a person's shell starts a program, even where these tests run under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Terminal:
+    """A program on a screen of `columns` x `lines`."""
+
+    def __init__(
+        self,
+        command: list[str],
+        columns: int = 80,
+        lines: int = 24,
+        stderr: Any = None,
+        **environment: str,
+    ):
+        self.screen = pyte.HistoryScreen(columns, lines, history=100_000, ratio=1.0)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        """All that the program wrote."""
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "CI")}
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=stderr or slave,
+            env={
+                **inherited,
+                "TERM": "xterm-256color",
+                "PYTHONPATH": str(ROOT),
+                **environment,
+            },
+            start_new_session=True,
+            preexec_fn=_at_a_terminal,
+        )
+        os.close(slave)
+
+    def until(self, text: str) -> None:
+        """Read until the screen shows `text`."""
+        while text not in self.seen():
+            assert self._read(), f"ended without {text!r}:\n{self.seen()}"
+
+    def send(self, keys: bytes) -> None:
+        """Type."""
+        os.write(self._master, keys)
+
+    def hang_up(self) -> None:
+        """Close the terminal, as the window's button does."""
+        os.close(self._master)
+        self._master = -1
+
+    def end(self) -> int:
+        """Read all there is to come; the exit status."""
+        while self._master >= 0 and self._read():
+            pass
+        status = self.process.wait(PATIENCE)
+        if self._master >= 0:
+            os.close(self._master)
+        return status
+
+    def kill(self) -> None:
+        """End the program whatever it does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _read(self) -> bool:
+        end = time.monotonic() + PATIENCE
+        while not select.select([self._master], [], [], 0.5)[0]:
+            assert time.monotonic() < end, f"hangs:\n{self.seen()}"
+        try:
+            found = os.read(self._master, 65536)
+        except OSError:  # how Linux says that the other side is closed
+            found = b""
+        self.raw += found
+        self._stream.feed(found)
+        return bool(found)
+
+    def seen(self) -> str:
+        """What is on the screen and above it; a line that was wrapped is one again."""
+        width = self.screen.columns
+        rows = [
+            *self.screen.history.top,
+            *(self.screen.buffer[i] for i in range(self.screen.lines)),
+        ]
+        text = ""
+        for row in rows:
+            line = "".join(row[x].data for x in range(width)).rstrip()
+            text += line if len(line) == width else f"{line}\n"
+        return text.rstrip()
+
+
+def python(script: str, **named: Any) -> Terminal:
+    """A Python program on a terminal."""
+    return Terminal([sys.executable, "-c", script], **named)
+
+
+def mlx_grpo(*arguments: str, **named: Any) -> Terminal:
+    """A command of ours on a terminal."""
+    return Terminal([sys.executable, "-m", "mlx_grpo", *arguments], **named)
