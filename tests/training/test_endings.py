@@ -70,7 +70,7 @@ def test_a_reader_that_has_seen_enough_loses_no_work(command: list[str], tmp_pat
     told = running.stderr.read()
     assert running.wait(60) == 130
     assert told == (
-        "warning: stopped early; go on with: mlx-grpo train --resume --output "
+        "warning: stopped early; resume with: mlx-grpo train --resume --output "
         f"{shlex.quote(str(tmp_path / 'run'))}\n"
     )
     assert_kept(tmp_path / "run")
@@ -100,7 +100,7 @@ def test_ctrl_c_on_a_terminal_leaves_the_warnings_the_picture_and_the_hint(
     shells[0].send(b"\x03")
     assert shells[0].end() == 130
     seen = shells[0].seen()
-    assert seen.count("warning: stopped early; go on with: mlx-grpo train --resume") == 1, seen
+    assert seen.count("warning: stopped early; resume with: mlx-grpo train --resume") == 1, seen
     assert seen.count("said by the reward") >= 6, seen
     assert [seen.count(piece) for piece in ("iterations ━", "peak memory")] == [1, 1], seen
     log = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -118,7 +118,7 @@ def test_ctrl_c_through_tee_ends_as_without_it(
     assert shells[0].end() == 0
     seen = shells[0].seen()
     assert "code 130" in seen, seen
-    assert "go on with: mlx-grpo train --resume --output" in seen, seen  # past tee, which has ended
+    assert "resume with: mlx-grpo train --resume --output" in seen, seen  # past tee, which has ended
     assert_kept(tmp_path / "run")
 
 

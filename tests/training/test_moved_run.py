@@ -87,7 +87,7 @@ def test_nothing_is_written_where_the_run_was(
         train(config, QUIET)
     assert contents(run) == after
     assert run.exists() == (change is replaced)
-    assert "go on with" not in capsys.readouterr().err  # there is nothing to go on with
+    assert "resume with" not in capsys.readouterr().err  # there is nothing to resume
 
 
 def test_it_goes_on_once_it_is_back(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
