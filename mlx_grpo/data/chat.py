@@ -1,5 +1,6 @@
 """Conversations and chat templates: messages to token ids, and the tokenizer that does it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,29 @@ def prompt_tokens(
     Raises:
         InputError: the template refuses the conversation, as Gemma's does with a system message.
     """
+    return encoded(tokenizer, [prompt_text(place, tokenizer, messages)])[0]
+
+
+def prompt_text(place: str, tokenizer: Any, messages: tuple[dict[str, str], ...]) -> str:
+    """What `prompt_tokens` encodes.
+
+    Raises:
+        InputError: as there.
+    """
     try:
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=False, enable_thinking=False
         )
     except Exception as e:  # a template is a program from elsewhere, in its sandbox: anything
         raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return text
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts that a chat template has written, many at a time: a fast tokenizer then
+    works on all processors."""
+    whole = tokenizer._tokenizer  # mlx-lm's wrapper encodes one text at a time only
+    return [tuple(ids) for ids in whole(list(texts), add_special_tokens=False)["input_ids"]]
 
 
 def answer_tokens(

@@ -32,7 +32,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as e:  # a number of thousands of digits, deep nesting
             raise InputError(f"{path}:{number}: not usable JSON ({e})") from None
         try:
-            json.dumps(row, ensure_ascii=False).encode()
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # JSON can spell what no text can hold
             raise InputError(
                 f"{path}:{number}: a \\ud... escape stands alone; surrogates come in pairs"

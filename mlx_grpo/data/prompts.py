@@ -1,6 +1,6 @@
 """JSONL files to prompts and preference pairs; every complaint names file, line and field."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,11 @@ from typing import Any
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.data.chat import prompt_tokens, row_messages
+from mlx_grpo.data.chat import encoded, prompt_text, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
+
+ROWS_AT_ONCE = 2000
+"""Encoded together: enough for all processors, few enough for progress to be seen."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,17 @@ def read_prompts(path: Path) -> list[PromptRow]:
 
 
 def tokenize_prompts(
-    path: Path, rows: Sequence[PromptRow], tokenizer: Any, max_tokens: int
+    path: Path,
+    rows: Sequence[PromptRow],
+    tokenizer: Any,
+    max_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a file; those beyond `max_tokens`, chat template included, are left out and
     counted.
+
+    Args:
+        progress: told (rows done, all rows) now and then.
 
     Returns:
         (prompts, number left out).
@@ -70,10 +80,13 @@ def tokenize_prompts(
         InputError: the chat template refuses one, or nothing is left.
     """
     prompts = []
-    for row in rows:
-        ids = prompt_tokens(row.place, tokenizer, row.messages)
-        if len(ids) <= max_tokens:
-            prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        progress(start, len(rows))
+        part = rows[start : start + ROWS_AT_ONCE]
+        texts = [prompt_text(row.place, tokenizer, row.messages) for row in part]
+        for row, ids in zip(part, encoded(tokenizer, texts), strict=True):
+            if len(ids) <= max_tokens:
+                prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
     if not prompts:
         raise InputError(
             f"{path}: all {len(rows)} prompts are longer than {max_tokens} tokens; see "

@@ -11,6 +11,7 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
+from mlx_grpo.data.leaks import leak_warnings
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
@@ -95,7 +96,7 @@ def load_parts(
     plan = planned.plan()
     check_fits(planned, plan, ui)
     rows = read_prompts(Path(config.prompts))  # before the weights: a bad row is found at once
-    evaluator = load_evaluator(config, ui, load, plan)
+    evaluator = load_evaluator(config, ui, load, plan, trained=rows)
     backbone = evaluator.backbone
     prompts = _prompts(config.prompts, rows, backbone, config.max_prompt_length, ui)
     actor = new_actor(backbone, config.lora_rank, config.lora_scale, config.seed, plan.choice.sizes)
@@ -105,14 +106,22 @@ def load_parts(
 
 
 def load_evaluator(
-    config: TrainConfig, ui: Console, load: LoadModels = load_models, plan: Plan | None = None
+    config: TrainConfig,
+    ui: Console,
+    load: LoadModels = load_models,
+    plan: Plan | None = None,
+    trained: Sequence[PromptRow] | None = None,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
+
+    Args:
+        trained: the rows of `config.prompts`, where they have been read.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom, rows = _custom_rewards(config), read_prompts(Path(config.eval_prompts))
+    _warn_of_leaks(config, trained, rows, ui)
     plan = plan or planner(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
@@ -146,10 +155,31 @@ def _custom_rewards(config: TrainConfig) -> tuple[CustomReward, ...]:
     return tuple(load_reward(spec, weight, config.reward_timeout) for spec, weight in weighted)
 
 
+def _warn_of_leaks(
+    config: TrainConfig,
+    trained: Sequence[PromptRow] | None,
+    held_out: Sequence[PromptRow],
+    ui: Console,
+) -> None:
+    try:
+        trained = read_prompts(Path(config.prompts)) if trained is None else trained
+    except InputError as e:  # an evaluation can do without them
+        ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
+        return
+    for warning in leak_warnings(config.prompts, trained, config.eval_prompts, held_out):
+        ui.warn(warning)
+
+
 def _prompts(
     file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
 ) -> list[Prompt]:
-    prompts, too_long = tokenize_prompts(Path(file), rows, backbone.tokenizer, limit)
+    prompts, too_long = tokenize_prompts(
+        Path(file),
+        rows,
+        backbone.tokenizer,
+        limit,
+        lambda done, total: ui.progress(f"tokenizing {file}", done, total),
+    )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
     return prompts

@@ -10,6 +10,7 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data import prompts
 from mlx_grpo.data.chat import answer_tokens, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.pairs import load_pairs
@@ -247,3 +248,28 @@ def test_an_answer_is_closed_by_the_stop_token_of_the_template(tmp_path: Path) -
     assert len(answer_tokens(tokenizer, "ab", "length")) == 2
     write_tokenizer(tmp_path)
     assert answer_tokens(load_tokenizer(tmp_path, eos_token_ids=[EOS, PAD]), "ab")[-1] == EOS
+
+
+def test_prompts_encoded_together_are_those_encoded_one_by_one(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["tea", "tea ", "</s><user>", "naïve 茶 🍵", "\x00\u200b", "x" * 90, "a\nb\t"]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{t}{i}"} for i, t in enumerate(texts)])
+    alone = [
+        tokenizer.encode(f"<user>{t}{i}</s><assistant>", add_special_tokens=False)
+        for i, t in enumerate(texts)
+    ]
+    monkeypatch.setattr(prompts, "ROWS_AT_ONCE", 3)
+    told: list[tuple[int, int]] = []
+    rows = prompts.read_prompts(path)
+    found, _ = prompts.tokenize_prompts(path, rows, tokenizer, 999, lambda *n: told.append(n))
+    assert [list(p.token_ids) for p in found] == alone
+    assert told == [(0, 7), (3, 7), (6, 7)]
+
+
+def test_a_text_with_a_lone_surrogate_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
+    for escape in ("\\ud83d", "\\uD83D", "\\udc00\\ud83d"):
+        path = tmp_path / "p.jsonl"
+        path.write_text(f'{{"prompt": "a {escape}"}}\n')
+        with pytest.raises(InputError, match=r"p\.jsonl:1: .* stands alone"):
+            list(read_jsonl(path))
