@@ -3,12 +3,14 @@
 Every setting is a field of `GRPOConfig`; they are the flags of `mlx-grpo train`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig as GRPOConfig
+from mlx_grpo.config.sources import field_types, typed_flags
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.distributed.launch import launched
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train as train_run
@@ -50,9 +52,30 @@ def train(config: GRPOConfig, *, resume: bool = False, quiet: bool = False) -> R
     A script that mlx.launch has started trains together with its other ranks.
 
     Raises:
-        InputError: a setting or a file that cannot work, in one line; it is a ValueError.
+        InputError: a setting or a file that cannot work, or a value of a wrong type, in one line;
+            it is a ValueError.
     """
+    config = _typed(config)
+    for name, value in (("resume", resume), ("quiet", quiet)):
+        if not isinstance(value, bool):  # a text such as "no" would count as yes
+            raise InputError(f"{name}: must be True or False, not {value!r}")
     ui = Console(quiet)
     with launched(ui) as ranks:
         finished = train_run(config, ui, resume, ranks=ranks)
     return Run(config.run_directory, finished, ranks.leads)
+
+
+def _typed(config: Any) -> GRPOConfig:
+    """The configuration with every value in its field's type: a list may stand for a tuple, a whole
+    number for any other.
+
+    Raises:
+        InputError: it is no GRPOConfig, or a value is of another type.
+    """
+    if not isinstance(config, GRPOConfig):
+        raise InputError(f"config: must be a GRPOConfig, not {type(config).__name__}")
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    for name, kind in field_types(GRPOConfig).items():
+        if kind in (int, float) and isinstance(values[name], str):  # text is for flags
+            raise InputError(f"{name}: must be a number, not the text {values[name]!r}")
+    return GRPOConfig(**typed_flags(GRPOConfig, values))

@@ -6,7 +6,7 @@ import typer
 
 from mlx_grpo import __version__
 from mlx_grpo.cli import convert, demo, doctor, evaluate, export, plan, report, train, train_rm
-from mlx_grpo.cli.options import with_models
+from mlx_grpo.cli.options import called_here, with_models
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 
@@ -65,7 +65,7 @@ def main() -> int:
         return 2
     except UsageError as e:
         if message := e.format_message():  # empty where a missing command has shown the help
-            Console().error(f"{message.removesuffix('.')} (see --help)")
+            Console().error(called_here(e) or f"{message.removesuffix('.')} (see --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         Console().error("interrupted")

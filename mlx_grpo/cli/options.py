@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import flag_of
 from mlx_grpo.config.sources import field_help, field_types
 
@@ -43,6 +44,21 @@ def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, **named)
 
     return run
+
+
+def called_here(error: Any) -> str:
+    """What to type for a flag that other trainers have and this command does not; or nothing.
+
+    Args:
+        error: click's usage error.
+    """
+    typed = getattr(error, "option_name", "")
+    ours = ours_for(typed)
+    known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
+    if not ours or flag_of(ours[0]) not in known:
+        return ""
+    note = f", {ours[1]}" if ours[1] else ""
+    return f"No such option: {typed}; here it is {flag_of(ours[0])}{note}"
 
 
 def with_flags(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_grpo.config.checks import check
+from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import TrainConfig, flag_of
 from mlx_grpo.core.errors import InputError
 
@@ -56,7 +57,8 @@ def _known(cls: type, key: str, place: str) -> str:
     name = key.replace(".", "_").replace("-", "_")
     names = [f.name for f in fields(cls)]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
+        ours = ours_for(name)
+        near = [ours[0]] if ours else difflib.get_close_matches(name, names, 1)
         hint = f"did you mean '{near[0]}'?" if near else "see --help for the fields"
         raise InputError(f"{place}: unknown key '{key}'; {hint}")
     return name

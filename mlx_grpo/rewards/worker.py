@@ -14,11 +14,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 GRACE_SECONDS = 5.0
+ALWAYS = frozenset({"prompt", "messages", "completions", "completion_ids", "finish_reasons"})
+"""Arguments that there always are; the others are fields of the prompt's row."""
 
 
 class RewardError(ValueError):
@@ -66,39 +68,73 @@ def _load_file(path: Path) -> Any:
 def call(function: Any, arguments: dict[str, Any]) -> list[float]:
     """A number per completion.
 
-    The function gets those arguments that it names, or all if it takes `**anything`.
+    The function gets those arguments that it names, or all if it takes `**anything`. One that names
+    `prompts` is called as TRL calls it, see `_as_trl`.
 
     Raises:
         RewardError: it raises, or returns another count or something that is not numbers.
     """
-    expected = len(arguments["completions"])
     try:
-        returned = function(**_asked_for(function, arguments))
-        if not isinstance(returned, Iterable):
-            kind = type(returned).__name__
-            raise RewardError(f"it returned {kind}, not a list with a number per completion")
-        scores = [float(s) for s in returned]
+        return _numbers(function(**_asked_for(function, arguments)), arguments["completions"])
     except RewardError:
         raise
     except (Exception, SystemExit) as e:  # a user's code may raise anything
-        raise RewardError(f"{type(e).__name__}: {e}{_place(e)}") from e
-    if len(scores) != expected:
-        raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
-    return scores
+        raise RewardError(f"{type(e).__name__}: {e}{_place(e)}{_hint(e)}") from e
+
+
+def _numbers(returned: Any, completions: Sequence[str]) -> list[float]:
+    # iterating over these would give something else than the scores in their order
+    unordered = isinstance(returned, Mapping | Set | str | bytes)
+    if unordered or not isinstance(returned, Iterable):
+        kind = type(returned).__name__
+        raise RewardError(f"it returned {kind}, not a list with a number per completion")
+    scores = list(returned)
+    for number, score in enumerate(scores, 1):
+        if score is None or isinstance(score, str | bytes):
+            raise RewardError(
+                f"it returned {score!r} for completion {number}; give every completion a number"
+            )
+    if len(scores) != len(completions):
+        raise RewardError(f"it returned {len(scores)} scores for {len(completions)} completions")
+    return [float(score) for score in scores]
 
 
 def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+    parameters = list(inspect.signature(function).parameters.values())
+    names, fields = {p.name for p in parameters}, arguments.keys() - ALWAYS
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if "prompts" in names and "prompts" not in arguments:
+        arguments = _as_trl(arguments)
+    elif takes_all and (named := sorted(names & fields)) and not names & {"prompt", "messages"}:
+        raise RewardError(
+            f"it takes '{named[0]}' and **, as functions for TRL do, where '{named[0]}' is a list "
+            "with a value per completion; here it is the value of the prompt's row. Add a "
+            "parameter 'prompts' to get lists, or take the ** away to get the value"
+        )
+    if takes_all:
         return arguments
-    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    for p in named:
+    wanted = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for p in wanted:
         if p.default is inspect.Parameter.empty and p.name not in arguments:
             raise RewardError(
                 f"it asks for '{p.name}', which the prompt's row does not have; there are "
                 f"{', '.join(sorted(arguments))}"
             )
-    return {p.name: arguments[p.name] for p in named if p.name in arguments}
+    return {p.name: arguments[p.name] for p in wanted if p.name in arguments}
+
+
+def _as_trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`prompts`, and the fields of the row, as lists with a value per completion."""
+    count = len(arguments["completions"])
+    lists = {name: [value] * count for name, value in arguments.items() if name not in ALWAYS}
+    return {**arguments, **lists, "prompts": [arguments["prompt"]] * count}
+
+
+def _hint(error: BaseException) -> str:
+    """What to change where a function takes a completion for TRL's list of messages."""
+    if isinstance(error, TypeError) and "string indices must be integers" in str(error):
+        return "; a completion is a text here: write completion for completion[0]['content']"
+    return ""
 
 
 def _place(error: BaseException) -> str:
