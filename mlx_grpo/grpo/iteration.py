@@ -17,7 +17,13 @@ from mlx_grpo.data.prompts import batch_indices
 from mlx_grpo.distributed.gather import all_groups, all_rewards
 from mlx_grpo.grpo.advantages import Shaping, advantages_under, rate
 from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
-from mlx_grpo.grpo.metrics import Clock, iteration_metrics, measure, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.metrics import (
+    Clock,
+    iteration_metrics,
+    measure,
+    processed_tokens,
+    skipped_metrics,
+)
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import reused_groups, update
@@ -95,7 +101,9 @@ def iterate(
             )
     except NotFinite as e:  # raised before the first step of the optimizer
         metrics = skipped_metrics(state, groups, e.skip, clock)
-        return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
+        return Iteration(
+            state.skipping(processed_tokens(groups)), metrics, groups, raw_PK, [e.skip]
+        )
     state = replace(state, normalizer=normalizer)
     measures = measure(mine, scored, ranks)
     controller = state.controller.step(measures.kl, target)
@@ -114,7 +122,7 @@ def iterate(
         state,
         iteration=state.iteration + 1,
         controller=controller,
-        tokens_seen=state.tokens_seen + measures.tokens,
+        tokens_seen=state.tokens_seen + processed_tokens(groups),
         skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
     )
     return Iteration(state, metrics, groups, raw_PK, stats.skips)

@@ -81,12 +81,14 @@ def clipped_surrogate(
     return -(weights_KT * mx.minimum(ratio_KT * advantages_K1, clipped_KT * advantages_K1)).sum()
 
 
-def clipped_tokens(
+def clipped_count(
     logp_KT: mx.array, old_logp_KT: mx.array, advantages_K: mx.array, mask_KT: mx.array, clip: Clip
 ) -> mx.array:
-    """Number of real tokens whose gradient the clip removes."""
+    """Number of ratios whose gradient the clip removes: real tokens, at sequence level
+    completions."""
     ratio_KT = mx.exp(log_ratio(logp_KT, old_logp_KT, mask_KT, clip.level))
     up_K1 = advantages_K[:, None] > 0
     down_K1 = advantages_K[:, None] < 0
     outside_KT = (up_K1 & (ratio_KT > 1 + clip.high)) | (down_K1 & (ratio_KT < 1 - clip.low))
-    return (outside_KT * mask_KT).sum()
+    counted_KT = outside_KT * mask_KT
+    return counted_KT.sum() if clip.level == "token" else counted_KT.max(axis=-1).sum()

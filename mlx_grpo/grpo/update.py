@@ -16,7 +16,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.advantages import Shaping, is_dead, score
 from mlx_grpo.grpo.kl_estimators import kl_k3_sum
 from mlx_grpo.grpo.logprob import logps_with_gradient
-from mlx_grpo.grpo.loss import Aggregation, Clip, clipped_surrogate, clipped_tokens, token_weights
+from mlx_grpo.grpo.loss import Aggregation, Clip, clipped_count, clipped_surrogate, token_weights
 from mlx_grpo.models import backward
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.lora import lora_parameters, set_parameters
@@ -48,6 +48,8 @@ class UpdateStats:
     loss: float = 0.0
     tokens: int = 0
     clipped: float = 0.0
+    ratios: int = 0
+    """Those that the clip could have silenced: tokens, or completions, of dead groups too."""
     approx_kl: float = 0.0
     grad_norm: float = 0.0
     steps: int = 0
@@ -193,7 +195,7 @@ class _MinibatchSum:
         )
         arguments = (ahead.logp_KT, part.old_logp_KT, part.advantages_K, part.mask_KT)
         self.loss += clipped_surrogate(*arguments, weights_KT, s.clip).item()
-        self.clipped += clipped_tokens(*arguments, s.clip).item()
+        self.clipped += clipped_count(*arguments, s.clip).item()
         self.kl += kl_k3_sum(ahead.logp_KT, part.old_logp_KT, part.mask_KT).item()
         self.seen += int(part.mask_KT.sum().item())
         self.gradients = backward_pass(decoder, part, ahead, weights_KT, s.clip, self.gradients)
@@ -202,6 +204,8 @@ class _MinibatchSum:
         """Add the figures to those of the iteration."""
         stats.tokens += self.seen
         stats.clipped += self.clipped
+        token_level = self.settings.clip.level == "token"
+        stats.ratios += self.tokens if token_level else self.completions
         stats.approx_kl += self.kl
 
 

@@ -13,8 +13,8 @@ from mlx_grpo.grpo.loss import (
     Aggregation,
     Clip,
     RatioLevel,
+    clipped_count,
     clipped_surrogate,
-    clipped_tokens,
     token_weights,
 )
 from mlx_grpo.reward_modeling.train import bradley_terry_loss
@@ -95,7 +95,7 @@ def test_clipped_surrogate_and_its_gradient(
         value, gradient_KT = mx.value_and_grad(clipped_surrogate)(logp_KT, *fixed, weights_KT, clip)
         loss += value.item()
         gradients.append(gradient_KT)
-        clipped += clipped_tokens(logp_KT, *fixed, clip).item()
+        clipped += clipped_count(logp_KT, *fixed, clip).item()
     assert 0 < clipped < tokens  # both branches of the minimum are at work
 
     leaves = [double(g.logp_KT).requires_grad_() for g in minibatch]
