@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import typer
 from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import flag_of
 from mlx_grpo.config.sources import field_help, field_types
+from mlx_grpo.console.output import Console
 
 T = TypeVar("T")
 ConfigFile = Annotated[
@@ -37,8 +39,12 @@ def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **named: Any) -> Any:
         if not {"torch", "transformers"} & sys.modules.keys():
             sys.modules["torch"] = None  # type: ignore[assignment]
+            ui = Console(quiet=named.get("quiet", False))
+            if os.environ.get("MLX_RANK", "0") != "0":
+                ui.mute()  # the first rank says it
             try:
-                import mlx_lm  # noqa: F401
+                with ui.working("starting"):
+                    import mlx_lm  # noqa: F401
             finally:
                 del sys.modules["torch"]
         return command(*args, **named)

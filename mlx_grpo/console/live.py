@@ -12,6 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.console.doing import Doing
+from mlx_grpo.console.doing import duration as duration  # for the lines of others
+
 STAGES = ("rollout", "reward", "logprob", "update")
 BAR_CELLS = 36
 STAGE_CELLS = 24
@@ -24,9 +27,11 @@ SPARK_CELLS = 24
 class LiveView:
     """The picture of a run; rich asks for it a few times a second."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, run: tuple[int, int] = (1, 1)):
         self.total = total
-        self.doing = "starting"
+        self.run = run
+        """Which of how many runs."""
+        self.doing = Doing("starting")
         self.history: list[dict[str, Any]] = []
         self._begun = 0
         self._running: tuple[int, str, float] | None = None
@@ -53,19 +58,18 @@ class LiveView:
         done = max(self._begun - 1, self.history[-1]["step"] if self.history else 0)
         row = _grid(4, gap=1)
         bar = ProgressBar(self.total, done, width=BAR_CELLS, complete_style="cyan")
-        row.add_row(Text("iterations", style="bold"), bar, f"{done}/{self.total}", self._left(done))
+        label = "iterations" if self.run[1] == 1 else f"run {self.run[0]} of {self.run[1]}"
+        row.add_row(Text(label, style="bold"), bar, f"{done}/{self.total}", self._left())
         return row
 
-    def _left(self, done: int) -> str:
-        if not self.history:
-            return ""
-        left = (self.total - done) * fmean(m["time/iteration"] for m in self.history[-TREND:])
+    def _left(self) -> str:
+        left = self.history[-1]["time/left"] if self.history else 0.0
         return f"{duration(left)} left" if left else ""
 
-    def _stages(self) -> Text:
+    def _stages(self) -> RenderableType:
         """A bar as long as the last iteration took, in stages; or what is done between."""
         if (running := self._running) is None:
-            return Text(self.doing, style="dim")
+            return self.doing
         step, stage, since = running
         elapsed = time.monotonic() - since
         took = self._took()
@@ -148,18 +152,3 @@ def trend(values: Sequence[float]) -> str:
         return ""
     change = fmean(values[-TREND:]) - fmean(values[-2 * TREND : -TREND])
     return f"{change:+.2f} in {TREND} iterations"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )

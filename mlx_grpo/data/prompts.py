@@ -81,7 +81,8 @@ def tokenize_prompts(
     """
     prompts = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        progress(start, len(rows))
+        if len(rows) > ROWS_AT_ONCE:
+            progress(start, len(rows))
         part = rows[start : start + ROWS_AT_ONCE]
         texts = [prompt_text(row.place, tokenizer, row.messages) for row in part]
         for row, ids in zip(part, encoded(tokenizer, texts), strict=True):

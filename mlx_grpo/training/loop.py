@@ -24,6 +24,7 @@ from mlx_grpo.run import directory as run_directory
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import REPORT, Snapshot
 from mlx_grpo.training.agreement import check_inputs, share_state
+from mlx_grpo.training.estimate import guessed_pace, measured_pace, say_how_long
 from mlx_grpo.training.follow import follow
 from mlx_grpo.training.setup import (
     LoadModels,
@@ -98,7 +99,10 @@ def _dry_run(parts: Learner, ui: Console) -> None:
     if done.metrics["frac_dead_groups"] == 1:
         ui.warn("all answers of each prompt have the same reward: nothing would be learned")
     whole = duration(done.metrics["time/iteration"] * config.num_iterations)
-    ui.say(f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}")
+    ui.say(
+        f"dry run: nothing is kept; {config.num_iterations} iterations like it take {whole}, "
+        "evaluations not counted"
+    )
 
 
 def _run(parts: Learner, run: Path, ui: Console, resume: bool, allow_change: bool) -> bool:
@@ -114,6 +118,9 @@ def _run(parts: Learner, run: Path, ui: Console, resume: bool, allow_change: boo
             for warning in warnings:
                 ui.warn(warning)
             ui.say(f"resuming after iteration {state.iteration}")
+            rows = log.read(run / log.METRICS) if state.iteration else []
+            if pace := measured_pace(rows):
+                say_how_long(ui, config, pace, state.iteration, "as it went before")
     state = share_state(parts.ranks, state, actor, parts.optimizer)
     with (
         _telling_how_to_go_on(run, ui, (BaseException,)),
@@ -199,15 +206,19 @@ def _iterate_and_log(
     parts: Learner, state: RunState, run: Path, ui: Console, tracker: Tracker, safe_point: SafePoint
 ) -> RunState:
     done = iterate(parts, state, ui, safe_point)
-    step = done.state.iteration
-    log.append(run / log.METRICS, done.metrics)
-    tracker(done.metrics)
+    step, metrics, config = done.state.iteration, done.metrics, parts.config
+    if pace := measured_pace([*log.read(run / log.METRICS), metrics]):
+        metrics["time/left"] = pace.left(config, step)
+    log.append(run / log.METRICS, metrics)
+    tracker(metrics)
     run_directory.log_completions(run, step, done.groups, done.raw_PK)
     run_directory.log_skips(run, step, done.groups, done.skips)
     if "skipped" not in done.metrics:
-        ui.iteration(done.metrics, parts.config.num_iterations)
-        if parts.config.show_every and step % parts.config.show_every == 0:
+        ui.iteration(metrics, config.num_iterations)
+        if config.show_every and step % config.show_every == 0:
             ui.samples(step, done.groups, done.raw_PK)
+    if pace and step == 1 < config.num_iterations:
+        say_how_long(ui, config, pace, step, "by the first iteration")
     for skip in done.skips:
         ui.warn(f"iteration {step}: {skip.stage} not finite, left out; see {run / log.SKIPPED}")
     return done.state
@@ -242,4 +253,7 @@ def _evaluate(
     for finding in new_findings(log.read(run / log.METRICS), config.gold_names):
         ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
     ui.evaluation(step, metrics, "" if step == 0 else "-> best" if passed else f"({above})")
+    if step == 0:
+        pace = guessed_pace(parts, clock.seconds["evaluate"])
+        say_how_long(ui, config, pace, step, "a first guess")
     return state

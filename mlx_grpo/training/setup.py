@@ -1,5 +1,6 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,10 @@ def load_evaluator(
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        return rollout(model, tokenizer, stop_ids, missing, one_each, config.seed, "references")
+        told = functools.partial(ui.progress, "reference answers")
+        return rollout(
+            model, tokenizer, stop_ids, missing, one_each, config.seed, "references", on_wave=told
+        )
 
     prompts = held_out[: config.eval_limit or None]
     return Evaluator(
@@ -178,7 +182,7 @@ def _prompts(
         rows,
         backbone.tokenizer,
         limit,
-        lambda done, total: ui.progress(f"tokenizing {file}", done, total),
+        functools.partial(ui.progress, f"tokenizing {file}"),
     )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")

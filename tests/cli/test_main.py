@@ -40,6 +40,7 @@ def test_a_command_that_loads_models_leaves_pytorch_alone(flags: list[str], tmp_
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("      starting\n")  # before what takes seconds to import
 
 
 def test_several_seeds_run_one_after_the_other(
