@@ -15,7 +15,7 @@ from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.leaks import leak_warnings
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
+from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
 from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
@@ -131,10 +131,8 @@ def load_evaluator(
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        told = functools.partial(ui.progress, "reference answers")
-        return rollout(
-            model, tokenizer, stop_ids, missing, one_each, config.seed, "references", on_wave=told
-        )
+        told, key = writing("reference answers", one_each, ui.progress), (config.seed, "references")
+        return rollout(model, tokenizer, stop_ids, missing, one_each, *key, on_token=told)
 
     prompts = held_out[: config.eval_limit or None]
     return Evaluator(

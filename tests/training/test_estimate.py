@@ -131,9 +131,11 @@ def test_answers_are_counted_while_they_are_written(
     parts = load_parts(TrainConfig(**train_arguments), Console(quiet=True))
     told: list[tuple[str, int, int]] = []
     parts.evaluator(parts.roles.reference, lambda *p: told.append(p))
-    answers = [done for what, done, total in told if what == "held-out answers" and total == 3]
-    assert answers[0] == 0 and answers == sorted(answers)
-    assert len(answers) >= 3 + 8  # each prompt that is read, each token that is written
+    answers = [(what, done) for what, done, total in told if what.startswith("held-out answers")]
+    assert answers[0] == ("held-out answers (token 0 of 8)", 0)
+    assert {f"held-out answers (token {t} of 8)" for t in range(8)} <= {w for w, _ in answers}
+    assert [done for _, done in answers] == sorted(done for _, done in answers)
+    assert answers[-1][1] == 3
 
 
 def test_reference_answers_that_must_be_drawn_are_counted(
@@ -143,4 +145,4 @@ def test_reference_answers_that_must_be_drawn_are_counted(
     monkeypatch.setattr(Console, "progress", lambda _, *p: told.append(p))
     given = {**train_arguments, "eval_prompts": train_arguments["prompts"]}
     load_parts(TrainConfig(**given), Console(quiet=True))
-    assert ("reference answers", 0, 8) in told
+    assert ("reference answers (token 0 of 8)", 0, 8) in told
