@@ -68,10 +68,16 @@ def prompt_text(place: str, tokenizer: Any, messages: tuple[dict[str, str], ...]
 
 
 def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Token ids of texts that a chat template has written, many at a time: a fast tokenizer then
-    works on all processors."""
-    whole = tokenizer._tokenizer  # mlx-lm's wrapper encodes one text at a time only
-    return [tuple(ids) for ids in whole(list(texts), add_special_tokens=False)["input_ids"]]
+    """Token ids of texts that a chat template has written; many at a time where the tokenizer is a
+    fast one, which then works on all processors."""
+    first = tuple(tokenizer.encode(texts[0], add_special_tokens=False))
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # the call above has set it to neither cut nor pad
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [tuple(e.ids) for e in found]
+        if ids[0] == first:  # else its Python side does more than the fast one
+            return ids
+    return [first, *(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in texts[1:])]
 
 
 def answer_tokens(

@@ -11,7 +11,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import prompts
-from mlx_grpo.data.chat import answer_tokens, row_messages
+from mlx_grpo.data.chat import answer_tokens, encoded, row_messages
 from mlx_grpo.data.jsonl import read_jsonl
 from mlx_grpo.data.pairs import load_pairs
 from mlx_grpo.data.prompts import batch_indices, load_prompts, order
@@ -265,6 +265,28 @@ def test_prompts_encoded_together_are_those_encoded_one_by_one(
     found, _ = prompts.tokenize_prompts(path, rows, tokenizer, 999, lambda *n: told.append(n))
     assert [list(p.token_ids) for p in found] == alone
     assert told == [(0, 7), (3, 7), (6, 7)]
+
+
+def test_a_tokenizer_that_is_slow_cuts_or_does_more_in_python_gives_the_same_ids(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = ["<user>tea</s>", "x" * 90]
+    plain = [tuple(tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+
+    class Slow:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [ord(c) for c in text]
+
+    class Adds(Slow):
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+    for other in (Slow(), Adds()):
+        assert encoded(other, texts) == [tuple(map(ord, t)) for t in texts]
+    write_tokenizer(tmp_path)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**about, "truncation": cut}))
+    assert encoded(load_tokenizer(tmp_path), texts) == plain
 
 
 def test_a_text_with_a_lone_surrogate_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
