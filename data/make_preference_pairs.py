@@ -41,7 +41,7 @@ def draw_samples(model: Path, out: Path) -> None:
         sampling,
         SEED,
         "pairs",
-        on_wave=lambda done, total: print(f"sampled {done}/{total} prompts", flush=True),
+        on_token=lambda done, total, _: print(f"\rsampled {done}/{total} prompts", end=""),
     )
     rows = [
         {

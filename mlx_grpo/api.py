@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig, with_settings
-from mlx_grpo.config.sources import build_config, flat_name
+from mlx_grpo.config.sources import build_config, flat_name, setting_types
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.distributed.launch import launched
 from mlx_grpo.rewards.functions import PYTHON, UserFunction, named
 from mlx_grpo.run import log
@@ -28,6 +29,10 @@ def GRPOConfig(**settings: Any) -> TrainConfig:
         InputError: an unknown setting, a wrong type, or a value out of range.
     """
     flags = {flat_name("GRPOConfig", n): v for n, v in settings.items()}
+    for name, value in flags.items():
+        number = setting_types()[name] in (int, float)
+        if value is None or (number and isinstance(value, str)):  # text is for flags
+            raise InputError(f"{name}: must be {'a number' if number else 'set'}, not {value!r}")
     return build_config(flags=flags, more_rewards=True)
 
 
@@ -76,8 +81,14 @@ def train(
             this order. Give them again with `resume`.
 
     Raises:
-        InputError: a setting or a file that cannot work, in one line; it is a ValueError.
+        InputError: a setting or a file that cannot work, or a value of a wrong type, in one line;
+            it is a ValueError.
     """
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"config: must be a GRPOConfig, not {type(config).__name__}")
+    for name, value in (("resume", resume), ("quiet", quiet)):
+        if not isinstance(value, bool):  # a text such as "no" would count as yes
+            raise InputError(f"{name}: must be True or False, not {value!r}")
     ui, functions = Console(quiet), named(rewards)
     given = (PYTHON + name for name in functions)
     config = with_settings(config, reward=(*config.reward.functions, *given))

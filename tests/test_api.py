@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mlx_grpo import GRPOConfig, train
+from mlx_grpo.core.errors import InputError
 
 
 def test_a_run_from_python_is_the_run_of_the_command(train_arguments: dict[str, Any]) -> None:
@@ -22,6 +23,53 @@ def test_a_run_from_python_is_the_run_of_the_command(train_arguments: dict[str, 
 def test_what_cannot_work_is_a_value_error(train_arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="K: must be at least 2"):
         train(GRPOConfig(**{**train_arguments, "K": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("K", "4"),
+        ("K", 4.5),
+        ("K", True),
+        ("K", None),
+        ("learning_rate", "1e-4"),
+        ("learning_rate", float("nan")),
+        ("output", Path("runs")),
+        ("actor_model", 7),
+        ("kl_control", "magic"),
+        ("kl_targets", ("0.1", "much")),
+        ("kl_targets", {"first": 0.1}),
+        ("reward", (len,)),
+        ("batch_size", [4]),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_a_value_error_that_names_it(
+    name: str, value: Any, train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=rf"{name.replace('_', '[-_]')}.* must be ") as failure:
+        train(GRPOConfig(**{**train_arguments, name: value}), quiet=True)
+    assert "\n" not in str(failure.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [None, {"K": 4}, GRPOConfig, "run.toml"])
+def test_what_is_no_configuration_is_refused(config: Any) -> None:
+    with pytest.raises(InputError, match="config: must be a GRPOConfig, not "):
+        train(config)
+
+
+@pytest.mark.parametrize("named", [{"resume": "no"}, {"quiet": 1}])
+def test_a_switch_that_is_no_bool_is_refused(
+    named: dict[str, Any], train_arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="must be True or False, not "):
+        train(GRPOConfig(**train_arguments), **named)
+
+
+def test_a_list_may_stand_for_a_tuple(train_arguments: dict[str, Any]) -> None:
+    given = {**train_arguments, "num_iterations": 1, "kl_targets": [1, 0.5], "learning_rate": 1}
+    run = train(GRPOConfig(**given), quiet=True)
+    assert "\ntargets = [1.0, 0.5]" in (run.directory / "config.toml").read_text()
 
 
 def test_other_names_are_no_part_of_it() -> None:

@@ -17,7 +17,7 @@ from mlx_grpo.cli import (
     train,
     train_rm,
 )
-from mlx_grpo.cli.options import with_models
+from mlx_grpo.cli.options import called_here, with_models
 from mlx_grpo.console.output import Console
 from mlx_grpo.console.stream import bear_any_encoding
 from mlx_grpo.core.errors import InputError
@@ -79,7 +79,7 @@ def main() -> int:
         return 2
     except UsageError as e:
         if message := e.format_message():  # empty where a missing command has shown the help
-            Console().error(f"{message.removesuffix('.')} (see --help)")
+            Console().error(called_here(e) or f"{message.removesuffix('.')} (see --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         Console().error("interrupted")

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -11,8 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of
 from mlx_grpo.config.sources import field_help, field_types, setting_help, setting_types
+from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 
 T = TypeVar("T")
@@ -58,13 +61,32 @@ def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **named: Any) -> Any:
         if not {"torch", "transformers"} & sys.modules.keys():
             sys.modules["torch"] = None  # type: ignore[assignment]
+            ui = Console(quiet=named.get("quiet", False))
+            if os.environ.get("MLX_RANK", "0") != "0":
+                ui.mute()  # the first rank says it
             try:
-                import mlx_lm  # noqa: F401
+                with ui.working("starting"):
+                    import mlx_lm  # noqa: F401
             finally:
                 del sys.modules["torch"]
         return command(*args, **named)
 
     return run
+
+
+def called_here(error: Any) -> str:
+    """What to type for a flag that other trainers have and this command does not; or nothing.
+
+    Args:
+        error: click's usage error.
+    """
+    typed = getattr(error, "option_name", "")
+    ours = ours_for(typed)
+    known = [name for p in error.ctx.command.params for name in p.opts] if error.ctx else []
+    if not ours or flag_of(ours[0]) not in known:
+        return ""
+    note = f", {ours[1]}" if ours[1] else ""
+    return f"No such option: {typed}; here it is {flag_of(ours[0])}{note}"
 
 
 @dataclass(frozen=True)

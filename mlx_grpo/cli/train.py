@@ -125,7 +125,11 @@ def train_all(
         if not dry_run and ranks.leads:
             check_vacant(run.config.run_directory, run.resume)
     load = SharedModels()
-    done = all(train(r.config, ui, r.resume, dry_run, allow_change, load, ranks) for r in runs)
+    done = True
+    for position, run in enumerate(runs, 1):
+        name = f"seed {run.config.run.seed}, {run.config.run_directory}"
+        ui.next_run(position, len(runs), name)
+        done = done and train(run.config, ui, run.resume, dry_run, allow_change, load, ranks)
     if done and len(runs) > 1 and not dry_run and ranks.leads:
         _compare([r.config.run_directory for r in runs], ui)
     return done

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_grpo.config.checks import check
+from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import SETTINGS, TrainConfig, flag_of, flat_values, train_config
 from mlx_grpo.core.errors import InputError
 
@@ -82,7 +83,8 @@ def flat_name(place: str, key: str) -> str:
         if name.lstrip("_") in SETTINGS:
             return name.lstrip("_")
     wanted = key.replace(".", "_").replace("-", "_")
-    near = difflib.get_close_matches(wanted, SETTINGS, 1)
+    ours = ours_for(wanted)
+    near = [ours[0]] if ours else difflib.get_close_matches(wanted, SETTINGS, 1)
     hint = f"did you mean '{near[0]}'?" if near else "see mlx-grpo train --help"
     raise InputError(f"{place}: unknown setting '{key}'; {hint}")
 

@@ -12,6 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.console.doing import Doing
+from mlx_grpo.console.doing import duration as duration  # for the lines of others
+
 STAGES = ("rollout", "reward", "logprob", "update")
 BAR_CELLS = 36
 STAGE_CELLS = 24
@@ -29,9 +32,11 @@ Figure = tuple[str, str]
 class LiveView:
     """The picture of a run; rich asks for it a few times a second."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, run: tuple[int, int] = (1, 1)):
         self.total = total
-        self.doing = "starting"
+        self.run = run
+        """Which of how many runs."""
+        self.doing = Doing("starting")
         self.history: list[dict[str, Any]] = []
         self._begun = 0
         self._running: tuple[int, str, float] | None = None
@@ -61,27 +66,26 @@ class LiveView:
     def _progress(self, width: int) -> list[RenderableType]:
         # a resumed run has no history of what is done, and one left out is not in it
         done = max(self._begun - 1, self.history[-1]["step"] if self.history else 0)
-        count, left = f"{done}/{self.total}", self._left(done)
+        count, left = f"{done}/{self.total}", self._left()
         taken = len(f"iterations  {count} {left}")
         if width < taken + LEAST_BAR:
             return list(flow([("iterations", count), ("", left)], width))
         cells = min(BAR_CELLS, width - taken)
         row = _grid(4, gap=1)
+        label = "iterations" if self.run[1] == 1 else f"run {self.run[0]} of {self.run[1]}"
         bar = ProgressBar(self.total, done, width=cells, complete_style="cyan")
-        row.add_row(Text("iterations", style="bold"), bar, count, left)
+        row.add_row(Text(label, style="bold"), bar, count, left)
         return [row]
 
-    def _left(self, done: int) -> str:
-        if not self.history:
-            return ""
-        left = (self.total - done) * fmean(m["time/iteration"] for m in self.history[-TREND:])
+    def _left(self) -> str:
+        left = self.history[-1]["time/left"] if self.history else 0.0
         return f"{duration(left)} left" if left else ""
 
-    def _stages(self, width: int) -> Text:
+    def _stages(self, width: int) -> RenderableType:
         """A bar as long as the last iteration took, in stages; or what is done between. Where that
         is too wide, the stage it is in."""
         if (running := self._running) is None:
-            return Text(self.doing, style="dim")
+            return self.doing
         step, stage, since = running
         elapsed = time.monotonic() - since
         took = self._took()
@@ -187,18 +191,3 @@ def trend(values: Sequence[float]) -> str:
         return ""
     change = fmean(values[-TREND:]) - fmean(values[-2 * TREND : -TREND])
     return f"{change:+.2f} in {TREND} iterations"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO, cast
 
 from rich.cells import cell_len
@@ -13,8 +13,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing
+from mlx_grpo.console.doing import duration as duration  # for the lines of others
 from mlx_grpo.console.live import LiveView
-from mlx_grpo.console.live import duration as duration  # for the lines of others
 from mlx_grpo.console.stream import Stream
 from mlx_grpo.core.errors import single_line, visible
 from mlx_grpo.core.types import Group
@@ -24,7 +25,6 @@ SAMPLES = 3
 LONGEST_CELL = 160
 LEAST_TEXT = 12
 """Cells below which a column of texts cannot be read."""
-SECONDS_BETWEEN_LINES = 20.0
 
 
 class Console:
@@ -40,9 +40,12 @@ class Console:
         self.err = _rich(Stream("stderr"))
         self._muted = False
         self._live: Live | None = None
-        self._spinner: Spinner | None = None
         self._view: LiveView | None = None
-        self._last_progress = time.monotonic()
+        self._doing: Doing | None = None
+        self._last_line = float("-inf")
+        self.run = (1, 1)
+        """Which of how many runs that follow one another this is."""
+        self._said: set[str] = set()
 
     @property
     def reader_gone(self) -> bool:
@@ -52,6 +55,18 @@ class Console:
     def mute(self) -> None:
         """Errors only from here on: another process says the rest."""
         self.out.quiet = self._muted = True
+
+    def next_run(self, position: int, total: int, name: str) -> None:
+        """From here on it is this run of so many."""
+        self.run = (position, total)
+        if total > 1:
+            self.say(f"run {position} of {total}: {name}")
+
+    def once(self, what: str) -> bool:
+        """True the first time it is asked."""
+        new = what not in self._said
+        self._said.add(what)
+        return new
 
     def say(self, text: str) -> None:
         """One line, or several."""
@@ -85,11 +100,10 @@ class Console:
         """
         self._stdout.patient = True
         try:
-            terminal = self.out.is_terminal and not self.out.is_dumb_terminal
-            if self.out.quiet or not terminal or self.out.options.ascii_only:
+            if not self._draws or self.out.options.ascii_only:
                 yield
                 return
-            self._view = LiveView(total)
+            self._view = LiveView(total, self.run)
             with self._drawing(self._view):
                 yield
         finally:
@@ -115,37 +129,54 @@ class Console:
     @contextmanager
     def stage(self, step: int, name: str) -> Iterator[None]:
         """The block is this stage of iteration `step`."""
-        with self._view.stage(step, name) if self._view else self.working(f"{step}: {name}"):
+        if self._view:
+            with self._view.stage(step, name):
+                yield
+        elif self._draws or time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            with self.working(f"{step}: {name}"):
+                yield
+        else:  # a log has a line of the iteration itself
             yield
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """A spinner on a terminal while the block runs."""
-        if self._view:
-            self._view.doing = single_line(what)
-            yield
-            return
-        if not self.out.is_terminal or self.out.quiet:
-            yield
-            return
-        kind = "line" if self.out.options.ascii_only else "dots"
-        self._spinner = Spinner(kind, _text(what), style="status.spinner")
+        """The block may take long: a spinner with a clock on a terminal, elsewhere a line."""
+        outer, self._doing = self._doing, Doing(what)
         try:
-            with self._drawing(self._spinner, transient=True):
+            if self._view:
+                self._view.doing = self._doing
+                yield
+            elif self._draws:
+                with self._spinning(self._doing) if not outer else nullcontext():
+                    yield
+            else:
+                self._note(what)
                 yield
         finally:
-            self._spinner = None
+            self._doing = outer
+
+    def _spinning(self, doing: Doing) -> AbstractContextManager[None]:
+        kind = "line" if self.out.options.ascii_only else "dots"
+        return self._drawing(Spinner(kind, doing, style="status.spinner"), transient=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Text beside the spinner; where there is no terminal, a line every now and then."""
-        text = f"{what} {done}/{total}"
-        if self._view:
-            self._view.doing = single_line(text)
-        elif self._spinner:
-            self._spinner.update(text=_text(text))
-        elif time.monotonic() - self._last_progress > SECONDS_BETWEEN_LINES:
-            self._last_progress = time.monotonic()
+        """How far `working` is: beside the spinner; elsewhere a line every now and then."""
+        if not self._doing:
+            return
+        self._doing.progress(what, done, total)
+        if not self._draws and self._doing.line_due():
+            self._note(str(self._doing))
+
+    def _note(self, text: str) -> None:
+        if not self._draws:
+            self._last_line = time.monotonic()
             self.say(f"      {text}")
+
+    @property
+    def _draws(self) -> bool:
+        """Whether something on the screen can be changed later."""
+        shown = self.out.is_terminal and not self.out.quiet
+        return shown and not self.out.is_dumb_terminal
 
     def iteration(self, metrics: dict[str, Any], total: int) -> None:
         """A training iteration: in the live view, or as a line."""
@@ -169,7 +200,7 @@ class Console:
     def evaluation(self, step: int, metrics: dict[str, Any], note: str) -> None:
         """One line for an evaluation."""
         if self._view:
-            self._view.doing = "saving"
+            self._view.doing = Doing("saving")
         self.say(
             f"{step:>4}  held-out: reward {metrics['eval_reward']:+.3f}  kl "
             f"{metrics['eval_kl']:.4f}  "

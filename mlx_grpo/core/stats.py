@@ -26,7 +26,9 @@ class WinRate:
     """Share of prompts on which the second policy scores higher; ties count half."""
 
     wins: float
+    """Ties as halves."""
     prompts: int
+    ties: int = 0
 
     @property
     def share(self) -> float:
@@ -43,11 +45,16 @@ class WinRate:
         low, high = self.wilson()
         return f"{self.share:.0%} ({low:.0%} to {high:.0%})"
 
+    @property
+    def tied(self) -> str:
+        """The number of ties in words; empty where there are none."""
+        return f"{self.ties} {'tie' if self.ties == 1 else 'ties'}" if self.ties else ""
+
 
 def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     """Compare two policies prompt by prompt."""
     wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
-    return WinRate(wins, len(before))
+    return WinRate(wins, len(before), sum(a == b for a, b in zip(before, after, strict=True)))
 
 
 def source_means(by_source: Mapping[str, Sequence[float | None]], prefix: str) -> dict[str, float]:

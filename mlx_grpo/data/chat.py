@@ -64,8 +64,20 @@ def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tu
         InputError: the template refuses the conversation, as Gemma's does with a system message, or
             leaves a message out.
     """
-    text = prompt_text(place, tokenizer, messages)
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return encoded(tokenizer, [prompt_text(place, tokenizer, messages)])[0]
+
+
+def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts that a chat template has written; many at a time where the tokenizer is a
+    fast one, which then works on all processors."""
+    first = tuple(tokenizer.encode(texts[0], add_special_tokens=False))
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        # the call above has set it to neither cut nor pad
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [tuple(e.ids) for e in found]
+        if ids[0] == first:  # else its Python side does more than the fast one
+            return ids
+    return [first, *(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in texts[1:])]
 
 
 def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:

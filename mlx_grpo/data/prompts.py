@@ -1,6 +1,6 @@
 """Rows to prompts; every complaint names file, row and field."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ import mlx.core as mx
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key, permutation
 from mlx_grpo.core.types import Prompt
-from mlx_grpo.data.chat import prompt_tokens
+from mlx_grpo.data.chat import encoded, prompt_text
 from mlx_grpo.data.messages import Message, row_messages
 from mlx_grpo.data.tables import Row, read_rows, row_number
 
 KNOWN = ("id", "prompt", "messages", "conversations", "response")
+
+ROWS_AT_ONCE = 2000
+"""Encoded together: enough for all processors, few enough for progress to be seen."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,17 @@ def _ids(rows: Sequence[Row]) -> list[str]:
 
 
 def tokenize_prompts(
-    path: Path, rows: Sequence[PromptRow], tokenizer: Any, max_tokens: int
+    path: Path,
+    rows: Sequence[PromptRow],
+    tokenizer: Any,
+    max_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a file; those beyond `max_tokens`, chat template included, are left out and
     counted.
+
+    Args:
+        progress: told (rows done, all rows) now and then.
 
     Returns:
         (prompts, number left out).
@@ -99,10 +109,14 @@ def tokenize_prompts(
         InputError: the chat template refuses one, or nothing is left.
     """
     prompts = []
-    for row in rows:
-        ids = prompt_tokens(row.place, tokenizer, row.messages)
-        if len(ids) <= max_tokens:
-            prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        if len(rows) > ROWS_AT_ONCE:
+            progress(start, len(rows))
+        part = rows[start : start + ROWS_AT_ONCE]
+        texts = [prompt_text(row.place, tokenizer, row.messages) for row in part]
+        for row, ids in zip(part, encoded(tokenizer, texts), strict=True):
+            if len(ids) <= max_tokens:
+                prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
     if not prompts:
         raise InputError(
             f"{path}: all {len(rows)} prompts are longer than {max_tokens} tokens; see "

@@ -123,12 +123,11 @@ def _counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Of the policy after: prompts won, tied and lost, their share (ties count half), its Wilson
     interval."""
     rate = win_rate(before, after)
-    ties = sum(b == a for b, a in zip(before, after, strict=True))
     won = sum(b < a for b, a in zip(before, after, strict=True))
     return {
         "wins": won,
-        "ties": ties,
-        "losses": rate.prompts - won - ties,
+        "ties": rate.ties,
+        "losses": rate.prompts - won - rate.ties,
         "share": rate.share,
         "interval": rate.wilson(),
     }
@@ -144,14 +143,13 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
     before, after = comparison.before, comparison.after
     label = {name: f"gold judge: {name}" for name in comparison.judges}
     rows = [
-        (label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", str(win_rate(old, new)))
+        _contest(label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", old, new)
         for name, (old, new) in contests(comparison).items()
     ]
     if verdicts:
         sides = _sides(verdicts)
         won = _counts(*sides)
-        cells = (f"{won['losses']} wins", f"{won['wins']} wins")
-        rows.append((f"judge ({won['ties']} ties)", *cells, str(win_rate(*sides))))
+        rows.append(_contest("judge", f"{won['losses']} wins", f"{won['wins']} wins", *sides))
     rows += [
         ("KL to the SFT model, nats/token", f"{before.kl:.4f}", f"{after.kl:.4f}", ""),
         (
@@ -175,6 +173,13 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
             f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
             "count as ties"
         )
+
+
+def _contest(
+    name: str, cell: str, other: str, old: Sequence[float], new: Sequence[float]
+) -> tuple[str, str, str, str]:
+    rate = win_rate(old, new)
+    return f"{name} ({rate.tied})" if rate.ties else name, cell, other, str(rate)
 
 
 def _answers(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:

@@ -95,7 +95,7 @@ class Evaluator:
                 self.sampling,
                 self.seed,
                 PURPOSE,
-                on_wave=lambda done, total: after_each("held-out answers", done, total),
+                on_token=writing("held-out answers", self.sampling, after_each),
                 safe_point=safe_point,
                 share=ranks.share,
             )
@@ -129,6 +129,12 @@ class Evaluator:
             found += kl_to_reference([group], rows, self.reference, temperature)
             progress("held-out KL", done, len(groups))
         return mean_kl(found, ranks)[0]
+
+
+def writing(what: str, sampling: Sampling, progress: Progress) -> Callable[[int, int, int], None]:
+    """Tells `progress` of a rollout: its answers, and where those are that are being written."""
+    most = sampling.max_tokens
+    return lambda done, total, token: progress(f"{what} (token {token} of {most})", done, total)
 
 
 def reference_answers(

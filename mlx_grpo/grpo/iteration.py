@@ -20,7 +20,13 @@ from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.gather import all_groups, all_rewards
 from mlx_grpo.grpo.advantages import is_dead, rows_that_teach, training_group
 from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
-from mlx_grpo.grpo.metrics import Clock, iteration_metrics, sampled_tokens, skipped_metrics
+from mlx_grpo.grpo.metrics import (
+    Clock,
+    iteration_metrics,
+    processed_tokens,
+    sampled_tokens,
+    skipped_metrics,
+)
 from mlx_grpo.grpo.reference import GroupKL, kl_to_reference, mean_kl, measured_rows
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.grpo.state import RunState
@@ -97,7 +103,9 @@ def iterate(
             stats = update(roles.actor, learner.optimizer, training, settings, safe_point, ranks)
     except NotFinite as e:  # raised before the first step of the optimizer
         metrics = skipped_metrics(state, groups, e.skip, clock)
-        return Iteration(state.skipping(sampled_tokens(groups)), metrics, groups, raw_PK, [e.skip])
+        return Iteration(
+            state.skipping(processed_tokens(groups)), metrics, groups, raw_PK, [e.skip]
+        )
     kl, dead = mean_kl(kls, ranks), sum(ranks.merged([is_dead(g) for g in training]))
     controller = state.controller.step(kl[0], target)
     if controller.decay:
@@ -116,7 +124,7 @@ def iterate(
         state,
         iteration=state.iteration + 1,
         controller=controller,
-        tokens_seen=state.tokens_seen + sampled_tokens(groups),
+        tokens_seen=state.tokens_seen + processed_tokens(groups),
         skipped_in_a_row=state.skipped_in_a_row + 1 if stats.skips else 0,
     )
     return Iteration(state, metrics, groups, raw_PK, stats.skips)

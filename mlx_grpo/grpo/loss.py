@@ -86,8 +86,9 @@ def clipped_surrogate(
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
 
     Returns:
-        (the loss, a scalar; sums over real tokens: `clipped`, tokens whose gradient the clip
-        removes, `kl`, k3 between the old and the current policy, and `tokens`, how many there are).
+        (the loss, a scalar; sums over real tokens: `clipped`, ratios whose gradient the clip
+        removes, at sequence level completions; `kl`, k3 between the old and the current policy;
+        `tokens`, how many there are).
     """
     ratio_KT = mx.exp(log_ratio(logp_KT, inputs.old_logp_KT, inputs.mask_KT, clip.level))
     clipped_KT = mx.clip(ratio_KT, 1 - clip.low, 1 + clip.high)
@@ -96,8 +97,9 @@ def clipped_surrogate(
     outside_KT = ((up_K1 > 0) & (ratio_KT > 1 + clip.high)) | (
         (up_K1 < 0) & (ratio_KT < 1 - clip.low)
     )
+    silenced_KT = outside_KT * inputs.mask_KT
     metrics = {
-        "clipped": (outside_KT * inputs.mask_KT).sum(),
+        "clipped": (silenced_KT if clip.level == "token" else silenced_KT.max(axis=-1)).sum(),
         "kl": kl_k3_sum(logp_KT, inputs.old_logp_KT, inputs.mask_KT),
         "tokens": inputs.mask_KT.sum(),
     }

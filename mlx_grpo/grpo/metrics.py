@@ -1,4 +1,6 @@
-"""The figures of an iteration, under TRL's names where TRL has one."""
+"""The figures of an iteration. A name that TRL has means what it means there (trl 1.16, computed
+in `grpo_trainer.py`); what differs has a name of its own.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -80,13 +82,14 @@ def iteration_metrics(
     return {
         "step": state.iteration + 1,
         "reward": rewards_PK.mean().item(),
-        "reward_std": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
+        "reward_std": mx.std(rewards_PK, ddof=1).item(),
+        "reward_std_within_groups": mx.std(rewards_PK, axis=1, ddof=1).mean().item(),
         **source_means(by_source, "rewards"),
         "frac_reward_zero_std": sum(len(set(row)) == 1 for row in raw_PK) / len(groups),
         "frac_dead_groups": dead_groups / len(groups),
         "loss": stats.loss / steps,
         "grad_norm": stats.grad_norm / steps,
-        "clip_ratio/region_mean": stats.clipped / seen,
+        "clip_ratio/region_mean": stats.clipped / max(stats.ratios, 1),
         "policy/approx_kl": stats.approx_kl / seen,
         "policy/optimizer_steps": stats.steps,
         "policy/stopped_early": stats.stopped_early,
@@ -105,7 +108,7 @@ def iteration_metrics(
         "prompts/visited": len(state.spreads),
         "normalizer/mean": state.normalizer.mean,
         "normalizer/std": state.normalizer.std,
-        "num_tokens": state.tokens_seen + sum(lengths),
+        "num_tokens": state.tokens_seen + processed_tokens(groups),
     }
 
 
@@ -116,7 +119,7 @@ def skipped_metrics(
     return {
         "step": state.iteration + 1,
         "skipped": skip.stage,
-        "num_tokens": state.tokens_seen + sampled_tokens(groups),
+        "num_tokens": state.tokens_seen + processed_tokens(groups),
         **clock.metrics(),
     }
 
@@ -124,3 +127,8 @@ def skipped_metrics(
 def sampled_tokens(groups: Sequence[Group]) -> int:
     """Completion tokens of a rollout."""
     return sum(len(c.token_ids) for g in groups for c in g.completions)
+
+
+def processed_tokens(groups: Sequence[Group]) -> int:
+    """Tokens of a rollout's completions, each with its prompt."""
+    return sum(len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions)

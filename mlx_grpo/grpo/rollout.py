@@ -51,7 +51,7 @@ def rollout(
     seed: int,
     purpose: str,
     iteration: int = 0,
-    on_wave: Callable[[int, int], None] = lambda done, total: None,
+    on_token: Callable[[int, int, int], None] = lambda done, total, token: None,
     safe_point: SafePoint = never_stop,
     share: slice = slice(None),
 ) -> list[Group]:
@@ -60,7 +60,7 @@ def rollout(
     Args:
         seed, purpose, iteration: choose the random numbers, with the prompt's id, the sample and
             the position.
-        on_wave: told (finished prompts, all prompts) after each batch of rows.
+        on_token: told (finished prompts, all prompts, tokens of the unfinished answers).
         safe_point: called at each token; it may stop the rollout.
         share: which of the prompts to answer.
     """
@@ -73,13 +73,18 @@ def rollout(
             wave.append(prompt)
             first = sampling.k * times
             paths += [(purpose, iteration, prompt.id, first + i) for i in range(sampling.k)]
-        drawn = _decode(model, stop_ids, wave, sampling, seed, paths, safe_point)
+
+        def at_each_token(rows: int, token: int, before: int = len(groups)) -> None:
+            on_token(before + rows // sampling.k, len(numbered), token)
+            safe_point()
+
+        drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
         groups += [
             Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))
             for i, prompt in enumerate(wave)
         ]
-        on_wave(len(groups), len(numbered))
+        on_token(len(groups), len(numbered), 0)
     return groups
 
 
@@ -110,11 +115,15 @@ def _decode(
     sampling: Sampling,
     seed: int,
     paths: Sequence[tuple[str | int, ...]],
-    safe_point: SafePoint,
+    at_each_token: Callable[[int, int], None],
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and log-probs of every row; a step is queued before the last one is read."""
+    """Token ids and log-probs of every row; a step is queued before the last one is read.
+
+    Args:
+        at_each_token: told (finished rows, tokens of the others); it may stop the rollout.
+    """
     rows, length = len(paths), sampling.max_tokens
-    caches = _prefill(model, prompts, sampling, safe_point)
+    caches = _prefill(model, prompts, sampling, lambda: at_each_token(0, 0))
     u_BT = uniforms(seed, [(*path, t) for path in paths for t in range(length)]).reshape(
         rows, length
     )
@@ -131,7 +140,7 @@ def _decode(
     last_B = mx.array([prompt.token_ids[-1] for prompt in prompts for _ in range(sampling.k)])
     pending = step(last_B, 0)
     for t in range(length):
-        safe_point()
+        at_each_token(len(finished), t)
         following = step(pending[0], t + 1) if t + 1 < length else pending
         for row, token, logp in zip(active, pending[0].tolist(), pending[1].tolist(), strict=True):
             if row not in finished:

@@ -40,7 +40,7 @@ class RunState:
     iteration: int = 0
     """Iterations done."""
     tokens_seen: int = 0
-    """Completion tokens sampled so far."""
+    """Tokens of all completions so far, each with its prompt."""
     skipped_in_a_row: int = 0
     """Latest iterations that met a value that is not finite."""
     evaluated: int = -1

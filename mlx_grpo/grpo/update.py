@@ -52,6 +52,8 @@ class UpdateStats:
     loss: float = 0.0
     tokens: int = 0
     clipped: float = 0.0
+    ratios: int = 0
+    """Those that the clip could have silenced: tokens, or completions, of dead groups too."""
     approx_kl: float = 0.0
     grad_norm: float = 0.0
     steps: int = 0
@@ -264,6 +266,8 @@ class _MinibatchSum:
         """Add the figures to those of the iteration."""
         stats.tokens += self.seen
         stats.clipped += self.clipped
+        token_level = self.settings.clip.level == "token"
+        stats.ratios += self.tokens if token_level else self.completions
         stats.approx_kl += self.kl
 
 

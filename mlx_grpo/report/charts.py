@@ -7,6 +7,7 @@ description for screen readers, and its figures as tooltips.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -15,7 +16,11 @@ from markupsafe import Markup
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 360, 200
-LEFT, RIGHT, TOP, BOTTOM = 42, 8, 10, 24
+TOP, BOTTOM = 10, 24
+LEFT, RIGHT = 30, 8
+"""Margins at least; they grow with the labels."""
+DIGIT = 7.7
+"""Width of a digit at the labels' size, in the widest of the usual fonts."""
 MOST_POINTS = 240
 """Beyond it a line is thinned to means: there are no more pixels."""
 TOOLTIPS = 60
@@ -30,6 +35,8 @@ class Line:
     look: Literal["a", "b", "c", "d", "e", "target", "faint"] = "a"
     marks: bool = False
     """Whether each point is drawn: for few, as evaluations are."""
+    steps: bool = False
+    """Whether a value holds until the next one, as a setting does."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Band:
     """The area between two values."""
 
     name: str
-    points: Sequence[tuple[float, float, float]]
+    points: Sequence[tuple[float, ...]]
     """(x, low, high)."""
 
 
@@ -66,11 +73,16 @@ def svg(chart: Chart) -> Markup:
     ys = [y for line in lines for _, y in line.points]
     ys += [y for b in bands for _, low, high in b.points for y in (low, high)]
     x_ticks, y_ticks = ticks(min(xs), max(xs), whole=True), ticks(min(ys), max(ys))
-    scale = _Scale(min(xs), max(xs), y_ticks[0], y_ticks[-1])
+    columns = {x: name for x, name in labels(x_ticks).items() if min(xs) <= x <= max(xs)}
+    margins = (
+        max(LEFT, 8 + DIGIT * max(map(len, labels(y_ticks).values()))),
+        max(RIGHT, 1 + DIGIT / 2 * max(map(len, columns.values()), default=0)),
+    )
+    scale = _Scale(min(xs), max(xs), y_ticks[0], y_ticks[-1], *margins)
     head = Markup(
         '<svg viewBox="0 0 {w} {h}" role="img" aria-label="{title}: {told}"><title>{title}</title>'
     ).format(w=WIDTH, h=HEIGHT, title=chart.title, told=_told(chart))
-    parts = [head, _grid(scale, x_ticks, y_ticks)]
+    parts = [head, _grid(scale, columns, labels(y_ticks))]
     parts += [_band(b, scale) for b in bands]
     parts += [_line(line, scale) for line in lines]
     parts += [_tooltips(chart, scale), Markup("</svg>")]
@@ -79,7 +91,7 @@ def svg(chart: Chart) -> Markup:
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Four to seven round numbers that enclose low and high."""
-    if not high > low:
+    if not high - low > 1e-9 * max(abs(low), abs(high)):  # less is rounding
         low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
     rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
@@ -88,6 +100,31 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
         step = max(1.0, round(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
+
+
+def labels(values: Sequence[float]) -> dict[float, str]:
+    """Each value with as few digits, three or more, as tell it from the others."""
+    for digits in range(3, 12):
+        texts = [_rounded(v, digits) for v in values]
+        if len(set(texts)) == len(texts):
+            break
+    return dict(zip(values, texts, strict=True))
+
+
+def _rounded(value: float, digits: int) -> str:
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
+    return f"{value:.{digits}g}"
+
+
+def stepped(rows: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Rows of (x, values...) between which the values jump, halfway."""
+    corners = list(rows[:1])
+    for before, after in pairwise(rows):
+        if after[1:] != before[1:]:
+            middle = (before[0] + after[0]) / 2
+            corners += [(middle, *before[1:]), (middle, *after[1:])]
+    return [*corners, *rows[-1:]]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -123,36 +160,43 @@ class _Scale:
     right: float
     low: float
     high: float
+    before: float
+    after: float
+    """Margins at the left and at the right."""
+
+    @property
+    def width(self) -> float:
+        return WIDTH - self.before - self.after
 
     def x(self, value: float) -> float:
         share = (value - self.left) / (self.right - self.left or 1)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return self.before + share * self.width
 
     def y(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low or 1)
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    def path(self, points: Sequence[Point]) -> str:
+    def path(self, points: Sequence[tuple[float, ...]]) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
 
-def _grid(scale: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> Markup:
-    rows = Markup("").join(
+def _grid(scale: _Scale, columns: dict[float, str], rows: dict[float, str]) -> Markup:
+    lines = Markup("").join(
         Markup(
-            '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>'
-            '<text x="{}" y="{:.1f}" text-anchor="end">{}</text>'
-        ).format(LEFT, WIDTH - RIGHT, y, y, LEFT - 6, y + 4, shown(v))
-        for v in y_ticks
+            '<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>'
+            '<text x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>'
+        ).format(scale.before, WIDTH - scale.after, y, y, scale.before - 6, y + 4, name)
+        for v, name in rows.items()
         for y in [scale.y(v)]
     )
-    within = [v for v in x_ticks if scale.left <= v <= scale.right]
-    columns = Markup("").join(
+    wide = DIGIT * (2 + max(map(len, columns.values()), default=0)) * len(columns)
+    spared = list(columns.items())[:: math.ceil(wide / scale.width) or 1]  # none over the next
+    return lines + Markup("").join(
         Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-            scale.x(v), HEIGHT - 8, shown(v)
+            scale.x(v), HEIGHT - 8, name
         )
-        for v in within
+        for v, name in spared
     )
-    return rows + columns
 
 
 def _band(band: Band, scale: _Scale) -> Markup:
@@ -162,9 +206,8 @@ def _band(band: Band, scale: _Scale) -> Markup:
 
 
 def _line(line: Line, scale: _Scale) -> Markup:
-    drawn = Markup('<polyline class="line {}" points="{}"/>').format(
-        line.look, scale.path(line.points)
-    )
+    points = stepped(line.points) if line.steps else line.points
+    drawn = Markup('<polyline class="line {}" points="{}"/>').format(line.look, scale.path(points))
     if line.marks:
         drawn += Markup("").join(
             Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="3.5"/>').format(
@@ -180,7 +223,7 @@ def _tooltips(chart: Chart, scale: _Scale) -> Markup:
     tables = {line.name: dict(line.points) for line in chart.lines if line.look != "faint"}
     xs = sorted({x for table in tables.values() for x in table})
     xs = xs[:: max(1, math.ceil(len(xs) / TOOLTIPS))]
-    width = (WIDTH - LEFT - RIGHT) / max(1, len(xs))
+    width = scale.width / max(1, len(xs))
     return Markup("").join(
         Markup(
             '<rect class="tip" x="{:.1f}" y="{}" width="{:.1f}" height="{}">'
@@ -208,7 +251,7 @@ def _told(chart: Chart) -> str:
 
 def _thinned(line: Line) -> Line:
     size = math.ceil(len(line.points) / MOST_POINTS)
-    if size < 2:
+    if size < 2 or (line.steps and len(stepped(line.points)) <= MOST_POINTS):
         return line
     chunks = [line.points[i : i + size] for i in range(0, len(line.points), size)]
     means = [(fmean(x for x, _ in c), fmean(y for _, y in c)) for c in chunks]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from mlx_grpo.report.charts import Band, Chart, Line, Point, smoothed, spread
+from mlx_grpo.report.charts import Band, Chart, Line, Point, smoothed, spread, stepped
 from mlx_grpo.report.record import Record, gold_names
 
 TARGET_BAND = 0.3
@@ -29,7 +29,10 @@ def _single(r: Record) -> list[Chart]:
         Chart(
             "KL to the SFT model",
             "nats per token",
-            [*_both(r, "kl", "eval_kl"), Line("target", r.series("kl/target"), "target")],
+            [
+                *_both(r, "kl", "eval_kl"),
+                Line("target", r.series("kl/target"), "target", steps=True),
+            ],
             [_target_band(r)],
         ),
         Chart("Perplexity of reference answers", "held-out", _both(r, "", "eval_perplexity")),
@@ -38,7 +41,7 @@ def _single(r: Record) -> list[Chart]:
             "Answers cut off", "share at the limit", _both(r, *_twins("completions/clipped_ratio"))
         ),
         Chart("Dead groups", "share that taught nothing", _trained(r, "frac_dead_groups")),
-        Chart("Clip fraction", "share of tokens", _trained(r, "clip_ratio/region_mean")),
+        Chart("Clip fraction", _clipped(r), _trained(r, "clip_ratio/region_mean")),
         _actuator(r),
         Chart("Time by stage", "seconds", _stages(r, "time")),
         Chart("Peak memory by stage", "GB", _stages(r, "memory", 1e-9)),
@@ -48,11 +51,10 @@ def _single(r: Record) -> list[Chart]:
 
 def _several(records: Sequence[Record]) -> list[Chart]:
     kl = _mean(records, "kl", "KL to the SFT model", "nats per token")
-    target = Line("target", records[0].series("kl/target"), "target")
     return [
         _mean(records, "eval_reward", "Held-out reward", "raw score"),
         *(_gold(records, name) for name in gold_names(records)),
-        Chart(kl.title, kl.unit, [*kl.lines, target], kl.bands),
+        Chart(kl.title, kl.unit, [*kl.lines, _target(records[0])], kl.bands),
         _mean(records, "eval_kl", "Held-out KL", "nats per token"),
         _mean(records, "eval_perplexity", "Perplexity of reference answers", "held-out"),
         _mean(records, "eval_completions/mean_length", "Held-out length", "tokens per answer"),
@@ -68,7 +70,9 @@ def _mean(records: Sequence[Record], key: str, title: str, unit: str) -> Chart:
     each = [Line(seed, s, "faint") for seed, s in runs]
     name = f"mean of {len(runs)} runs"
     marks = key.startswith("eval")
-    return Chart(title, unit, [*each, Line(name, mean, "a", marks)], [Band("one sd", area)])
+    return Chart(
+        title, unit, [*each, Line(name, mean, "a", marks)], [Band("± one standard deviation", area)]
+    )
 
 
 def _twins(key: str) -> tuple[str, str]:
@@ -101,18 +105,31 @@ def _gold(records: Sequence[Record], name: str) -> Chart:
     return _mean(records, f"eval_rewards/{name}/mean", f"Gold judge: {name}", "held-out")
 
 
+def _target(r: Record) -> Line:
+    return Line("target", r.series("kl/target"), "target", steps=True)
+
+
 def _target_band(r: Record) -> Band:
     target = r.series("kl/target")
     area = [(x, v * (1 - TARGET_BAND), v * (1 + TARGET_BAND)) for x, v in target]
-    return Band(f"target ± {TARGET_BAND:.0%}", area)
+    return Band(f"target ± {TARGET_BAND:.0%}", stepped(area))
+
+
+def _clipped(r: Record) -> str:
+    return "share of tokens" if r.config.optimizer.ratio_level == "token" else "share of answers"
 
 
 def _actuator(r: Record) -> Chart:
     if any(value for _, value in r.series("kl/decay")):
         return Chart("Decay of the adapter", "share per iteration", _trained(r, "kl/decay"))
     if any(value for _, value in r.series("kl/beta")):
-        return Chart("Weight of the KL penalty (beta)", "score per nat", _trained(r, "kl/beta"))
-    return Chart("Learning rate", "AdamW", _trained(r, "learning_rate"))
+        return Chart("Weight of the KL penalty (beta)", "score per nat", _held(r, "kl/beta"))
+    return Chart("Learning rate", "AdamW", _held(r, "learning_rate"))
+
+
+def _held(r: Record, key: str) -> list[Line]:
+    """A setting that an iteration runs with and that the controller may change after it."""
+    return [Line("each iteration", points, steps=True)] if (points := r.series(key)) else []
 
 
 def _stages(r: Record, what: str, unit: float = 1.0) -> list[Line]:

@@ -1,5 +1,6 @@
 """The words and tables of a report, and the page they stand on."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
 from mlx_grpo.config.sources import setting_help
@@ -23,6 +25,8 @@ from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
+Cell = tuple[str, ...]
+"""A figure, and what stands smaller beside it."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,14 @@ def render(records: Sequence[Record], title: str) -> str:
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
         written=time.strftime("%Y-%m-%d %H:%M"),
         charts=[(chart, svg(chart)) for chart in figures(records)],
-        rows=rows(records),
+        table=table(records),
         summary=summary,
         status=status,
         pace=pace,
         going_on=going_on,
-        wins=wins,
-        judges={"reward": "reward", **{n: f"rewards/{n}" for n in gold_names(records)}},
         warnings=_warnings(records),
         number=number,
-        over=over,
+        unbroken=unbroken,
         examples=examples,
         settings=settings_table,
         command=training_command,
@@ -103,13 +105,15 @@ def summary(r: Record) -> list[str]:
         f"{number(first, 'eval_reward', '+.2f')}."
     ]
     if rate := r.wins():
-        said.append(f"Its answer has the higher reward on {_interval(rate)} of the prompts.")
+        said.append(f"Its answer has the higher reward on {_interval(rate)}.")
     for name in r.config.gold_names:
         before, after = (e.get(f"eval_rewards/{name}/mean") for e in (first, now))
         if before is not None and after is not None:
             rate = r.wins(f"rewards/{name}")
-            told = f", a better answer on {_interval(rate)} of the prompts" if rate else ""
-            said.append(f"The gold judge {name} gives {after:.3f} (SFT model: {before:.3f}){told}.")
+            told = f"; it prefers the answer on {_interval(rate)}" if rate else ""
+            judge = "The gold judge" if name == "gold" else f"The gold judge ({name})"
+            means = f"{after:.3f} on average (SFT model: {before:.3f})"
+            said.append(f"{judge} scores the answers {means}{told}.")
     perplexities = [number(e, "eval_perplexity", ".2f") for e in (now, first)]
     lengths = [number(e, "eval_completions/mean_length", ".0f") for e in (now, first)]
     said.append(
@@ -122,7 +126,8 @@ def summary(r: Record) -> list[str]:
 
 def _interval(rate: WinRate) -> str:
     low, high = rate.wilson()
-    return f"{rate.share:.0%} (95 % interval {low:.0%} to {high:.0%})"
+    ties = f", {rate.tied} counted half" if rate.ties else ""
+    return f"{rate.share:.0%} (95 % interval {low:.0%} to {high:.0%}) of the prompts{ties}"
 
 
 def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]], str]]:
@@ -133,12 +138,6 @@ def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]
         (title, [(name, f.evidence) for name, f in found if f.title == title], text)
         for title, text in advice.items()
     ]
-
-
-def wins(r: Record, key: str) -> str:
-    """How often the run beats the SFT model, with a 95 % interval."""
-    rate = r.wins(key)
-    return str(rate) if rate else ""
 
 
 def rows(records: Sequence[Record]) -> list[Figure]:
@@ -155,15 +154,104 @@ def rows(records: Sequence[Record]) -> list[Figure]:
     return [f for f in table if any(f.key in r.chosen for r in records)]
 
 
+@dataclass(frozen=True)
+class Table:
+    """Before and after, side by side."""
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+def table(records: Sequence[Record]) -> Table:
+    """The figures of the SFT model and after training, what has changed, and each of several runs;
+    then how often the answers win."""
+    several = len(records) > 1
+    which = "best" if records[0].chosen["eval_best"] else "now"
+    after = "after" if several else f"{which} (iteration {records[0].chosen['step']})"
+    runs = records if several else []
+    body = [
+        (
+            f.name,
+            [
+                _mean(records, f, "first"),
+                _mean(records, f, "chosen"),
+                _change(records, f),
+                *((f.text(r.chosen),) for r in runs),
+            ],
+        )
+        for f in rows(records)
+    ]
+    judges = {"reward": "reward", **{f"rewards/{n}": n for n in gold_names(records)}}
+    for key, judge in judges.items():
+        rates = [r.wins(key) for r in records]
+        if any(rates):
+            cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
+            name = f"wins over the SFT model by {judge}"
+            body.append((name, [(), _rate(pooled(rates)), (), *cells]))
+    if several:
+        taken = [(_taken(r), f"iteration {r.chosen['step']}") for r in records]
+        body.append(("evaluation taken", [(), (), (), *taken]))
+    title = "held-out prompts" + (" (mean ± sd)" if several else "")
+    return Table([title, "SFT model", after, "change", *(r.run.name for r in runs)], body)
+
+
+def pooled(rates: Sequence[WinRate | None]) -> WinRate | None:
+    """Wins over the prompts of all runs together."""
+    known = [rate for rate in rates if rate]
+    if not known:
+        return None
+    sums = (sum(getattr(rate, name) for rate in known) for name in ("wins", "prompts", "ties"))
+    return WinRate(*sums)
+
+
 def over(records: Sequence[Record], figure: Figure, which: str) -> str:
     """Mean and standard deviation over runs, `first` or `chosen` evaluation."""
+    return " ".join(_mean(records, figure, which))
+
+
+def _mean(records: Sequence[Record], figure: Figure, which: str) -> Cell:
     rows = [r.evaluations[0] if which == "first" else r.chosen for r in records]
+    if len(rows) == 1:
+        return (figure.text(rows[0]),)
     values = [row[figure.key] for row in rows if row.get(figure.key) is not None]
-    if not values:
-        return ""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    form = figure.form.replace("+", "")
-    return f"{fmean(values):{figure.form}} ± {deviation:{form}}"
+    return _spread(values, figure.form) if values else ()
+
+
+def _change(records: Sequence[Record], figure: Figure) -> Cell:
+    pairs = [(r.evaluations[0].get(figure.key), r.chosen.get(figure.key)) for r in records]
+    changes = [b - a for a, b in pairs if a is not None and b is not None]
+    if not changes:
+        return ()
+    if figure.form.endswith("%"):  # a difference of shares is no share
+        return (*_spread([100 * c for c in changes], "+.0f"), "points")
+    return _spread(changes, f"+{figure.form.removeprefix('+')}")
+
+
+def _spread(values: Sequence[float], form: str) -> Cell:
+    middle = format(fmean(values), form)
+    if len(values) == 1:
+        return (middle,)
+    return middle, f"± {stdev(values):{form.replace('+', '')}}"
+
+
+def _rate(rate: WinRate | None) -> Cell:
+    if not rate:
+        return ()
+    share, _, interval = str(rate).partition(" ")
+    return (share, interval, *([rate.tied] if rate.ties else []))
+
+
+def _taken(r: Record) -> str:
+    return "best" if r.chosen["eval_best"] else "last"
+
+
+def unbroken(text: str) -> Markup:
+    """A text in which flags and names with hyphens stay on one line where it can hold them."""
+    parts = re.split(r"(\S*-\S*)", text)
+    return Markup("").join(
+        Markup('<span class="word">{}</span>').format(part) if i % 2 else escape(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def examples(r: Record) -> list[tuple[Row, Row]]:

@@ -47,8 +47,9 @@ class CustomReward:
 
         The function gets those keyword arguments that it names: `prompt` (str), `messages`,
         `completions` (list of str), `completion_ids`, `finish_reasons`, and the fields of the
-        prompt's row (`id`, `response` and any other). It returns a number per completion, or
-        None for one that it has nothing to say about.
+        prompt's row (`id`, `response` and any other). One that names `prompts` is called as TRL
+        would call it: prompts and fields are lists. It returns a number per completion, or None for
+        one that it has nothing to say about.
 
         Raises:
             InputError: it raises, hangs, or returns another count or something that is no number.

@@ -15,13 +15,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 GRACE_SECONDS = 5.0
+ALWAYS = frozenset({"prompt", "messages", "completions", "completion_ids", "finish_reasons"})
+"""Arguments that there always are; the others are fields of the prompt's row."""
 
 
 class RewardError(ValueError):
@@ -123,7 +125,8 @@ def _load_file(path: Path) -> Any:
 def call(function: Any, arguments: dict[str, Any]) -> list[float | None]:
     """A number per completion; None where the function does not apply. It may be asynchronous.
 
-    The function gets those arguments that it names, or all if it takes `**anything`.
+    The function gets those arguments that it names, or all if it takes `**anything`. One that names
+    `prompts` is called as TRL calls it, see `_as_trl`.
 
     Raises:
         RewardError: it raises, or returns another count or something that is not numbers.
@@ -132,20 +135,29 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float | None]:
     completions = Completions(arguments["completions"])
     arguments = _watched(arguments, completions)
     try:
-        returned = _finished(function(**_asked_for(function, arguments)))
-        if not isinstance(returned, Iterable):
-            kind = type(returned).__name__
-            raise RewardError(f"it returned {kind}, not a list with a number per completion")
-        scores = [None if s is None else float(s) for s in returned]
+        scores = _numbers(_finished(function(**_asked_for(function, arguments))))
     except RewardError:
         raise
     except (Exception, SystemExit) as e:  # a user's code may raise anything
         _check_walk(completions)
-        raise RewardError(f"{type(e).__name__}: {e}{_place(e)}") from e
+        raise RewardError(f"{type(e).__name__}: {e}{_place(e)}{_hint(e)}") from e
     _check_walk(completions)
     if len(scores) != expected:
         raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
     return scores
+
+
+def _numbers(returned: Any) -> list[float | None]:
+    # iterating over these would give something else than the scores in their order
+    unordered = isinstance(returned, Mapping | Set | str | bytes)
+    if unordered or not isinstance(returned, Iterable):
+        kind = type(returned).__name__
+        raise RewardError(f"it returned {kind}, not a list with a number per completion")
+    scores = list(returned)
+    for number, score in enumerate(scores, 1):
+        if isinstance(score, str | bytes):
+            raise RewardError(f"it returned {score!r} for completion {number}, which is no number")
+    return [None if score is None else float(score) for score in scores]
 
 
 def _check_walk(completions: Completions) -> None:
@@ -187,17 +199,34 @@ def _event_loop() -> Any:
 
 
 def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+    parameters = list(inspect.signature(function).parameters.values())
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if "prompts" not in arguments and any(p.name == "prompts" for p in parameters):
+        arguments = _as_trl(arguments)
+    if takes_all:
         return arguments
-    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    for p in named:
+    wanted = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for p in wanted:
         if p.default is inspect.Parameter.empty and p.name not in arguments:
             raise RewardError(
                 f"it asks for '{p.name}', which the prompt's row does not have; there are "
                 f"{', '.join(sorted(arguments))}"
             )
-    return {p.name: arguments[p.name] for p in named if p.name in arguments}
+    return {p.name: arguments[p.name] for p in wanted if p.name in arguments}
+
+
+def _as_trl(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`prompts`, and the fields of the row, as lists with a value per completion."""
+    count = len(arguments["completions"])
+    lists = {name: [value] * count for name, value in arguments.items() if name not in ALWAYS}
+    return {**arguments, **lists, "prompts": [arguments["prompt"]] * count}
+
+
+def _hint(error: BaseException) -> str:
+    """What to change where a function takes a completion for TRL's list of messages."""
+    if isinstance(error, TypeError) and "string indices must be integers" in str(error):
+        return "; a completion is a text here: write completion for completion[0]['content']"
+    return ""
 
 
 def _place(error: BaseException) -> str:

@@ -101,7 +101,10 @@ def _dry_run(learner: Learner, ui: Console) -> bool:
     if done.metrics["frac_dead_groups"] == 1:
         ui.warn("all completions of each prompt have the same reward: nothing would be learned")
     whole = duration(done.metrics["time/iteration"] * config.run.num_iterations)
-    ui.say(f"dry run, nothing kept; {config.run.num_iterations} iterations like it take {whole}")
+    ui.say(
+        f"dry run, nothing kept; {config.run.num_iterations} iterations like it take {whole}, "
+        "evaluations not counted"
+    )
     return True
 
 

@@ -1,5 +1,6 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
+from mlx_grpo.data.leaks import leak_warnings
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.evaluate import Evaluator, reference_answers
+from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
 from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.backbone import Backbone, load_backbone
@@ -107,9 +109,8 @@ def load_learner(
     planner = planner_for(config, ranks=ranks.size)
     plan = planner.plan()
     check_fits(planner, plan, ui)
-    # before the weights: a bad row is found at once
-    rows = read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
-    evaluator = load_evaluator(config, ui, load, plan, functions)
+    rows = _training_rows(config)  # before the weights: a bad row is found at once
+    evaluator = load_evaluator(config, ui, load, plan, functions, rows)
     backbone = evaluator.backbone
     prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
     actor = new_actor(
@@ -131,17 +132,20 @@ def load_evaluator(
     load: LoadModels = load_models,
     plan: Plan | None = None,
     functions: Mapping[str, UserFunction] | None = None,
+    trained: Sequence[PromptRow] | None = None,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Args:
         functions: reward functions that were given as Python objects, by name.
+        trained: the rows of the training prompts, where they have been read.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
     rows = read_prompts(Path(config.evaluation.prompts), config.columns)
+    _warn_of_leaks(config, trained, rows, ui)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
@@ -156,7 +160,9 @@ def load_evaluator(
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        return rollout(model, tokenizer, stop_ids, missing, one_each, config.run.seed, "references")
+        told = writing("reference answers", one_each, ui.progress)
+        key = config.run.seed, "references"
+        return rollout(model, tokenizer, stop_ids, missing, one_each, *key, on_token=told)
 
     prompts = held_out[: config.evaluation.limit or None]
     return Evaluator(
@@ -205,10 +211,36 @@ def without_given(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _training_rows(config: TrainConfig) -> list[PromptRow]:
+    return read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
+
+
+def _warn_of_leaks(
+    config: TrainConfig,
+    trained: Sequence[PromptRow] | None,
+    held_out: Sequence[PromptRow],
+    ui: Console,
+) -> None:
+    try:
+        trained = _training_rows(config) if trained is None else trained
+    except InputError as e:  # an evaluation can do without them
+        ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
+        return
+    files = config.data.prompts, trained, config.evaluation.prompts
+    for warning in leak_warnings(*files, held_out):
+        ui.warn(warning)
+
+
 def _prompts(
     file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
 ) -> list[Prompt]:
-    prompts, too_long = tokenize_prompts(Path(file), rows, backbone.tokenizer, limit)
+    prompts, too_long = tokenize_prompts(
+        Path(file),
+        rows,
+        backbone.tokenizer,
+        limit,
+        functools.partial(ui.progress, f"tokenizing {file}"),
+    )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
     return prompts

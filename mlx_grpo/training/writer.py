@@ -16,6 +16,7 @@ from mlx_grpo.report.health import new_findings
 from mlx_grpo.report.write import REPORT, try_report
 from mlx_grpo.run import directory, log
 from mlx_grpo.run.directory import Snapshot
+from mlx_grpo.training.estimate import guessed_pace, measured_pace, say_how_long
 from mlx_grpo.training.trackers import Tracker, open_trackers
 
 Unsaved = tuple[RunState, Snapshot]
@@ -103,6 +104,9 @@ class RunWriter:
         for warning in warnings:
             self.ui.warn(warning)
         self.ui.say(f"resuming after iteration {state.iteration}")
+        rows = log.read(self.run / log.METRICS) if state.iteration else []
+        if pace := measured_pace(rows):
+            say_how_long(self.ui, config, pace, state.iteration, "as it went before")
         return state
 
     @contextmanager
@@ -146,6 +150,9 @@ class RunWriter:
             self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
+        if step == 0:
+            pace = guessed_pace(self.learner, evaluated.metrics["time/evaluate"])
+            say_how_long(self.ui, config, pace, step, "a first guess")
         try_report([self.run], self.ui.warn, running=True)
 
     def _check_rewards(self, evaluation: Evaluation) -> None:
@@ -156,16 +163,21 @@ class RunWriter:
 
     def iterated(self, done: Iteration) -> None:
         """Log an iteration."""
-        run, ui, config, step = self.run, self.ui, self.learner.config.run, done.state.iteration
+        run, ui, config, step = self.run, self.ui, self.learner.config, done.state.iteration
+        total, metrics = config.run.num_iterations, done.metrics
         directory.check_in_place(run)
-        log.append(run / log.METRICS, done.metrics)
-        self._track(done.metrics)
+        if pace := measured_pace([*log.read(run / log.METRICS), metrics]):
+            metrics["time/left"] = pace.left(config, step)
+        log.append(run / log.METRICS, metrics)
+        self._track(metrics)
         directory.log_completions(run, step, done.groups, done.raw_PK)
         directory.log_skips(run, step, done.groups, done.skips)
-        if "skipped" not in done.metrics:
-            ui.iteration(done.metrics, config.num_iterations)
-            if config.show_every and step % config.show_every == 0:
+        if "skipped" not in metrics:
+            ui.iteration(metrics, total)
+            if config.run.show_every and step % config.run.show_every == 0:
                 ui.samples(step, done.groups, done.raw_PK)
+        if pace and step == 1 < total:
+            say_how_long(ui, config, pace, step, "by the first iteration")
         for skip in done.skips:
             ui.warn(
                 f"iteration {step}: NaN or infinity in the {skip.stage}, skipped; see "

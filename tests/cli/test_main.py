@@ -40,6 +40,7 @@ def test_a_command_that_loads_models_leaves_pytorch_alone(flags: list[str], tmp_
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("      starting\n")  # before what takes seconds to import
 
 
 def test_several_seeds_run_one_after_the_other(
@@ -113,6 +114,39 @@ def test_resume_refuses_a_flag_that_contradicts_the_run(
     assert "--allow-config-change" in complaint
     assert command(monkeypatch, *again, "--allow-config-change") == 0
     assert "clip_range = 0.1" in (tmp_path / "runs" / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("typed", "ours"),
+    [
+        ("--num-generations", "--K"),
+        ("--beta=0.04", "--kl-targets, which holds the KL at a target"),
+        ("--max-steps", "--num-iterations"),
+        ("--iters", "--num-iterations"),
+        ("--lr", "--learning-rate"),
+        ("--model", "--actor-model"),
+        ("--reward_funcs", "--reward"),
+        ("--epsilon-high", "--clip-range-high"),
+    ],
+)
+def test_a_flag_of_another_trainer_leads_to_ours(
+    typed: str, ours: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "train", typed, "1") == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"error: No such option: {typed.split('=')[0]}; here it is {ours}")
+    assert len(complaint.splitlines()) == 1
+    setting = typed.split("=")[0].strip("-").replace("-", "_")
+    assert command(monkeypatch, "train", "--set", f"{setting}=1") == 2
+    field = ours.split(",")[0].strip("-").replace("-", "_")
+    assert f"unknown key '{setting}'; did you mean '{field}'?" in capsys.readouterr().err
+
+
+def test_a_flag_is_not_led_to_where_the_command_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "report", "--max-steps", "3") == 2
+    assert "here it is" not in capsys.readouterr().err
 
 
 def test_version_and_help(

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console as RichConsole
 
 from mlx_grpo.config.settings import train_config, with_settings
+from mlx_grpo.console import doing, output
+from mlx_grpo.console.doing import Doing
 from mlx_grpo.console.live import LiveView, duration, sparks, trend
 from mlx_grpo.console.output import Console
 from mlx_grpo.training.loop import train
@@ -72,8 +74,9 @@ def test_stages_that_are_done_are_full_and_those_to_come_are_empty(view: LiveVie
 
 
 def test_between_iterations_it_says_what_is_being_done(view: LiveView) -> None:
-    view.doing = "held-out answers 3/12"
-    assert "held-out answers 3/12" in picture(view)
+    view.doing = Doing("evaluating")
+    view.doing.progress("held-out answers", 3, 12)
+    assert "held-out answers 3/12, 0 s" in picture(view)
 
 
 @pytest.mark.parametrize("width", [120, 80, 60, 40, 30, 20])
@@ -116,6 +119,67 @@ def test_a_stage_that_ends_while_it_is_drawn_is_drawn_to_the_end(
     assert "31: rollout" in picture(view)
 
 
+class Hands:
+    """A clock that a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        for place in (doing, output):
+            monkeypatch.setattr(place.time, "monotonic", lambda: self.now)
+
+
+def test_a_log_says_at_once_what_begins_and_within_two_seconds_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ui, hands = Console(), Hands(monkeypatch)
+    with ui.working("evaluating"):
+        assert capsys.readouterr().out == "      evaluating\n"
+        for tenth in range(1000):
+            hands.now = 100 + tenth / 10
+            ui.progress("held-out answers", tenth // 10, 2000)
+    assert capsys.readouterr().out.splitlines() == [
+        "      held-out answers 1/2,000, 1 s",
+        "      held-out answers 21/2,000, 21 s",
+        "      held-out answers 41/2,000, 41 s",
+        "      held-out answers 61/2,000, 1 min 01 s",
+        "      held-out answers 81/2,000, 1 min 21 s",
+    ]
+
+
+def test_a_log_says_the_stage_of_a_long_iteration_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ui, hands = Console(), Hands(monkeypatch)
+    for seconds, name in ((1, "rollout"), (2, "reward"), (30, "logprob"), (31, "update")):
+        hands.now = 100.0 + seconds
+        with ui.stage(1, name):
+            pass
+    assert capsys.readouterr().out.splitlines() == ["      1: rollout", "      1: logprob"]
+
+
+@pytest.mark.parametrize("what", ["loading", "a [/bold] name"])
+def test_a_spinner_has_a_count_a_bar_and_a_clock(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ui, hands = terminal(), Hands(monkeypatch)
+    with ui.working(what):
+        hands.now += 75
+        ui.progress(what, 5, 12)
+        ui._doing and ui.out.print(ui._doing)
+    assert f"{what} 5/12, 1 min 15 s ━" in ESCAPES.sub("", written(ui))
+
+
+def test_one_of_several_runs_is_named_on_the_terminal_and_in_the_view(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ui = Console()
+    ui.next_run(1, 1, "seed 1")
+    assert capsys.readouterr().out == ""
+    ui.next_run(2, 3, "seed 43, runs/seed-43")
+    assert capsys.readouterr().out == "run 2 of 3: seed 43, runs/seed-43\n"
+    assert "run 2 of 3" in picture(LiveView(60, ui.run))
+
+
 def test_a_resumed_run_shows_what_was_done_before() -> None:
     view = LiveView(60)
     with view.stage(31, "rollout"):
@@ -134,7 +198,15 @@ def test_a_trend_compares_as_many_iterations_as_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "5 s"), (65, "1 min 05 s"), (7500, "2 h 05 min"), (float("nan"), "?")]
+    ("seconds", "text"),
+    [
+        (5, "5 s"),
+        (65, "1 min 05 s"),
+        (7500, "2 h 05 min"),
+        (47 * 3600, "47 h 00 min"),
+        (76 * 3600, "3 days 4 h"),
+        (float("nan"), "?"),
+    ],
 )
 def test_durations_are_said_as_people_do(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -30,8 +30,14 @@ def test_the_interval_narrows_with_more_prompts_and_holds_the_share() -> None:
     assert many.wilson()[1] - many.wilson()[0] < (few.wilson()[1] - few.wilson()[0]) / 5
 
 
+def test_ties_are_said_in_words() -> None:
+    assert win_rate([1.0] * 4, [2.0, 0.0, 1.0, 1.0]).tied == "2 ties"
+    assert win_rate([0.0, 1.0], [0.0, 2.0]).tied == "1 tie"
+    assert win_rate([0.0], [1.0]).tied == ""
+
+
 def test_ties_count_half() -> None:
-    assert win_rate([1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]) == WinRate(2.0, 4)
+    assert win_rate([1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]) == WinRate(2.0, 4, ties=2)
     assert win_rate([0.0] * 5, [0.0] * 5).share == 0.5
 
 

@@ -11,7 +11,8 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.chat import answer_tokens
+from mlx_grpo.data import prompts
+from mlx_grpo.data.chat import answer_tokens, encoded
 from mlx_grpo.data.messages import row_messages
 from mlx_grpo.data.pairs import load_pairs
 from mlx_grpo.data.prompts import (
@@ -275,3 +276,50 @@ def test_weighted_prompts_are_drawn_by_key_and_differ_within_a_batch() -> None:
     assert drawn == weighted_indices(1, 7, 5, [1.0] * 8) != weighted_indices(1, 8, 5, [1.0] * 8)
     assert len(set(drawn)) == 5
     assert sorted(weighted_indices(1, 7, 6, [1.0, 0.2, 1.0])) == [0, 0, 1, 1, 2, 2]
+
+
+def test_prompts_encoded_together_are_those_encoded_one_by_one(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["tea", "tea ", "</s><user>", "naïve 茶 🍵", "\x00\u200b", "x" * 90, "a\nb\t"]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{t}{i}"} for i, t in enumerate(texts)])
+    alone = [
+        tokenizer.encode(f"<user>{t}{i}</s><assistant>", add_special_tokens=False)
+        for i, t in enumerate(texts)
+    ]
+    monkeypatch.setattr(prompts, "ROWS_AT_ONCE", 3)
+    told: list[tuple[int, int]] = []
+    rows = prompts.read_prompts(path)
+    found, _ = prompts.tokenize_prompts(path, rows, tokenizer, 999, lambda *n: told.append(n))
+    assert [list(p.token_ids) for p in found] == alone
+    assert told == [(0, 7), (3, 7), (6, 7)]
+
+
+def test_a_tokenizer_that_is_slow_cuts_or_does_more_in_python_gives_the_same_ids(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    texts = ["<user>tea</s>", "x" * 90]
+    plain = [tuple(tokenizer.encode(t, add_special_tokens=False)) for t in texts]
+
+    class Slow:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [ord(c) for c in text]
+
+    class Adds(Slow):
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+    for other in (Slow(), Adds()):
+        assert encoded(other, texts) == [tuple(map(ord, t)) for t in texts]
+    write_tokenizer(tmp_path)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**about, "truncation": cut}))
+    assert encoded(load_tokenizer(tmp_path), texts) == plain
+
+
+def test_a_text_with_a_lone_surrogate_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
+    for escape in ("\\ud83d", "\\uD83D", "\\udc00\\ud83d"):
+        path = tmp_path / "p.jsonl"
+        path.write_text(f'{{"prompt": "a {escape}"}}\n')
+        with pytest.raises(InputError, match=r"p\.jsonl:1: .* stands alone"):
+            list(read_rows(path))

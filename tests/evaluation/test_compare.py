@@ -1,8 +1,9 @@
-"""What a comparison lists: every judge of the answers, once."""
+"""What a comparison lists: every judge of the answers, once, with its ties."""
 
 import pytest
 
-from mlx_grpo.evaluation.compare import Comparison, contests
+from mlx_grpo.console.output import Console
+from mlx_grpo.evaluation.compare import Comparison, contests, show_comparison
 from mlx_grpo.grpo.evaluate import Evaluation
 
 
@@ -50,3 +51,12 @@ def test_a_judge_that_agreed_before_training_and_not_after_is_listed() -> None:
     before = evaluation([1.0, 2.0], model=[1.0, 2.0], form=[0.0, 0.0])
     after = evaluation([3.0, 4.0], model=[0.5, 1.0], form=[2.5, 3.0])
     assert list(listed(before, after)) == ["reward", "model", "form"]
+
+
+def test_ties_stand_beside_every_win_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    before = evaluation([1.0, 2.0, 3.0], model=[1.0, 2.0, 3.0], gold=[1.0, 1.0, 0.0])
+    after = evaluation([1.0, 2.5, 3.0], model=[1.0, 2.5, 3.0], gold=[0.0, 0.0, 1.0])
+    show_comparison(Console(), Comparison(before, after, "best", "p.jsonl", ("gold",)))
+    out = capsys.readouterr().out
+    assert "reward (2 ties)" in out and "67%" in out  # one won, two tied
+    assert "gold judge: gold " in out and "gold (" not in out

@@ -16,6 +16,14 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwr
 
 BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
 MACOS = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+OUTSIDE = """() => [...document.querySelectorAll('figure > svg')].flatMap(svg => {
+    const all = svg.getBoundingClientRect();
+    return [...svg.querySelectorAll('text')].filter(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < all.left || box.right > all.right || box.bottom > all.bottom;
+    }).map(text => text.textContent);
+})"""
+"""Labels of charts that are cut off."""
 DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
@@ -39,6 +47,19 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = Path(given) if given else tmp_path_factory.mktemp("screenshots")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+@pytest.mark.parametrize("seeds", [(42,), (42, 123, 777)])
+def test_a_phone_shows_before_after_and_change_side_by_side(
+    seeds: tuple[int, ...], browser: Any, tmp_path: Path
+) -> None:
+    report = write_report([write_run(tmp_path / f"seed-{s}", seed=s) for s in seeds])
+    page = browser.new_page(viewport={"width": PHONE[0], "height": PHONE[1]}, offline=True)
+    page.goto(report.as_uri())
+    for row in page.locator(".figures tr").all():
+        cells = [cell.bounding_box() for cell in row.locator("th, td").all()[:4]]
+        assert cells[3]["x"] + cells[3]["width"] <= PHONE[0]
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -72,6 +93,10 @@ def test_the_page_draws_its_charts_and_fits(
         assert chart.locator("polyline").count() >= 1
         assert "nan" not in chart.inner_html().lower()
     assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    assert page.evaluate(OUTSIDE) == []
+    page.evaluate("document.querySelector('.figures').parentElement.scrollLeft = 10000")
+    label = page.locator(".figures tbody th").first.bounding_box()
+    assert label["x"] == page.locator("main h2").first.bounding_box()["x"]  # it stays
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(background.split("(")[1].split(",")[0]) < 128) == (scheme == "dark")
     assert page.locator("svg[role=img]:not([aria-label])").count() == 0

@@ -1,10 +1,24 @@
 """A chart encloses its values, thins what cannot be seen, and says in words what it draws."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
-from mlx_grpo.report.charts import MOST_POINTS, Band, Chart, Line, smoothed, spread, svg, ticks
+from mlx_grpo.report.charts import (
+    DIGIT,
+    MOST_POINTS,
+    WIDTH,
+    Band,
+    Chart,
+    Line,
+    labels,
+    smoothed,
+    spread,
+    stepped,
+    svg,
+    ticks,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +73,54 @@ def test_it_is_told_in_words_and_in_tooltips_and_a_name_stays_text() -> None:
 
 def test_a_chart_of_one_point_is_not_drawn() -> None:
     assert not Chart("t", "u", [Line("x", [(0.0, 1.0)])]).drawn
+
+
+TEXT = re.compile(r'<text x="([\d.-]+)" y="[\d.]+" text-anchor="(end|middle)">([^<]+)</text>')
+
+
+@pytest.mark.parametrize(
+    "values", [(0, 1), (-2.5e-4, -1e-5), (0, 123456), (1000.1, 1000.4), (0, 8e9)]
+)
+@pytest.mark.parametrize("steps", [3, 60, 800, 200_000])
+def test_no_label_leaves_the_picture_or_covers_another(
+    values: tuple[float, float], steps: int
+) -> None:
+    drawn = svg(Chart("t", "u", [Line("x", [(0.0, values[0]), (float(steps), values[1])])]))
+    rows = [(float(x), anchor, DIGIT * len(name)) for x, anchor, name in TEXT.findall(drawn)]
+    assert len(rows) >= 6
+    for x, anchor, width in rows:
+        left = x - (width if anchor == "end" else width / 2)
+        assert left >= 0 and (x if anchor == "end" else x + width / 2) <= WIDTH
+    columns = [(x - width / 2, x + width / 2) for x, anchor, width in rows if anchor == "middle"]
+    assert all(a[1] < b[0] for a, b in pairwise(columns))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1000.1, 1000.4), (20.001, 20.004), (0.12341, 0.12343)])
+def test_labels_tell_their_values_apart(low: float, high: float) -> None:
+    names = labels(ticks(low, high)).values()
+    assert len(set(names)) == len(names)
+
+
+def test_rounding_alone_makes_no_axis() -> None:
+    found = ticks(0.1, 0.1 + 1e-17 * 3)
+    assert found == ticks(0.1, 0.1) and ticks(0.3, 0.1 + 0.2) == ticks(0.3, 0.3)
+
+
+def test_a_setting_is_drawn_as_steps_between_its_values() -> None:
+    points = [(1.0, 5.0), (2.0, 5.0), (3.0, 2.0), (4.0, 2.0)]
+    assert stepped(points) == [(1.0, 5.0), (2.5, 5.0), (2.5, 2.0), (4.0, 2.0)]
+    assert stepped([]) == []
+    drawn = svg(Chart("t", "u", [Line("x", points, steps=True)]))
+    (path,) = re.findall(r'polyline class="line a" points="([^"]*)"', drawn)
+    corners = [tuple(map(float, p.split(","))) for p in path.split()]
+    assert len(corners) == 4
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(corners))
+
+
+def test_a_long_setting_keeps_its_jumps_sharp_and_one_that_glides_is_thinned() -> None:
+    jumps = [(float(x), float(x > 2500)) for x in range(5000)]
+    glides = [(float(x), float(x)) for x in range(5000)]
+    for points, most in ((jumps, 4), (glides, 2 * MOST_POINTS)):
+        drawn = svg(Chart("t", "u", [Line("x", points, steps=True)]))
+        (path,) = re.findall(r'polyline class="line a" points="([^"]*)"', drawn)
+        assert len(path.split()) <= most

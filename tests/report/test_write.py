@@ -13,9 +13,11 @@ from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.stats import WinRate
 from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page
 from mlx_grpo.report import write as report
+from mlx_grpo.report.page import pooled
 from mlx_grpo.report.record import read
 from mlx_grpo.report.write import write_report
 from mlx_grpo.training.loop import train
@@ -39,8 +41,11 @@ def test_the_summary_gives_the_figures_of_the_best_evaluation_and_of_the_first(r
     assert "At the best checkpoint, after 30 iterations" in said
     assert "reward on held-out prompts is +3.00; the SFT model has +0.00" in said
     # of 12 prompts, four lose and eight win: Wilson's interval
-    assert "higher reward on 67% (95 % interval 39% to 86%)" in said
-    assert "The gold judge gold gives 0.610 (SFT model: 0.700)" in said
+    assert "higher reward on 67% (95 % interval 39% to 86%) of the prompts." in said
+    assert (
+        "The gold judge scores the answers 0.610 on average (SFT model: 0.700); it prefers" in said
+    )
+    assert "on 50% (95 % interval 25% to 75%) of the prompts, 12 ties counted half." in said
     assert "0.0150 nats per token" in said
 
 
@@ -97,8 +102,43 @@ def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
     assert target == tmp_path / "runs" / "report.html"
     said = words(target.read_text())
     # rewards 3.0 and 3.1: sample standard deviation 0.0707
-    assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 +3.100" in said
+    assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 ± 0.000 +3.000 +3.100" in said
     assert said.count("Best checkpoint") == 2
+
+
+def test_the_table_says_what_has_changed(run: Path) -> None:
+    said = words(write_report([run]).read_text())
+    assert "reward +0.000 +3.000 +3.000 " in said
+    assert "perplexity of reference answers 20.00 18.50 -1.50 " in said
+    rows = [evaluation(0), {**evaluation(10), "eval_completions/clipped_ratio": 0.1}]
+    write_jsonl(run / "metrics.jsonl", rows)
+    assert "share of answers cut off 30% 10% -20 points" in words(write_report([run]).read_text())
+
+
+def test_win_rates_of_several_runs_are_pooled_and_show_their_ties(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"seed-{s}", seed=s) for s in (1, 2, 3)]
+    said = words(write_report(runs).read_text())
+    # 24 of 36 prompts, and each run's 8 of 12: Wilson's intervals
+    each = " 67% (39% to 86%)" * 3
+    assert f"wins over the SFT model by reward 67% (50% to 80%){each}" in said
+    assert "wins over the SFT model by gold 50% (34% to 66%) 36 ties" in said
+    assert pooled([None, WinRate(1.5, 4, 1), WinRate(2.0, 4, 0)]) == WinRate(3.5, 8, 1)
+    assert pooled([None]) is None
+
+
+def test_a_judge_of_another_name_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", eval_reward=("judges.py:plain",))
+    for name in ("metrics", "eval_completions"):
+        file = run / f"{name}.jsonl"
+        file.write_text(file.read_text().replace("rewards/gold", "rewards/plain"))
+    said = words(write_report([run]).read_text())
+    assert "The gold judge (plain) scores the answers 0.610 on average" in said
+
+
+def test_flags_and_names_with_hyphens_are_held_together(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert '<span class="word">--kl-targets,</span>' in html
+    assert page.unbroken("a <b-c> d") == 'a <span class="word">&lt;b-c&gt;</span> d'
 
 
 def test_a_judge_of_some_of_the_runs_is_shown_for_those(run: Path, tmp_path: Path) -> None:
@@ -110,7 +150,7 @@ def test_a_judge_of_some_of_the_runs_is_shown_for_those(run: Path, tmp_path: Pat
     )
     for runs in ([run, plain], [plain, run]):
         said = words(write_report(runs, tmp_path / "both.html").read_text())
-        assert "gold judge: gold 0.700 ± 0.000 0.610 ± 0.000" in said
+        assert "gold judge: gold 0.700 0.610 -0.090 " in said  # of one run there is no spread
         assert "Gold judge: gold held-out, by iteration" in said
 
 

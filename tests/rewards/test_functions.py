@@ -115,8 +115,16 @@ def raises(completions: list[str]) -> list[float]:
         (lambda topic: [1.0], "'p1': it asks for 'topic', which the prompt's row does not have"),
         (lambda: None, "'p1': it returned NoneType, not a list with a number per completion"),
         (lambda: 1.0, "'p1': it returned float, not a list with a number per completion"),
-        (lambda: ["good", "bad"], "failed on prompt 'p1': ValueError"),
+        (lambda: ["good", "bad"], "'p1': it returned 'good' for completion 1, which is no number"),
+        (lambda: ["1", "2"], "'p1': it returned '1' for completion 1, which is no number"),
         (lambda: [1.0, [2.0]], "failed on prompt 'p1': TypeError"),
+        (lambda: {0: 1.0, 1: 2.0}, "it returned dict, not a list with a number per completion"),
+        (lambda: {1.0, 2.0}, "it returned set, not a list with a number per completion"),
+        (lambda: "12", "it returned str, not a list with a number per completion"),
+        (
+            lambda completions: [c[0]["content"] for c in completions],
+            "a completion is a text here: write completion for completion[0]['content']",
+        ),
         (lambda: [1.0], "returned 1 scores for 2 completions"),
         (lambda: exit(3), "failed on prompt 'p1': SystemExit: 3"),
     ],
@@ -128,6 +136,29 @@ def test_a_failing_reward_is_reported_in_one_line(
         here("r", function)(group("a", "b"))
     assert message in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+def test_a_function_that_names_prompts_is_called_as_trl_calls_it() -> None:
+    def equals(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> Any:
+        assert prompts == ["say tea"] * 3
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    def named(prompts: list[str], completions: list[str], id: list[str]) -> list[float]:
+        return [float(len(p) + len(i)) for p, i in zip(prompts, id, strict=True)]
+
+    asked = group("the", "tea", "t", answer="tea")
+    assert here("equals", equals)(asked) == [0.0, 1.0, 0.0]
+    assert here("named", named)(asked) == [9.0, 9.0, 9.0]
+
+
+def test_a_row_with_a_field_called_prompts_keeps_it() -> None:
+    asked = group("a", "b", prompts="mine")
+    assert here("f", lambda prompts: [prompts == "mine"] * 2)(asked) == [1.0, 1.0]
+
+
+def test_a_function_that_takes_everything_gets_the_fields_as_they_are() -> None:
+    ours = here("ours", lambda completions, prompt, answer, **_: [c == answer for c in completions])
+    assert ours(group("tea", "t", answer="tea")) == [1.0, 0.0]
 
 
 def test_a_reward_loads_from_a_file(write: Callable[[str], str]) -> None:

@@ -118,7 +118,9 @@ def test_ctrl_c_through_tee_ends_as_without_it(
     assert shells[0].end() == 0
     seen = shells[0].seen()
     assert "code 130" in seen, seen
-    assert "resume with: mlx-grpo train --resume --output" in seen, seen  # past tee, which has ended
+    assert "resume with: mlx-grpo train --resume --output" in seen, (
+        seen
+    )  # past tee, which has ended
     assert_kept(tmp_path / "run")
 
 

@@ -1,0 +1,61 @@
+"""Prompt files that cannot show what they are meant to: held-out prompts that are trained on too,
+and files whose prompts are nearly all the same."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mlx_grpo.data.prompts import PromptRow
+
+FEWEST_DISTINCT = 0.5
+"""Share of a file's prompts that must differ; below it the file is warned about."""
+
+Conversation = tuple[tuple[str, str], ...]
+"""(role, text) of each message."""
+
+
+def leak_warnings(
+    train_file: str | Path,
+    trained: Sequence[PromptRow],
+    file: str | Path,
+    held_out: Sequence[PromptRow],
+) -> Iterator[str]:
+    """One line for each thing that is wrong with training and held-out prompts.
+
+    Prompts count as the same whatever their case, spaces and Unicode form.
+    """
+    training, asked = [_plain(row) for row in trained], [_plain(row) for row in held_out]
+    yield from _repeats(train_file, training, "the policy learns from these alone")
+    yield from _repeats(file, asked, "the held-out figures rest on these alone")
+    places = {plain: row.place for plain, row in zip(training, trained, strict=True)}
+    found = [(row, plain) for row, plain in zip(held_out, asked, strict=True) if plain in places]
+    if not found:
+        return
+    exact = {_texts(row) for row in trained}
+    apart = sum(_texts(row) not in exact for row, _ in found)
+    rest = f", {apart} of them but for case and spaces" if apart else ""
+    first, same = found[0]
+    yield (
+        f"{file}: {len(found)} of {len(held_out)} held-out prompts are also trained on{rest} "
+        f"({first.place} is {places[same]}), so the held-out figures do not show what the run does "
+        "on new prompts; remove them from one of the two files"
+    )
+
+
+def _repeats(file: str | Path, prompts: Sequence[Conversation], matter: str) -> Iterator[str]:
+    distinct = len(set(prompts))
+    if distinct < FEWEST_DISTINCT * len(prompts):
+        what = "are all the same" if distinct == 1 else f"are only {distinct} different ones"
+        yield f"{file}: its {len(prompts)} prompts {what}; {matter}, so add others"
+
+
+def _texts(row: PromptRow) -> Conversation:
+    return tuple((m["role"], m["content"]) for m in row.messages)
+
+
+def _plain(row: PromptRow) -> Conversation:
+    """The conversation without what a reader would not see as a difference."""
+    return tuple(
+        (role, " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
+        for role, text in _texts(row)
+    )
