@@ -130,16 +130,22 @@ def test_resume_refuses_a_flag_that_contradicts_the_run(
     ],
 )
 def test_a_flag_of_another_trainer_leads_to_ours(
-    typed: str, ours: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    typed: str,
+    ours: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert command(monkeypatch, "train", typed, "1") == 2
     complaint = capsys.readouterr().err
     assert complaint.startswith(f"error: No such option: {typed.split('=')[0]}; here it is {ours}")
     assert len(complaint.splitlines()) == 1
     setting = typed.split("=")[0].strip("-").replace("-", "_")
-    assert command(monkeypatch, "train", "--set", f"{setting}=1") == 2
+    file = tmp_path / "run.toml"
+    file.write_text(f"{setting} = 1\n")
+    assert command(monkeypatch, "train", "--config", str(file)) == 2
     field = ours.split(",")[0].strip("-").replace("-", "_")
-    assert f"unknown key '{setting}'; did you mean '{field}'?" in capsys.readouterr().err
+    assert f"unknown setting '{setting}'; did you mean '{field}'?" in capsys.readouterr().err
 
 
 def test_a_flag_is_not_led_to_where_the_command_has_none(

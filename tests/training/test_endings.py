@@ -78,7 +78,7 @@ def test_a_reader_that_has_seen_enough_loses_no_work(command: list[str], tmp_pat
 
 def test_both_streams_may_lose_their_reader(command: list[str], tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = f"{shlex.join(command)} 2>&1 | head -4"
+    script = f"{shlex.join(command)} 2>&1 | sed -u '/^ *1.1000  reward/q'"
     whole = subprocess.run(
         ["bash", "-c", f"{script}; exit ${{PIPESTATUS[0]}}"],
         capture_output=True,
