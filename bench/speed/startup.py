@@ -18,7 +18,7 @@ from mlx_grpo.cli.options import with_models
 @with_models  # imports what a command imports, in the same way
 def watch():
     import mlx.core as mx
-    import mlx_grpo.rollout as rollout
+    from mlx_grpo.grpo import rollout
     drawn = rollout.sample
     def first(*args):
         result = drawn(*args)
