@@ -10,7 +10,6 @@ to stay below is taken as two thirds of the memory, three quarters from 48 GB on
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 
 from bench.memory.measure import sizes_of
-
 from bench.shapes import SHAPES
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
