@@ -60,7 +60,7 @@ def _check_same(run: Path, config: TrainConfig) -> None:
     begun, asked = ((c.run.num_iterations, c.run.seed) for c in (run_settings(run), config))
     if begun != asked:
         raise InputError(
-            f"{run}: begun with --iterations {begun[0]} --seed {begun[1]}; go on with these, "
+            f"{run}: begun with --iterations {begun[0]} --seed {begun[1]}; use the same values, "
             "remove it, or give another --work"
         )
 

@@ -82,7 +82,9 @@ def test_a_run_of_another_length_is_not_gone_on_with(
     monkeypatch.setattr(demo, "train", begin)
     assert not go()
     assert not go()  # the same again may go on
-    with pytest.raises(InputError, match="begun with --iterations 1 --seed 42; go on with these"):
+    with pytest.raises(
+        InputError, match="begun with --iterations 1 --seed 42; use the same values"
+    ):
         demo.demo(work, 2, 42, Console(quiet=True))
 
 

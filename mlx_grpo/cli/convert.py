@@ -25,11 +25,15 @@ def convert(
     rm_revision: Annotated[str | None, typer.Option(help="Hub revision of --rm.")] = None,
     sft_base: Annotated[
         str | None,
-        typer.Option(help="Model that an SFT adapter belongs to (default: what it says itself)."),
+        typer.Option(
+            help="Model that an SFT adapter belongs to (default: the one named in its config)."
+        ),
     ] = None,
     rm_base: Annotated[
         str | None,
-        typer.Option(help="Model that a reward adapter belongs to (default: what it says itself)."),
+        typer.Option(
+            help="Model that a reward adapter belongs to (default: the one named in its config)."
+        ),
     ] = None,
     bits: Annotated[int, typer.Option(help="Bits per weight: 4, 8 or 16.")] = 4,
     group_size: Annotated[int, typer.Option(help="Weights per scale: 32, 64 or 128.")] = 64,
@@ -64,7 +68,7 @@ def convert(
     allow_mismatch: Annotated[
         bool,
         typer.Option(
-            "--allow-mismatch", help="Convert a model that mlx-lm computes differently, too."
+            "--allow-mismatch", help="Convert even a model that mlx-lm computes differently."
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing directories.")] = False,

@@ -28,7 +28,7 @@ def evaluate(
     eval_reward: Annotated[
         list[str] | None,
         typer.Option(
-            help="Function to measure by beside those of the run, module:function or "
+            help="Also measure with this function, module:function or "
             "file.py:function; may be given several times."
         ),
     ] = None,

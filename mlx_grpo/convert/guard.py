@@ -17,7 +17,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.directory import EXACT_UP_TO
 
 SHORT = 1024
-"""Tokens; a model that is right for fewer is no use for training."""
+"""Tokens; a model that is only correct below this is useless for training."""
 GELUS = {"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python"}
 SILUS = {"silu", "swish"}
 SAME = (GELUS, SILUS)
@@ -130,12 +130,12 @@ def check_source(opened: OpenedSource, allow_mismatch: bool) -> Findings:
         raise InputError(
             f"{place}: mlx-lm does not compute {' and '.join(found.missing)} for "
             f"{base.config.get('model_type')}, so the result would be another model; "
-            "--allow-mismatch converts it all the same"
+            "--allow-mismatch converts it anyway"
         )
     if found.exact_up_to and found.exact_up_to < SHORT and not allow_mismatch:
         raise InputError(
-            f"{place}: mlx-lm computes this model rightly for texts of up to {found.exact_up_to} "
-            "tokens only (sliding_window, rope_scaling); --allow-mismatch converts it all the same"
+            f"{place}: mlx-lm computes this model correctly for texts of up to {found.exact_up_to} "
+            "tokens only (sliding_window, rope_scaling); --allow-mismatch converts it anyway"
         )
     return found
 

@@ -124,7 +124,7 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
         "ForSequenceClassification"
     ):
         raise InputError(
-            f"{files[0].source}: tensor 'score.weight' is missing; this has no reward head"
+            f"{files[0].source}: tensor 'score.weight' is missing; this model has no reward head"
         )
     own_head = next((n for n in rest if n.endswith(OUTPUT)), None)
     config.setdefault("tie_word_embeddings", own_head is None)

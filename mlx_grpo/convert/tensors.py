@@ -106,7 +106,7 @@ def _files(directory: Path, stem: str, suffix: str) -> list[Path]:
         raise InputError(f"{index}: field 'weight_map' must give each tensor a file")
     for name, shard in shards.items():
         if Path(shard).name != shard:
-            raise InputError(f"{index}: tensor '{name}' is said to be outside this directory")
+            raise InputError(f"{index}: tensor '{name}' is listed as outside this directory")
         if not (directory / shard).is_file():
             raise InputError(f"{directory / shard}: missing; it holds tensor '{name}' ({index})")
     for shard in set(shards.values()):
@@ -167,7 +167,7 @@ def safe_file(file: Path, scratch: Path) -> Path:
             f"{file}: damaged, incomplete, or more than plain weights ({reason}); fetch it again"
         ) from None
     if not isinstance(values, dict) or not all(torch.is_tensor(v) for v in values.values()):
-        raise InputError(f"{file}: holds something else than tensors by name")
+        raise InputError(f"{file}: holds something other than named tensors")
     written = 0
     for name, value in values.items():
         size = value.numel() * value.element_size()

@@ -71,7 +71,7 @@ def check_tokenizer(directory: Path, rows: int) -> tuple[str, ...]:
     load_chat_tokenizer(directory)
     return (
         f"the padding token {token!r} is number {highest} and the model embeds {rows} tokens; it "
-        f"was taken out of the tokenizer, and {tokenizer.eos_token!r} pads in its place",
+        f"was removed from the tokenizer, and {tokenizer.eos_token!r} pads in its place",
     )
 
 

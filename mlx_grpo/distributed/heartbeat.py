@@ -167,7 +167,7 @@ class Heartbeat:
 
 def _line(left: Left) -> str:
     why = left.why or "was told to stop, and the others did not come to save"
-    remedy = "" if left.kind == "failed" else "; go on with --resume"
+    remedy = "" if left.kind == "failed" else "; continue with --resume"
     return f"rank {left.rank} on {left.host}: {why}{remedy}"
 
 
@@ -220,8 +220,8 @@ def meet(addresses: Sequence[Address], rank: int, seconds: float = MEET_SECONDS)
 
 def _absent(addresses: Sequence[Address], rank: int, seconds: float) -> InputError:
     return InputError(
-        f"rank {rank} on {_shown(addresses[rank])}: did not come within {seconds:g} s; does this "
-        "address reach it, and does mlx-grpo run there?"
+        f"rank {rank} on {_shown(addresses[rank])}: did not connect within {seconds:g} s; does "
+        "this address reach it, and does mlx-grpo run there?"
     )
 
 

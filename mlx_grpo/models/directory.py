@@ -68,7 +68,7 @@ def check_length(path: Path, config: Mapping[str, Any], tokens: int) -> None:
     limit = config.get(EXACT_UP_TO)
     if isinstance(limit, int) and tokens > limit:
         raise InputError(
-            f"{path}: mlx-lm computes this model rightly for texts of up to {limit} tokens; "
+            f"{path}: mlx-lm computes this model correctly for texts of up to {limit} tokens; "
             f"--max-prompt-length and --max-completion-length together allow {tokens}. Choose "
             "shorter ones, or convert it again with --allow-mismatch"
         )

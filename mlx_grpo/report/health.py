@@ -1,11 +1,10 @@
-"""What is wrong with a run, as far as its figures tell, and what to try: rows of metrics.jsonl in,
-findings out.
+"""What a run's metrics say is wrong with it, and what to try.
 
-Iterations are noisy, so the first fifth of them is compared with the last; held-out evaluations are
-compared one with another.
+Iterations are noisy, so the mean of the first fifth is compared with that of the last. Held-out
+evaluations are compared with each other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -43,7 +42,7 @@ class Finding:
 
 
 def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
-    """All that the rows of metrics.jsonl give reason to say, the gravest first.
+    """Everything that the rows of metrics.jsonl show to be wrong, the most serious first.
 
     Args:
         gold: names of reward functions that are measured and not trained on.
@@ -52,8 +51,7 @@ def findings(rows: Sequence[Row], gold: Sequence[str] = ()) -> list[Finding]:
     iterations = [r for r in rows if "reward" in r]
     return [
         *_hacking(evaluations, gold),
-        *_length(iterations),
-        *_shares(iterations),
+        *_trends(iterations),
         *_kl(iterations),
         *_no_best(evaluations),
         *_skipped(rows),
@@ -79,7 +77,7 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
                 "The reward rises while the gold judge falls",
                 f"{rose}, {name} {judged[0]:.3f} -> {judged[1]:.3f}",
                 "The reward is being fooled: read the answers with the largest gain below. Use an "
-                "earlier checkpoint, lower --kl-targets, or mend the reward model (more pairs of "
+                "earlier checkpoint, lower --kl-targets, or fix the reward model (more pairs of "
                 "the kind it overrates; a custom --reward beside it).",
                 name,
             )
@@ -93,43 +91,63 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
         )
 
 
-def _length(iterations: Sequence[Row]) -> Iterator[Finding]:
-    length = _fifths(iterations, "completions/mean_length")
-    if length and length[1] > LONGER * length[0]:
-        yield Finding(
-            "Answers grow",
-            f"{length[0]:.0f} -> {length[1]:.0f} tokens, x {length[1] / length[0]:.1f}",
-            "Reward models often like length for its own sake: compare 'longer one wins' in the "
-            "output of train-rm. Add a --reward that charges for tokens, lower "
-            "--max-completion-length, or try --loss-aggregation constant.",
-        )
+@dataclass(frozen=True)
+class Rule:
+    """A finding that follows from one metric, the mean of its first fifth against its last."""
+
+    metric: str
+    holds: Callable[[float, float], bool]
+    title: str
+    evidence: str
+    """A format of `first`, `last` and `times`, their ratio."""
+    advice: str
 
 
-def _shares(iterations: Sequence[Row]) -> Iterator[Finding]:
-    dead = _fifths(iterations, "frac_dead_groups")
-    if dead and dead[1] > MOST:
-        yield Finding(
-            "Most groups teach nothing",
-            f"{dead[1]:.0%} of the groups have equal rewards for all of their answers",
-            "Raise --K or --temperature, give a reward with more steps between bad and good, or "
-            "take prompts that the model neither always nor never gets right.",
-        )
-    clipped = _fifths(iterations, "clip_ratio/region_mean")
-    if clipped and clipped[1] > CLIPPED:
-        yield Finding(
-            "The clip silences many tokens",
-            f"{clipped[1]:.0%} of the tokens are outside of the clip range",
-            "The steps are too large for their rollouts: lower --learning-rate or --epochs, or "
-            "raise --minibatch-size.",
-        )
-    cut = _fifths(iterations, "completions/clipped_ratio")
-    if cut and cut[1] > MOST:
-        yield Finding(
-            "Most answers are cut off",
-            f"{cut[1]:.0%} reach --max-completion-length without an end",
-            "The reward judges fragments. Raise --max-completion-length, or give a --reward to "
-            "answers that end by themselves (finish_reasons).",
-        )
+RULES = (
+    Rule(
+        "completions/mean_length",
+        lambda first, last: last > LONGER * first,
+        "Answers grow",
+        "{first:.0f} -> {last:.0f} tokens, x {times:.1f}",
+        "Reward models often prefer long answers: compare 'longer one wins' in the output of "
+        "train-rm. Add a --reward that charges for tokens, lower --max-completion-length, or try "
+        "--loss-aggregation constant.",
+    ),
+    Rule(
+        "frac_dead_groups",
+        lambda first, last: last > MOST,
+        "Most groups teach nothing",
+        "{last:.0%} of the groups have equal rewards for all of their answers",
+        "Raise --K or --temperature, try --prompt-sampling adaptive, use a reward with more steps "
+        "between bad and good, or choose prompts that the model gets right some of the time.",
+    ),
+    Rule(
+        "clip_ratio/region_mean",
+        lambda first, last: last > CLIPPED,
+        "The clip silences many tokens",
+        "{last:.0%} of the ratios are outside the clip range",
+        "The steps are too large for their rollouts: lower --learning-rate or --epochs, or raise "
+        "--minibatch-size.",
+    ),
+    Rule(
+        "completions/clipped_ratio",
+        lambda first, last: last > MOST,
+        "Most answers are cut off",
+        "{last:.0%} reach --max-completion-length without an end",
+        "The reward sees fragments. Raise --max-completion-length, or reward answers that end by "
+        "themselves (finish_reasons).",
+    ),
+)
+
+
+def _trends(iterations: Sequence[Row]) -> Iterator[Finding]:
+    for rule in RULES:
+        means = _fifths(iterations, rule.metric)
+        if means and rule.holds(*means):
+            first, last = means
+            times = last / first if first else 0.0
+            evidence = rule.evidence.format(first=first, last=last, times=times)
+            yield Finding(rule.title, evidence, rule.advice)
 
 
 def _kl(iterations: Sequence[Row]) -> Iterator[Finding]:
@@ -161,12 +179,12 @@ def _no_best(evaluations: Sequence[Row]) -> Iterator[Finding]:
         lowest = (
             f"lowest held-out KL {min(measured):.4f} nats per token"
             if measured
-            else "no KL was finite"
+            else "every KL was NaN or infinite"
         )
         yield Finding(
             "No evaluation has passed the KL gate",
             f"{lowest}; there is no best/ adapter",
-            "best/ wants a held-out KL below the current target. Raise --kl-targets, or hold the "
+            "best/ needs a held-out KL below the current target. Raise --kl-targets, or hold the "
             "policy closer with a lower --learning-rate or a higher --kl-gain.",
         )
 
@@ -176,8 +194,8 @@ def _skipped(rows: Sequence[Row]) -> Iterator[Finding]:
     steps = sum(r.get("policy/skipped_nonfinite", 0) for r in rows)
     if whole or steps:
         yield Finding(
-            "Values were not finite",
-            f"{whole} iterations and {steps} optimizer steps were left out; see skipped.jsonl",
+            "NaN or infinity was met",
+            f"{whole} iterations and {steps} optimizer steps were skipped; see skipped.jsonl",
             "Look at the answers there: a reward function may divide by zero. If the loss or "
             "gradient is named, lower --learning-rate.",
         )

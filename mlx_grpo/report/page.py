@@ -89,7 +89,7 @@ def pace(r: Record) -> str:
 
 
 def going_on(r: Record) -> str:
-    """What to type to go on with a run."""
+    """What to type to resume a run."""
     return resume_command(r.run)
 
 

@@ -117,7 +117,7 @@ def given_reward(spec: str, weight: float, functions: Mapping[str, UserFunction]
     name = spec.removeprefix(PYTHON)
     if name not in functions:
         raise InputError(
-            f"reward '{name}' was given from Python, so the run goes on from there: "
+            f"reward '{name}' was given from Python, so resume it from there: "
             f"train(config, rewards=[{name}], resume=True)"
         )
     function = functions[name]

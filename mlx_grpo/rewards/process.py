@@ -107,7 +107,7 @@ class RewardProcess:
                 safe_point()
                 if end and time.monotonic() > end:
                     raise RewardError(
-                        f"no answer within {timeout:g} s; mend it or raise --reward-timeout"
+                        f"no answer within {timeout:g} s; fix it or raise --reward-timeout"
                     )
             self._hear()
             reply = self._checked()

@@ -93,12 +93,12 @@ def check_in_place(run: Path) -> None:
     if not mine(run):
         raise InputError(
             f"{run}: moved, deleted or replaced while the run went on; nothing more was written. "
-            f"Put it back, then go on from its last checkpoint: {resume_command(run)}"
+            f"Put it back, then resume from its last checkpoint: {resume_command(run)}"
         )
 
 
 def resume_command(run: Path) -> str:
-    """What to type to go on with a run."""
+    """What to type to resume a run."""
     return command("mlx-grpo", "train", "--resume", "--output", run)
 
 
@@ -182,7 +182,7 @@ def save(
     """
     check_in_place(run)
     size = sum(v.nbytes for part in (now.adapter, now.optimizer) for v in part.values())
-    need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
+    need_space(run, size + SPARE_BYTES, "free some, then continue with --resume")
     log.flush(run)
     saved = {**state.to_json(), **about, "logs": now.logs}
     checkpoint.save(
@@ -282,7 +282,7 @@ def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -
 def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:
     """Write `best/` or `final/`, an adapter in mlx-lm's format, in one step."""
     size = _adapter_bytes(actor)
-    need_space(run, size + SPARE_BYTES, "free some, then go on with --resume")
+    need_space(run, size + SPARE_BYTES, "free some, then continue with --resume")
     with atomic_directory(run / name, replace=True) as temporary:
         save_adapter(temporary, actor)
         write_manifest(temporary)

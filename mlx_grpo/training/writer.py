@@ -106,7 +106,7 @@ class RunWriter:
         self.ui.say(f"resuming after iteration {state.iteration}")
         rows = log.read(self.run / log.METRICS) if state.iteration else []
         if pace := measured_pace(rows):
-            say_how_long(self.ui, config, pace, state.iteration, "as it went before")
+            say_how_long(self.ui, config, pace, state.iteration, "at its pace so far")
         return state
 
     @contextmanager

@@ -135,7 +135,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "a .bin of another kind": (
         "bin",
         pickled([1, 2]),
-        r"/pytorch_model\.bin: holds something else than tensors by name",
+        r"/pytorch_model\.bin: holds something other than named tensors",
     ),
     "an unknown architecture": (
         "sft",
@@ -170,7 +170,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "no head": (
         "rm",
         missing("score.weight"),
-        r"/model\.safetensors: tensor 'score\.weight' is missing; this has no reward head",
+        r"/model\.safetensors: tensor 'score\.weight' is missing; this model has no reward head",
     ),
     "two biases": (
         "rm",

@@ -154,7 +154,7 @@ def spoil(directory: Path, how: str) -> None:
     ("how", "complaint"),
     [
         ("cut short", r"model\.safetensors"),
-        ("no head", r"tensor 'score\.weight' is missing; this has no reward head"),
+        ("no head", r"tensor 'score\.weight' is missing; this model has no reward head"),
         ("a wide head", r"tensor 'score\.weight' has shape \[3, 32\]; .* has one label"),
         ("a narrow head", r"score\.weight.*16"),
         ("NaN in the head", r"score\.weight.*not finite"),

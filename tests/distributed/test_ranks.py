@@ -82,7 +82,7 @@ def test_a_rank_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
     watching = watch.Heartbeat(0, [watch.Neighbour(1, "mac-b", near)], said.append)
     with pytest.raises(RuntimeError, match="rank 1 on mac-b: no sign of life"):
         watching.explain(ValueError("the collective failed"))
-    assert said == ["rank 1 on mac-b: no sign of life for 0.5 s; go on with --resume"]
+    assert said == ["rank 1 on mac-b: no sign of life for 0.5 s; continue with --resume"]
     far.close()
 
 

@@ -60,7 +60,7 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("completions__clipped_ratio", 0.2, 0.9, "Most answers are cut off"),
         ("kl", 0.02, 0.04, "The KL is above its target"),
         ("kl", 0.02, 0.009, "The KL is far below its target"),
-        ("policy__skipped_nonfinite", 0, 1, "Values were not finite"),
+        ("policy__skipped_nonfinite", 0, 1, "NaN or infinity was met"),
     ],
 )
 def test_each_figure_out_of_its_range_is_named_with_what_to_try(
@@ -108,7 +108,7 @@ def test_a_run_without_a_best_checkpoint_says_so() -> None:
     rows = evaluations(eval_best=False)
     assert titles(rows) == ["No evaluation has passed the KL gate"]
     (found,) = findings([rows[0], {**rows[1], "eval_kl": None}])
-    assert found.evidence == "no KL was finite; there is no best/ adapter"
+    assert found.evidence == "every KL was NaN or infinite; there is no best/ adapter"
 
 
 def test_skipped_iterations_are_counted() -> None:

@@ -110,7 +110,7 @@ def test_train_says_it_before_its_first_iteration_and_when_it_goes_on(
     assert "by the first iteration" in lines[said[1]]
     monkeypatch.setattr(loop, "iterate", real)
     assert train(config, Console(), resume=True)
-    assert "time left, as it went before: about" in capsys.readouterr().out
+    assert "time left, at its pace so far: about" in capsys.readouterr().out
 
 
 def test_several_seeds_say_which_and_how_long_all_take(

@@ -212,7 +212,7 @@ def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
         return usage()
 
     monkeypatch.setattr(files.shutil, "disk_usage", fills_up_after_the_first_checkpoint)
-    with pytest.raises(InputError, match=r"0 MB free on its disk.*go on with --resume"):
+    with pytest.raises(InputError, match=r"0 MB free on its disk.*continue with --resume"):
         train(config, QUIET)
     assert step_names(config.run_directory) == ["step-000002"]
     monkeypatch.undo()

@@ -94,7 +94,7 @@ def test_it_goes_on_once_it_is_back(config: TrainConfig, monkeypatch: pytest.Mon
     run = config.run_directory
     with monkeypatch.context() as once:
         call(once, loop, "iterate", 3, lambda: moved(run))
-        with pytest.raises(InputError, match="go on from its last checkpoint: mlx-grpo train"):
+        with pytest.raises(InputError, match="resume from its last checkpoint: mlx-grpo train"):
             train(config, QUIET)
     run.with_name("elsewhere").rename(run)
     assert train(config, QUIET, resume=True)
