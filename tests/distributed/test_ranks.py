@@ -55,7 +55,7 @@ def test_a_taken_port_is_named() -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     addresses = [("127.0.0.1", port) for port in free_ports(2)]
     shown = f"{addresses[1][0]}:{addresses[1][1]}"
-    with pytest.raises(InputError, match=f"rank 1 on {shown}: did not come"):
+    with pytest.raises(InputError, match=f"rank 1 on {shown}: did not connect"):
         meet(addresses, 0, seconds=0.3)
 
 
