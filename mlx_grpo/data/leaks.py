@@ -1,17 +1,19 @@
 """Prompt files that cannot show what they are meant to: held-out prompts that are trained on too,
 and files whose prompts are nearly all the same."""
 
+import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mlx_grpo.data.messages import Message
 from mlx_grpo.data.prompts import PromptRow
 
 FEWEST_DISTINCT = 0.5
 """Share of a file's prompts that must differ; below it the file is warned about."""
 
-Conversation = tuple[tuple[str, str], ...]
-"""(role, text) of each message."""
+Conversation = tuple[tuple[str, str, str], ...]
+"""(role, text, what else there is) of each message."""
 
 
 def leak_warnings(
@@ -50,12 +52,18 @@ def _repeats(file: str | Path, prompts: Sequence[Conversation], matter: str) -> 
 
 
 def _texts(row: PromptRow) -> Conversation:
-    return tuple((m["role"], m["content"]) for m in row.messages)
+    return tuple((m["role"], m["content"], _rest(m)) for m in row.messages)
+
+
+def _rest(message: Message) -> str:
+    """Tool calls, a name and the like."""
+    rest = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return json.dumps(rest, sort_keys=True)
 
 
 def _plain(row: PromptRow) -> Conversation:
     """The conversation without what a reader would not see as a difference."""
     return tuple(
-        (role, " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
-        for role, text in _texts(row)
+        (role, " ".join(unicodedata.normalize("NFKC", text).casefold().split()), rest)
+        for role, text, rest in _texts(row)
     )

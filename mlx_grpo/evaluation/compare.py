@@ -16,7 +16,7 @@ from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
 from mlx_grpo.run.directory import chosen_adapter, run_settings
-from mlx_grpo.training.setup import load_evaluator, without_given
+from mlx_grpo.training.setup import load_evaluator, training_rows, without_given
 
 SHOWN = 3
 Scores = tuple[Sequence[float], Sequence[float]]
@@ -55,7 +55,7 @@ def compare_run(
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
-    config = run_settings(run)
+    config = own = run_settings(run)
     measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
     config = with_settings(config, eval_limit=limit, eval_reward=measured)
     if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
@@ -71,7 +71,8 @@ def compare_run(
             response_column=columns[1],
         )
     with ui.working("loading"):
-        evaluator = load_evaluator(config, ui)
+        # under the names of its own columns, not those of `prompts`
+        evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own))
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
     ui.say(f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts")

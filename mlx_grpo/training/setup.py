@@ -1,8 +1,8 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def load_learner(
     planner = planner_for(config, ranks=ranks.size)
     plan = planner.plan()
     check_fits(planner, plan, ui)
-    rows = _training_rows(config)  # before the weights: a bad row is found at once
-    evaluator = load_evaluator(config, ui, load, plan, functions, rows)
+    rows = training_rows(config)  # before the weights: a bad row is found at once
+    evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
     backbone = evaluator.backbone
     prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
     actor = new_actor(
@@ -132,20 +132,20 @@ def load_evaluator(
     load: LoadModels = load_models,
     plan: Plan | None = None,
     functions: Mapping[str, UserFunction] | None = None,
-    trained: Sequence[PromptRow] | None = None,
+    trained: Callable[[], Sequence[PromptRow]] | None = None,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Args:
         functions: reward functions that were given as Python objects, by name.
-        trained: the rows of the training prompts, where they have been read.
+        trained: gets the rows of the training prompts; None: as `config` names them.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
     rows = read_prompts(Path(config.evaluation.prompts), config.columns)
-    _warn_of_leaks(config, trained, rows, ui)
+    _warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
@@ -211,22 +211,23 @@ def without_given(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _training_rows(config: TrainConfig) -> list[PromptRow]:
+def training_rows(config: TrainConfig) -> list[PromptRow]:
+    """The rows of the training prompts, by the run's own column."""
     return read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
 
 
 def _warn_of_leaks(
     config: TrainConfig,
-    trained: Sequence[PromptRow] | None,
+    trained: Callable[[], Sequence[PromptRow]],
     held_out: Sequence[PromptRow],
     ui: Console,
 ) -> None:
     try:
-        trained = _training_rows(config) if trained is None else trained
+        found = trained()
     except InputError as e:  # an evaluation can do without them
         ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
         return
-    files = config.data.prompts, trained, config.evaluation.prompts
+    files = config.data.prompts, found, config.evaluation.prompts
     for warning in leak_warnings(*files, held_out):
         ui.warn(warning)
 
@@ -239,7 +240,7 @@ def _prompts(
         rows,
         backbone.tokenizer,
         limit,
-        functools.partial(ui.progress, f"tokenizing {file}"),
+        partial(ui.progress, f"tokenizing {file}"),
     )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def test_another_question_and_another_system_message_are_no_leak() -> None:
     train = rows("t.jsonl", "Say tea.", "Say rain.")
     assert found(train, rows("h.jsonl", "Say tea!", "Say figs.")) == []
     assert found(train, rows("h.jsonl", "Say tea.", system="in French")) == []
+    (asked,) = rows("h.jsonl", "Say tea.")
+    by_tool = replace(asked, messages=({**asked.messages[0], "name": "tool"},))
+    assert found(train, [by_tool]) == []
 
 
 def test_a_file_of_one_prompt_or_of_few_is_said_for_either_side() -> None:

@@ -49,14 +49,26 @@ def test_an_evaluation_reads_the_run_s_own_prompts_by_their_names(run: Path) -> 
     assert [g.prompt.response for g in before.groups] == ["a is.", "b is."]
 
 
-def test_other_prompts_are_read_by_names_of_their_own(run: Path, tmp_path: Path) -> None:
+def test_other_prompts_are_read_by_names_of_their_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     usual = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "why c?"}])
     other = write_jsonl(tmp_path / "b.jsonl", [{"q": "why c?", "r": "c is."}])
     for file, columns in ((usual, ("", "")), (other, ("q", "r"))):
         before = compare_run(run, file, "", QUIET, columns=columns).before
         assert before.groups[0].prompt.messages[0]["content"] == "why c?"
+        assert "cannot check" not in capsys.readouterr().err
     with pytest.raises(InputError, match="field 'prompt' is missing"):
         compare_run(run, other, "", QUIET)
+
+
+def test_held_out_prompts_that_are_trained_on_are_found_under_any_names(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "b.jsonl", [{"q": "say a"}, {"q": "why c?"}])
+    compare_run(run, file, "", QUIET, columns=("q", ""))
+    told = capsys.readouterr().err
+    assert "1 of 2 held-out prompts are also trained on (" in told and "train.csv:2)" in told
 
 
 def test_an_export_measures_on_the_run_s_own_prompts(run: Path, tmp_path: Path) -> None:
