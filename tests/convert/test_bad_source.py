@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, Damage, str]] = {
     "an index that leads elsewhere": (
         "sharded",
         outside,
-        rf"/model\.safetensors\.index\.json: tensor '{UP}' is said to be outside",
+        rf"/model\.safetensors\.index\.json: tensor '{UP}' is listed as outside",
     ),
     "an index of another kind": (
         "sharded",

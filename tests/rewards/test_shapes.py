@@ -278,7 +278,9 @@ def test_a_run_goes_on_with_the_functions_it_was_given(own_rewards: dict[str, An
     other.__name__ = "short"
     with pytest.raises(InputError, match="--reward short other content"):
         train(config, rewards=[other], resume=True, quiet=True)
-    with pytest.raises(InputError, match=r"goes on from there: train\(config, rewards=\[short\], "):
+    with pytest.raises(
+        InputError, match=r"resume it from there: train\(config, rewards=\[short\], "
+    ):
         train_run(build_config(whole.directory / CONFIG), Console(quiet=True), resume=True)
 
 
