@@ -125,14 +125,14 @@ def train_all(
         if not dry_run and ranks.leads:
             check_vacant(run.config.run_directory, run.resume)
     load = SharedModels()
-    done = True
     for position, run in enumerate(runs, 1):
         name = f"seed {run.config.run.seed}, {run.config.run_directory}"
         ui.next_run(position, len(runs), name)
-        done = done and train(run.config, ui, run.resume, dry_run, allow_change, load, ranks)
-    if done and len(runs) > 1 and not dry_run and ranks.leads:
+        if not train(run.config, ui, run.resume, dry_run, allow_change, load, ranks):
+            return False
+    if len(runs) > 1 and not dry_run and ranks.leads:
         _compare([r.config.run_directory for r in runs], ui)
-    return done
+    return True
 
 
 def _compare(runs: Sequence[Path], ui: Console) -> None:

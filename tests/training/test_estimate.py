@@ -127,6 +127,20 @@ def test_several_seeds_say_which_and_how_long_all_take(
     assert out.count("; with the 1 after it about ") == 1  # the last has none after it
 
 
+def test_after_a_run_that_was_stopped_no_other_is_announced(
+    train_arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mlx_grpo.training.loop.train", lambda *_: False)
+    base = train_config(**train_arguments)
+    runs = [with_settings(base, seed=s, output=str(tmp_path / f"seed-{s}")) for s in (1, 2)]
+    assert not train_all([Run(c, False) for c in runs], Console(), False, False, ALONE)
+    out = capsys.readouterr().out
+    assert "run 1 of 2" in out and "run 2 of 2" not in out
+
+
 def test_answers_are_counted_while_they_are_written(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
