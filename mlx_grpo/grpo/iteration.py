@@ -114,11 +114,10 @@ def iterate(
     state = replace(
         state, normalizer=normalizer, spreads=state.spreads | _spreads(groups, scores_PK)
     )
-    left = config.run.num_iterations - state.iteration - 1
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, kl, dead, stats, target),
         "kl/decay": controller.decay,
-        **clock.iteration_metrics(sampled_tokens(groups), stats.tokens, left),
+        **clock.iteration_metrics(sampled_tokens(groups), stats.tokens),
     }
     state = replace(
         state,

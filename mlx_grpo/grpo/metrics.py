@@ -40,9 +40,7 @@ class Clock:
             **{f"memory/{name}": peak for name, peak in self.peaks.items()},
         }
 
-    def iteration_metrics(
-        self, sampled_tokens: int, updated_tokens: int, iterations_left: int
-    ) -> dict[str, float]:
+    def iteration_metrics(self, sampled_tokens: int, updated_tokens: int) -> dict[str, float]:
         """`metrics`, and what follows from them for a whole iteration.
 
         Args:
@@ -52,7 +50,6 @@ class Clock:
         return {
             **self.metrics(),
             "time/iteration": total,
-            "time/left": total * iterations_left,
             "time/tokens_per_second": sampled_tokens / self.seconds["rollout"],
             "time/update_tokens_per_second": updated_tokens / self.seconds["update"],
             "memory/peak": max(self.peaks.values()),

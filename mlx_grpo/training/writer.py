@@ -86,6 +86,8 @@ class RunWriter:
     def __init__(self, learner: Learner, run: Path, ui: Console, about: dict[str, Any]):
         self.learner, self.run, self.ui, self.about = learner, run, ui, about
         self._track: Tracker = lambda row: None
+        self._rows: list[dict[str, Any]] = []
+        """Of metrics.jsonl, so that the pace is known without reading it at each iteration."""
 
     def start(self, state: RunState, resume: bool, allow_change: bool) -> RunState:
         """Check the disk and restore a run that is resumed.
@@ -104,8 +106,8 @@ class RunWriter:
         for warning in warnings:
             self.ui.warn(warning)
         self.ui.say(f"resuming after iteration {state.iteration}")
-        rows = log.read(self.run / log.METRICS) if state.iteration else []
-        if pace := measured_pace(rows):
+        self._rows = log.read(self.run / log.METRICS) if state.iteration else []
+        if pace := measured_pace(self._rows):
             say_how_long(self.ui, config, pace, state.iteration, "at its pace so far")
         return state
 
@@ -143,8 +145,7 @@ class RunWriter:
         if not evaluated.refusal:
             actor = self.learner.roles.actor.model
             directory.save_named_adapter(self.run, "best", actor)
-        log.append(self.run / log.METRICS, evaluated.metrics)
-        self._track(evaluated.metrics)
+        self._log(evaluated.metrics)
         directory.log_evaluation(self.run, step, evaluation)
         for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
             self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
@@ -166,10 +167,9 @@ class RunWriter:
         run, ui, config, step = self.run, self.ui, self.learner.config, done.state.iteration
         total, metrics = config.run.num_iterations, done.metrics
         directory.check_in_place(run)
-        if pace := measured_pace([*log.read(run / log.METRICS), metrics]):
+        if pace := measured_pace([*self._rows, metrics]):
             metrics["time/left"] = pace.left(config, step)
-        log.append(run / log.METRICS, metrics)
-        self._track(metrics)
+        self._log(metrics)
         directory.log_completions(run, step, done.groups, done.raw_PK)
         directory.log_skips(run, step, done.groups, done.skips)
         if "skipped" not in metrics:
@@ -183,6 +183,11 @@ class RunWriter:
                 f"iteration {step}: NaN or infinity in the {skip.stage}, skipped; see "
                 f"{run / log.SKIPPED}"
             )
+
+    def _log(self, metrics: dict[str, Any]) -> None:
+        log.append(self.run / log.METRICS, metrics)
+        self._rows.append(metrics)
+        self._track(metrics)
 
     def save(self, state: RunState, before: Snapshot) -> None:
         """Write a checkpoint.
