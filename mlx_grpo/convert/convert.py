@@ -110,16 +110,17 @@ def convert_sft(
         findings = check_source(opened, checks.allow_mismatch)
         limit = None if checks.allow_mismatch else findings.exact_up_to
         notes = write_about(opened, directory, target, limit)
-        agreement = Agreement()
-        if texts and checks.against_source:
+        agreement, kept = Agreement(), keeps_values(opened, target)
+        rows = []
+        if texts and (checks.against_source or not kept):
             rows = policy_rows(load_chat_tokenizer(directory), texts)
+        if texts and checks.against_source:
             agreement = compare_policy(opened, rows)
             check_agreement(agreement, source.path, checks.allow_mismatch)
         write_model(opened, directory)
-        cost = QuantizationCost(kept=keeps_values(opened, target))
-        if texts and not cost.kept:
-            tokenizer = load_chat_tokenizer(directory)
-            cost = policy_cost(opened.model, lazily(directory), tokenizer, texts)
+        cost = QuantizationCost(kept=kept)
+        if texts and not kept:
+            cost = policy_cost(opened.model, lazily(directory), rows)
         row = finish(opened, directory, out, "model", cost, USE_SFT, agreement)
         return replace_fields(row, notes=(*notes, *findings.notes(agreement.compared)))
 
@@ -164,9 +165,9 @@ def convert_rm(
         if as_adapter:
             opened.write_tokenizer(directory)
         about, agreement = _about(opened, own, directory), Agreement()
+        tokenizer, text = load_chat_tokenizer(directory) if pairs else None, TextForm.of(about)
         if pairs and checks.against_source:
-            tokenizer = load_chat_tokenizer(directory)
-            agreement = compare_scores(opened, tokenizer, TextForm.of(about), pairs)
+            agreement = compare_scores(opened, tokenizer, text, pairs)
             check_agreement(agreement, source.path, checks.allow_mismatch)
         if as_adapter:
             write_adapter(opened, directory, sft)
@@ -182,7 +183,6 @@ def convert_rm(
         cost = QuantizationCost(kept=kept)
         if pairs and not kept:
             after = lazily(sft, directory) if as_adapter else lazily(directory)
-            tokenizer, text = load_chat_tokenizer(directory), TextForm.of(about)
             cost = reward_cost(opened.model, after, opened.head, tokenizer, text, pairs)
         kind = "adapter" if as_adapter else "model"
         row = finish(opened, directory, out, kind, cost, USE_RM, agreement)

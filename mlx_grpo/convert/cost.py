@@ -99,15 +99,8 @@ def policy_rows(
     return [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
 
 
-def policy_cost(
-    before: Open,
-    after: Open,
-    tokenizer: Any,
-    texts: Path,
-    columns: Mapping[str, str] | None = None,
-) -> QuantizationCost:
+def policy_cost(before: Open, after: Open, rows: Sequence[PromptAndAnswer]) -> QuantizationCost:
     """KL(source || converted) per token and both perplexities, on reference answers."""
-    rows = policy_rows(tokenizer, texts, columns)
     targets = [token for _, answer in rows for token in answer]
     precision = choose_precision(0)
     hidden_ND = [

@@ -92,8 +92,8 @@ def check_agreement(agreement: Agreement, place: Path, allow_mismatch: bool) -> 
     if agreement.differs() and not allow_mismatch:
         raise InputError(
             f"{place}: mlx-lm computes another model than transformers {version('transformers')}, "
-            f"before any quantization ({agreement.describe()}); --allow-mismatch converts it all "
-            "the same"
+            f"before any quantization ({agreement.describe()}); --allow-mismatch converts it "
+            "anyway"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_grpo.convert.cost import policy_cost
+from mlx_grpo.convert.cost import policy_cost, policy_rows
 from mlx_grpo.convert.reader import open_source
 from mlx_grpo.convert.source import locate
 from mlx_grpo.data.chat import load_chat_tokenizer
@@ -53,15 +53,15 @@ def fused_cost(
     columns: Mapping[str, str] | None = None,
 ) -> FusedCost:
     """Measure a fused model against the adapter it was made of, one block in memory at a time."""
-    tokenizer = load_chat_tokenizer(sft)
+    rows = policy_rows(load_chat_tokenizer(sft), texts, columns)
     with tempfile.TemporaryDirectory(prefix="mlx-grpo-") as scratch:
         plain, new = (_opener(path, Path(scratch)) for path in (sft, fused))
 
         def adapted() -> nn.Module:
             return load_adapter(plain(), adapter)
 
-        rounding = policy_cost(adapted, new, tokenizer, texts, columns)
-        training = policy_cost(plain, adapted, tokenizer, texts, columns)
+        rounding = policy_cost(adapted, new, rows)
+        training = policy_cost(plain, adapted, rows)
     return FusedCost(rounding.kl_per_token or 0.0, training.kl_per_token or 0.0, rounding.texts)
 
 
