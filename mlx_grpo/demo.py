@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_grpo.backend.device import OPENBLAS, OPENBLAS_HINT, device_name
 from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
-from mlx_grpo.console.live import duration
+from mlx_grpo.console.doing import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.convert.convert import convert_rm, convert_sft
 from mlx_grpo.convert.quantize import Quantization

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import Quiet, check_json_file
+from mlx_grpo.cli.options import JsonFile, Quiet, check_json_file
 from mlx_grpo.console.output import Console
 
 
@@ -48,9 +48,7 @@ def evaluate_reward_model(
     rejected_column: Annotated[
         str, typer.Option(help="Field that holds the other answer, if not `rejected`.")
     ] = "",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
-    ] = None,
+    json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a reward model on preference pairs: accuracy, length rules, calibration."""

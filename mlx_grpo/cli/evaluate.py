@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import Quiet, check_json_file
+from mlx_grpo.cli.options import JsonFile, Quiet, check_json_file
 from mlx_grpo.console.output import Console
 
 
@@ -43,9 +43,7 @@ def evaluate(
     judge_model: Annotated[
         str, typer.Option(help="Name of the model there (the default is mlx_lm.server's own).")
     ] = "default_model",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
-    ] = None,
+    json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""

@@ -40,6 +40,9 @@ ConfigFile = Annotated[
     typer.Option(help="TOML file with any of these settings, such as `batch_size = 8`."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a file.")
+]
 
 
 def check_json_file(file: Path) -> None:

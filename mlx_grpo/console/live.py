@@ -12,8 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlx_grpo.console.doing import Doing
-from mlx_grpo.console.doing import duration as duration  # for the lines of others
+from mlx_grpo.console.doing import Doing, duration
 
 STAGES = ("rollout", "reward", "logprob", "update")
 BAR_CELLS = 36

@@ -13,8 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing
-from mlx_grpo.console.doing import duration as duration  # for the lines of others
+from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing, duration
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.stream import Stream
 from mlx_grpo.core.errors import single_line, visible

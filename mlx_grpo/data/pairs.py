@@ -11,7 +11,7 @@ from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.types import FinishReason, PreferencePair
 from mlx_grpo.data.chat import answer_tokens, end_of_turn, prompt_tokens
 from mlx_grpo.data.messages import Message, pair_conversation
-from mlx_grpo.data.tables import read_rows, row_number
+from mlx_grpo.data.tables import own_id, read_rows, row_number
 
 SPLITS = ("train", "valid", "test")
 SIDES = ("chosen", "rejected")
@@ -64,7 +64,7 @@ def read_pairs(path: Path, columns: Mapping[str, str] | None = None) -> Iterator
         split = row.get("split") or ""
         if split not in ("", *SPLITS):
             raise InputError(f"{place}: field 'split' must be one of {', '.join(SPLITS)}")
-        identifier = row_number(place) if row.get("id") in (None, "") else str(row["id"])
+        identifier = own_id(row) or row_number(place)
         fields = {k: v for k, v in row.items() if k not in KNOWN}
         yield PairRow(
             place,

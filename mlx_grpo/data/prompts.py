@@ -12,7 +12,7 @@ from mlx_grpo.core.rng import key, permutation
 from mlx_grpo.core.types import Prompt
 from mlx_grpo.data.chat import encoded, prompt_text
 from mlx_grpo.data.messages import Message, row_messages
-from mlx_grpo.data.tables import Row, read_rows, row_number
+from mlx_grpo.data.tables import Row, own_id, read_rows, row_number
 
 KNOWN = ("id", "prompt", "messages", "conversations", "response")
 
@@ -70,21 +70,21 @@ def _ids(rows: Sequence[Row]) -> list[str]:
     """
     given: dict[str, str] = {}
     for place, row in rows:
-        if row.get("id") in (None, ""):
+        if (own := own_id(row)) is None:
             continue
-        if (identifier := str(row["id"])) in given:
+        if own in given:
             raise InputError(
-                f"{place}: field 'id' repeats '{identifier}' of {given[identifier]}; ids must be "
-                "unique"
+                f"{place}: field 'id' repeats '{own}' of {given[own]}; ids must be unique"
             )
-        given[identifier] = place
+        given[own] = place
     taken = set(given)
     found = []
     for count, (place, row) in enumerate(rows, 1):
-        identifier = row_number(place) if row.get("id") in (None, "") else str(row["id"])
-        if row.get("id") in (None, "") and identifier in taken:  # another row's own id
-            identifier = f"row {count}"
-        taken.add(identifier)
+        identifier = own_id(row)
+        if identifier is None:
+            number = row_number(place)
+            identifier = f"row {count}" if number in taken else number  # another row's own id
+            taken.add(identifier)
         found.append(identifier)
     return found
 

@@ -57,6 +57,11 @@ def digest(source: Path) -> str:
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
+def own_id(row: Mapping[str, Any]) -> str | None:
+    """The id that a row gives itself."""
+    return None if row.get("id") in (None, "") else str(row["id"])
+
+
 def row_number(place: str) -> str:
     """The number at the end of a place."""
     return place.rpartition(":")[2].split()[-1]

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.models.decoder import Decoder, Embedded
+from mlx_grpo.models.lora import set_parameters
 from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 
 States = tuple[mx.array, mx.array]
@@ -115,7 +116,7 @@ def _through_kept_blocks(
     ) -> tuple[mx.array, list[list[States]]]:
         """The scalar whose gradient is wanted, and the states after each block of each pass."""
         for block, own in zip(blocks, values, strict=True):
-            block.update(tree_unflatten(list(own.items())))
+            set_parameters(block, own)
         after: list[list[States]] = [[] for _ in blocks]
         scalar = mx.array(0.0)
         for trace, h, buffer in zip(traces, states, buffers, strict=True):
@@ -159,7 +160,7 @@ def _block_vjp(
     current = _trainable(block)
 
     def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
-        block.update(tree_unflatten(list(zip(current, values, strict=True))))
+        set_parameters(block, dict(zip(current, values, strict=True)))
         return list(decoder.call_block(trace.embedded, i, h_prompt, h_rows))
 
     with _put_back([block]):
@@ -189,4 +190,4 @@ def _put_back(blocks: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for block, own in zip(blocks, current, strict=True):
-            block.update(tree_unflatten(list(own.items())))
+            set_parameters(block, own)

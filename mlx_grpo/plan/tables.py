@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mlx_grpo.backend.precision import precision_for
-from mlx_grpo.console.live import duration
+from mlx_grpo.console.doing import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.plan.devices import Device

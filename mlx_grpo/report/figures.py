@@ -29,10 +29,7 @@ def _single(r: Record) -> list[Chart]:
         Chart(
             "KL to the SFT model",
             "nats per token",
-            [
-                *_both(r, "kl", "eval_kl"),
-                Line("target", r.series("kl/target"), "target", steps=True),
-            ],
+            [*_both(r, "kl", "eval_kl"), _target(r)],
             [_target_band(r)],
         ),
         Chart("Perplexity of reference answers", "held-out", _both(r, "", "eval_perplexity")),

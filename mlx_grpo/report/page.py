@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
 from mlx_grpo.config.sources import setting_help
-from mlx_grpo.console.live import duration
+from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg

@@ -77,10 +77,18 @@ def bradley_terry_loss(scores_K: mx.array, pairs: Sequence[tuple[int, int]]) -> 
 
 
 def group_gradients(
-    decoder: Decoder, weight_1D: mx.array, group: PairGroup, weight: float
+    decoder: Decoder,
+    weight_1D: mx.array,
+    group: PairGroup,
+    weight: float,
+    total: Parameters | None = None,
 ) -> tuple[Parameters, float]:
     """Gradients of LoRA and head for one prompt's pairs, each pair weighted by `weight`, and the
-    summed loss."""
+    summed loss.
+
+    Args:
+        total: gradients to which these are added.
+    """
     rows_KT, lengths = pad_right(list(group.answers))
     ends = (mx.arange(len(lengths)), mx.array(lengths) - 1)
     found: list[mx.array] = []
@@ -101,9 +109,11 @@ def group_gradients(
         return [(mx.zeros_like(h_prompt), g_rows)]
 
     whole = [Pass(mx.array([group.prompt_ids]), rows_KT)]
-    adapter = gradients(decoder, whole, cotangents)
+    total = gradients(decoder, whole, cotangents, total)
     value, g_head_1D = found
-    return {**adapter, HEAD: g_head_1D}, value.item() / weight
+    total[HEAD] = total[HEAD] + g_head_1D if HEAD in total else g_head_1D
+    mx.eval(total[HEAD])
+    return total, value.item() / weight
 
 
 def batch_gradients(
@@ -114,9 +124,7 @@ def batch_gradients(
     total: Parameters = {}
     loss = 0.0
     for group in batch:
-        found, group_loss = group_gradients(decoder, weight_1D, group, weight)
-        total = {n: total[n] + g for n, g in found.items()} if total else found
-        mx.eval(total)
+        total, group_loss = group_gradients(decoder, weight_1D, group, weight, total)
         loss += group_loss
     return total, loss
 

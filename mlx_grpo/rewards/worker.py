@@ -1,7 +1,7 @@
 """The process around one custom reward function: its code is a user's, and a process can be ended
 whatever it is doing.
 
-Run by path (`rewards.py` does), standard library only, so that it starts in no time and takes no
+Run by path (`process.py` does), standard library only, so that it starts in no time and takes no
 memory of its own. A line of JSON in, a line of JSON out: first `{"file": ...}` once the function is
 loaded, then `{"scores": [...]}` for each `{"request": 1, "arguments": {...}}`, or
 `{"error": "..."}`; each with the number of the request (0 for the first) and of this process.

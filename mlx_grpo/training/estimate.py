@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from mlx_grpo.config.settings import TrainConfig
-from mlx_grpo.console.output import Console, duration
+from mlx_grpo.console.doing import duration
+from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.learner import Learner
 from mlx_grpo.plan.devices import MACS
 from mlx_grpo.plan.memory import Workload

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig, with_settings
-from mlx_grpo.console.live import duration
+from mlx_grpo.console.doing import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import SafePoint, StopRequested, stop_signals

@@ -160,9 +160,16 @@ def load_evaluator(
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        told = writing("reference answers", one_each, ui.progress)
-        key = config.run.seed, "references"
-        return rollout(model, tokenizer, stop_ids, missing, one_each, *key, on_token=told)
+        return rollout(
+            model,
+            tokenizer,
+            stop_ids,
+            missing,
+            one_each,
+            config.run.seed,
+            "references",
+            on_token=writing("reference answers", one_each, ui.progress),
+        )
 
     prompts = held_out[: config.evaluation.limit or None]
     return Evaluator(
@@ -227,8 +234,8 @@ def _warn_of_leaks(
     except InputError as e:  # an evaluation can do without them
         ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
         return
-    files = config.data.prompts, found, config.evaluation.prompts
-    for warning in leak_warnings(*files, held_out):
+    train_file, file = config.data.prompts, config.evaluation.prompts
+    for warning in leak_warnings(train_file, found, file, held_out):
         ui.warn(warning)
 
 

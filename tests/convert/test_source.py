@@ -10,15 +10,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from mlx_grpo.convert.source import needed_files
+from tests.helpers.http import serving
 from tests.helpers.tiny import write_model
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -125,14 +125,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         commits[commit] = {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
         commits[commit]["original/consolidated.safetensors"] = b"never"
     stub = Hub(commits)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
-    stub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield stub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler(stub)) as stub.address:
+        yield stub
 
 
 def convert(hub: Hub, where: Path, *arguments: str, offline: bool = False) -> tuple[int, str]:

@@ -7,14 +7,15 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.helpers.http import serving
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'  # its import takes seconds
@@ -104,14 +105,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def hub() -> Iterator[Hub]:
     """The stub, running."""
     stub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
-    stub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield stub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(handler(stub)) as stub.address:
+        yield stub
 
 
 def push(hub: Hub, run: Path, where: Path, *flags: str, token: str = "") -> tuple[int, str, str]:

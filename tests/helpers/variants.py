@@ -44,6 +44,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+MULTIPLIERS = {
+    "logits_scaling": 8.0,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+}
 MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 VARIANTS: dict[str, Variant] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -174,23 +180,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "granite": (
         "GraniteForCausalLM",
-        {
-            "logits_scaling": 8.0,
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 2.0,
-            "residual_multiplier": 0.5,
-        },
+        MULTIPLIERS,
     ),
     "granitemoe": (
         "GraniteMoeForCausalLM",
-        {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "logits_scaling": 8.0,
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 2.0,
-            "residual_multiplier": 0.5,
-        },
+        {"num_local_experts": 4, "num_experts_per_tok": 2, **MULTIPLIERS},
     ),
     "olmo": ("OlmoForCausalLM", {}),
     "olmo clip_qkv": ("OlmoForCausalLM", {"clip_qkv": 0.5}),
