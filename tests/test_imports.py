@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mlx_grpo"
 ORDER = (
-    ("backend",),
     ("core",),
+    ("backend",),
     ("files",),
     ("config",),
     ("console",),

@@ -45,8 +45,8 @@ def main() -> None:
                     if kind == "adapter"
                     else RewardFootprint(model=model)
                 )
-                given = Choice(dense=False, decode_rows=0, sizes=Sizes())
-                plan = choose(model, reward, WORK, limit_of(gib), given)
+                given = Choice(dense=False, value_bytes=2, decode_rows=0, sizes=Sizes())
+                plan = choose(model, reward, WORK, limit_of(gib), [given])
                 if plan.fits:
                     best = f"{shape}: {plan.peak / 1e9:.2f} GB ({describe(plan)})"
             print(f"{gib:3} GB, limit {limit_of(gib) / 1e9:5.2f} GB, {kind:7}  {best}")

@@ -116,14 +116,15 @@ def planned(args: argparse.Namespace) -> Plan:
     }
     work = Workload(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps)
     dense = args.weights == "dense" or (args.weights == "auto" and device_name() == "cpu")
+    size = precision_for(dense).dtype.size
     limit = parse_bytes(args.limit) or recommended_memory()
     if args.sizes:
         sizes = Sizes(args.sizes[0], args.sizes[1], args.sizes[2] << 20)
         rows = args.decode_rows or args.prompts * args.k
-        choice = Choice(dense, rows, sizes, args.residency == "swap")
+        choice = Choice(dense, size, rows, sizes, args.residency == "swap")
         return predict(model, rewards[args.rm], work, choice, limit)
-    given = Choice(dense, args.decode_rows, Sizes())
-    return choose(model, rewards[args.rm], work, limit, given, args.residency)
+    given = Choice(dense, size, args.decode_rows, Sizes())
+    return choose(model, rewards[args.rm], work, limit, [given], args.residency)
 
 
 def judge_of(

@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten
 from bench.shapes import SHAPES, NoTokenizer, random_model
 from bench.speed.staged_backward import update_settings
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
+from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.core.padding import completion_arrays
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Group, Prompt, TrainingGroup
@@ -132,9 +133,8 @@ def costs_of(bench: Bench, rows: int) -> dict[str, StageCost]:
     dense = not any(isinstance(m, nn.QuantizedLinear) for _, m in model.named_modules())
     sizes = footprint_of(model, sum(v.size for _, v in tree_flatten(model.parameters())))
     work = Workload(groups, rows // groups, bench.prompt, bench.completion, RANK)
-    costs = stage_costs(
-        sizes, RewardFootprint(sizes.lora_bytes(JUDGE_RANK)), work, Choice(dense, 0, WHOLE)
-    )
+    choice = Choice(dense, precision_for(dense).dtype.size, 0, WHOLE)
+    costs = stage_costs(sizes, RewardFootprint(sizes.lora_bytes(JUDGE_RANK)), work, choice)
     return {n.replace("logprob", "log-prob"): cost for n, cost in costs.items()}
 
 

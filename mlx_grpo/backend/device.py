@@ -47,6 +47,15 @@ def on_linux_cpu() -> bool:
     return sys.platform == "linux" and device_name() == "cpu"
 
 
+def has_bf16() -> bool:
+    """Whether the device multiplies matrices in bf16. M1 and M2 (GPU generations 13 and 14) do so
+    at 0.6 of fp16's speed (ml-explore/mlx, pull request 4216)."""
+    if device_name() != "metal":
+        return True
+    architecture = str(mx.device_info().get("architecture", ""))  # such as applegpu_g14s
+    return not architecture.startswith(("applegpu_g13", "applegpu_g14"))
+
+
 def gpu_working_set() -> int | None:
     """Bytes that Metal recommends to keep within; a Mac's owner can raise them."""
     if device_name() != "metal":
@@ -65,7 +74,7 @@ def recommended_memory() -> int:
     if limit := gpu_working_set():
         return limit
     if device_name() == "cuda":
-        return int(0.9 * mx.device_info().get("memory_size", physical_memory()))
+        return int(0.9 * mx.device_info().get("total_memory", physical_memory()))
     return physical_memory() * 3 // 4
 
 

@@ -1,22 +1,58 @@
-"""How frozen weights are held: packed, or expanded once to a dense dtype.
+"""How frozen weights are held and in which dtype a decoder's blocks compute.
 
-- Metal and CUDA: weights stay packed, MLX's quantized kernels do the work, activations are bf16.
-- Linux CPU: MLX's 4-bit and bf16 kernels are 10 to 100 times slower than an fp32 BLAS, so the
+- Metal and CUDA: weights stay packed, MLX's quantized kernels do the work, activations have 16
+  bits: fp16 on M1 and M2, which have no bf16 in hardware, and bf16 elsewhere.
+- Linux CPU: MLX's 4-bit and 16-bit kernels are 10 to 100 times slower than an fp32 BLAS, so the
   frozen weights are expanded once to fp32 (the same values). During a rollout they hold the LoRA
   too (`models/merging.py`).
+
+A user can ask for any other combination, on any device. Behind the last block everything is fp32,
+whatever the blocks compute in (`models/decoder.py`): what is sampled is what is scored.
 """
 
+import os
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo.backend.device import device_name, physical_memory
+from mlx_grpo.backend.device import device_name, has_bf16, physical_memory
 from mlx_grpo.backend.kernels import use_fast_swiglu
+from mlx_grpo.core.errors import InputError
 
 EXPANDED_BYTES = 32 << 20
 """Of fp32 values that are unpacked at a time."""
+DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
+ALLOWED = {
+    "MLX_GRPO_PRECISION": ("auto", *DTYPES),
+    "MLX_GRPO_WEIGHTS": ("auto", "packed", "dense"),
+}
+"""Variables that say what `auto` means, instead of what this machine does best."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A precision that was asked for; `auto` leaves it to this machine."""
+
+    dtype: str = "auto"
+    weights: str = "auto"
+
+
+def asked(dtype: str = "auto", weights: str = "auto") -> Asked:
+    """What settings ask for, and the environment where they say `auto`.
+
+    Raises:
+        InputError: a variable has no such value.
+    """
+    found = []
+    for value, (variable, allowed) in zip((dtype, weights), ALLOWED.items(), strict=True):
+        if value == "auto":
+            value = os.environ.get(variable) or value
+        if value not in allowed:
+            raise InputError(f"{variable}: must be one of {', '.join(allowed)}, not '{value}'")
+        found.append(value)
+    return Asked(*found)
 
 
 @dataclass(frozen=True)
@@ -28,28 +64,48 @@ class Precision:
     dense: bool
     """Expand quantized weights once to `dtype` instead of using the quantized kernels."""
     dtype: mx.Dtype
-    """Dtype of activations and unpacked weights; packed weights bring the dtype of their scales."""
+    """Dtype of the blocks' activations, of scales and of weights that are not packed."""
 
     @property
     def merge_lora(self) -> bool:
-        """Whether to sample from W + scale * (A B)^T: one product instead of three."""
-        return self.dense
+        """Whether to sample from W + scale * (A B)^T: one product instead of three. In 16 bits the
+        sum would be rounded, and another policy sampled than is scored."""
+        return self.dense and self.dtype == mx.float32
 
     @property
     def slow(self) -> bool:
         """Whether MLX's kernels for it are 10 to 100 times slower than an fp32 BLAS."""
-        return self.device == "cpu" and not self.dense
+        return self.device == "cpu" and not (self.dense and self.dtype == mx.float32)
+
+    def __str__(self) -> str:
+        name = next(n for n, dtype in DTYPES.items() if dtype == self.dtype)
+        return f"{'dense' if self.dense else 'packed'} {name}"
 
 
-def choose_precision(parameters: int) -> Precision:
-    """Packed weights on a GPU; on a CPU dense fp32 while it fits in half the RAM."""
-    return precision_for(device_name() == "cpu" and parameters * 4 < physical_memory() / 2)
+def precisions(parameters: int, wanted: Asked | None = None) -> list[Precision]:
+    """What a model of so many parameters may be held in, the fastest first: packed weights on a
+    GPU; on a CPU dense fp32 while it fits in half the RAM, and packed weights after it."""
+    wanted = wanted or asked()
+    if wanted.weights != "auto":
+        return [precision_for(wanted.weights == "dense", wanted)]
+    size = 4 if wanted.dtype in ("auto", "fp32") else 2
+    fits = device_name() == "cpu" and parameters * size < physical_memory() / 2
+    return [precision_for(dense, wanted) for dense in ((True, False) if fits else (False,))]
 
 
-def precision_for(dense: bool) -> Precision:
+def choose_precision(parameters: int, wanted: Asked | None = None) -> Precision:
+    """The fastest of `precisions`."""
+    return precisions(parameters, wanted)[0]
+
+
+def precision_for(dense: bool, wanted: Asked | None = None) -> Precision:
     """The precision of this machine with weights expanded or packed."""
-    device = device_name()
-    return Precision(device, dense, mx.float32 if device == "cpu" else mx.bfloat16)
+    wanted, device = wanted or asked(), device_name()
+    if wanted.dtype != "auto":
+        return Precision(device, dense, DTYPES[wanted.dtype])
+    if device == "cpu" and dense:
+        return Precision(device, dense, mx.float32)
+    return Precision(device, dense, mx.bfloat16 if has_bf16() else mx.float16)
 
 
 def dense_weight(module: nn.Module, rows: slice = slice(None)) -> mx.array:
@@ -105,29 +161,103 @@ def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 
 def apply_precision(model: nn.Module, precision: Precision) -> None:
-    """Bring a freshly loaded model into the form of `precision`, in place, module by module."""
+    """Bring a freshly loaded model, or one of its blocks, into the form of `precision`, in place,
+    module by module.
+
+    Raises:
+        InputError: a weight or scale leaves the range of fp16.
+    """
     if precision.dense:
         use_fast_swiglu(model)
-        quantized = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-        ]
-        while quantized:
-            name, module = quantized.pop()
-            dense = _expanded(module, precision.dtype)
-            mx.eval(dense.parameters())
-            model.update_modules(tree_unflatten([(name, dense)]))
-            del module
-    # Packed weights stay as they are, scales and biases included; the rest follows their dtype.
+        _expand(model, precision.dtype)
+    _hold_head_in_fp32(model, precision.dtype)
+    head = set() if precision.dtype == mx.float32 else _head_arrays(model)
     parameters = dict(tree_flatten(model.parameters()))
-    packed = {n.removesuffix("scales") for n in parameters if n.endswith(".scales")}
-    kinds = (parameters[f"{n}scales"].dtype for n in sorted(packed))
-    dtype = next((d for d in kinds if mx.issubdtype(d, mx.floating)), precision.dtype)
-    kept = {f"{n}{leaf}" for n in packed for leaf in ("weight", "scales", "biases")}
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()
-        if name not in kept and mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(dtype)
+        if name not in head and mx.issubdtype(value.dtype, mx.floating):
+            value = _in_range(name, value, precision.dtype)
             model.update(tree_unflatten([(name, value)]))
         mx.eval(value)
+
+
+def _expand(model: nn.Module, dtype: mx.Dtype) -> None:
+    quantized = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    ]
+    while quantized:
+        name, module = quantized.pop()
+        dense = _expanded(module, dtype)
+        mx.eval(dense.parameters())
+        model.update_modules(tree_unflatten([(name, dense)]))
+        del module
+
+
+def _in_range(name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
+    cast = value.astype(dtype)
+    if dtype == mx.float16 and not mx.isfinite(cast).all().item():
+        raise InputError(f"'{name}' leaves the range of fp16; type --precision bf16")
+    return cast
+
+
+class HeadEmbedding(nn.Embedding):
+    """An embedding that is the head too: it looks up in 16 bits and computes logits in fp32."""
+
+    half: bool
+    """Whether the blocks compute in fp16, not bf16; a tree that is copied cannot hold a dtype."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return super().__call__(ids).astype(mx.float16 if self.half else mx.bfloat16)
+
+
+class QuantizedHeadEmbedding(nn.QuantizedEmbedding):
+    """As `HeadEmbedding`, packed."""
+
+    half: bool
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return super().__call__(ids).astype(mx.float16 if self.half else mx.bfloat16)
+
+
+def _hold_head_in_fp32(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Logits are computed in fp32, so the head's scales are held in it, or its weights where it is
+    not packed: a cast for each token and each chunk would cost more than it takes."""
+    if dtype == mx.float32:
+        return
+    for module in _heads(model):
+        for leaf in ("weight", "scales", "biases", "bias"):
+            if leaf in module and mx.issubdtype(module[leaf].dtype, mx.floating):
+                module[leaf] = module[leaf].astype(mx.float32)
+                mx.eval(module[leaf])
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            packed = isinstance(module, nn.QuantizedEmbedding)
+            # the class alone changes: the module keeps its name and place in every tree
+            module.__class__ = QuantizedHeadEmbedding if packed else HeadEmbedding
+            module.half = dtype == mx.float16
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """What computes the logits: linear layers outside the blocks that are as long as the
+    vocabulary, or else the embeddings that are."""
+    outside = [m for name, m in model.named_modules() if ".layers." not in f".{name}."]
+    embeddings = [m for m in outside if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
+    vocabulary = max((len(m.weight) for m in embeddings), default=0)
+    linears = [m for m in outside if isinstance(m, nn.Linear | nn.QuantizedLinear)]
+    return [
+        m
+        for m in ([m for m in linears if len(m.weight) >= vocabulary > 0] or embeddings)
+        if len(m.weight) >= vocabulary
+    ]
+
+
+def _head_arrays(model: nn.Module) -> set[str]:
+    """Names of the arrays that stay in fp32."""
+    heads = {id(m) for m in _heads(model)}
+    return {
+        f"{name}.{leaf}"
+        for name, m in model.named_modules()
+        if id(m) in heads
+        for leaf in ("weight", "scales", "biases", "bias")
+    }

@@ -44,7 +44,7 @@ def plan(
     planner = planner_for(settings, here, ranks)
     found = planner.plan()
     if found.fits:
-        machine = machine_of(device, found)
+        machine = machine_of(device, found, planner.config)
         show(found, ui)
         show_time(planner.times(found, machine), settings.run.num_iterations, machine, ui)
         show_savings(planner.savings(machine), ui)

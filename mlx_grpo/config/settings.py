@@ -23,6 +23,8 @@ BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
 """Paths: their content counts, not their place. Everything else shapes the numbers,
 `num_iterations` too, because the phases of the KL target are shares of it."""
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Weights = Literal["auto", "packed", "dense"]
 
 
 def named(flat: str, default: Any) -> Any:
@@ -41,6 +43,12 @@ class ModelSettings:
 
     actor: str = named("actor_model", "weights/sft-4bit")
     """SFT model: a directory in mlx-lm format, as `mlx-grpo convert` writes it."""
+    precision: Dtype = "auto"
+    """Dtype the blocks compute in; what lies behind them is always fp32. auto is fp32 on a CPU,
+    fp16 on M1 and M2, bf16 on other GPUs, or what MLX_GRPO_PRECISION says."""
+    weights: Weights = "auto"
+    """Whether quantized weights stay packed or are expanded once; auto expands them on a CPU, or
+    does what MLX_GRPO_WEIGHTS says."""
     template_date: str = ""
     """Date that a chat template sees as today, such as 2026-01-31; empty means the day on which the
     run starts, and the run keeps it."""
@@ -309,6 +317,12 @@ class RewardTrainConfig:
 
     model: str = "weights/sft-4bit"
     """Directory of the SFT model the reward model grows on."""
+    precision: Dtype = "auto"
+    """Dtype the blocks compute in; auto is fp32 on a CPU, fp16 on M1 and M2, bf16 on other GPUs, or
+    what MLX_GRPO_PRECISION says."""
+    weights: Weights = "auto"
+    """Whether quantized weights stay packed or are expanded once; auto expands them on a CPU, or
+    does what MLX_GRPO_WEIGHTS says."""
     pairs: str = "data/preference_pairs.jsonl"
     """Preference pairs: JSONL, JSON, CSV, Parquet, or a Hub data set as owner/name:split."""
     output: str = "weights/rm"

@@ -24,8 +24,7 @@ def _softmax(z_NV: mx.array, targets_N: mx.array) -> tuple[mx.array, mx.array, m
 
 
 def _logits(decoder: Decoder, hidden_ND: mx.array, temperature: float) -> mx.array:
-    # the head runs in fp32: bf16 logits around 20 would be rounded to steps of 0.125
-    return decoder.head(hidden_ND.astype(mx.float32)[None])[0].astype(mx.float32) / temperature
+    return decoder.head(hidden_ND[None])[0].astype(mx.float32) / temperature
 
 
 def _chunks(decoder: Decoder, count: int) -> Iterator[slice]:

@@ -19,7 +19,7 @@ from mlx_grpo.backend.kernels import exp_rows
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
-from mlx_grpo.models.decoder import PREFILL_TOKENS
+from mlx_grpo.models.decoder import PREFILL_TOKENS, fp32_after_blocks
 
 SAMPLER_BLOCK = 256
 GROW_TOKENS = 64
@@ -78,7 +78,8 @@ def rollout(
             on_token(before + rows // sampling.k, len(numbered), token)
             safe_point()
 
-        drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token)
+        with fp32_after_blocks(model):
+            drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
         groups += [
             Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))

@@ -186,7 +186,7 @@ def surrogate_gradients(
             losses.append(loss.item())
             for name, value in sums.items():
                 metrics[name] = metrics.get(name, 0.0) + value.item()
-            grad_KTD = (dloss_KT[..., None] * dlogp_KTD).astype(hidden_KTD.dtype)
+            grad_KTD = dloss_KT[..., None] * dlogp_KTD
             found.append(unshift(grad_KTD, len(part.prompt_ids)))
         mx.eval(found)
         return found

@@ -11,8 +11,14 @@
 The prompt runs once, [1, S], beside its K completions, [K, T]; the gradient that reaches its keys
 and values through the completions flows back with it. Equal to `mx.value_and_grad` over K whole
 sequences (a test compares them, family by family).
+
+In fp16 nothing is smaller than 6e-8, and a token's weight in the loss often is. There the gradient
+travels scaled by a power of two, chosen anew before each block so that its largest entry is near
+`TOP` (loss scaling; Micikevicius et al. 2018, arXiv:1710.03740, section 3.2), and what is found is
+divided by it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +39,8 @@ Cotangents = Callable[[list[States]], list[States]]
 """From the hidden states after the last block, of each pass, to the gradients of a loss there."""
 
 
-_BITS = {mx.float32: mx.uint32, mx.float16: mx.uint16, mx.bfloat16: mx.uint16}
-"""Unsigned integers of the same size: numpy knows no bf16."""
+TOP = 16.0
+"""Largest entry of a scaled gradient: 4,096 times below what fp16 holds."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,36 @@ def gradients(
     first = next(i for i, block in enumerate(decoder.blocks) if _trainable(block))
     cut = max(first, len(decoder.blocks) - decoder.sizes.kept_blocks)
     traces = [_forward(decoder, p, first, cut) for p in passes]
+    scaled = _LossScale(traces[0].embedded.h_rows.dtype)
     if cut == len(decoder.blocks):
         wanted = cotangents([trace.states for trace in traces])
     else:
-        wanted = _through_kept_blocks(decoder, traces, cut, cotangents, total)
+        wanted = _through_kept_blocks(decoder, traces, cut, cotangents, total, scaled)
     for i in reversed(range(first, cut)):
+        wanted = scaled(wanted)
         for j, trace in enumerate(traces):
             wanted[j], found = _block_vjp(decoder, trace, i, wanted[j])
-            _add(total, decoder.block_names[i], found)
+            _add(total, decoder.block_names[i], found, scaled.factor)
     return total
+
+
+class _LossScale:
+    """Scales gradients that fp16 is to carry; in other dtypes the factor stays 1."""
+
+    def __init__(self, dtype: mx.Dtype):
+        self.factor = 1.0
+        self._active = dtype == mx.float16
+
+    def __call__(self, wanted: list[States]) -> list[States]:
+        """The gradients, scaled so that the largest entry is near `TOP`; the factor follows."""
+        if not self._active:
+            return wanted
+        most = mx.stack([mx.abs(g).max().astype(mx.float32) for gs in wanted for g in gs]).max()
+        if not 0 < most.item() < math.inf:  # nothing to scale, or for the guard of the step to find
+            return wanted
+        step = 2.0 ** math.floor(math.log2(TOP / most.item()))
+        self.factor *= step
+        return [(g_prompt * step, g_rows * step) for g_prompt, g_rows in wanted]
 
 
 def _forward(decoder: Decoder, p: Pass, first: int, cut: int) -> _Trace:
@@ -101,6 +128,7 @@ def _through_kept_blocks(
     cut: int,
     cotangents: Cotangents,
     total: Parameters,
+    scaled: _LossScale,
 ) -> list[States]:
     """Forward and backward of the blocks from `cut` on; the gradients of the states that enter it.
 
@@ -108,7 +136,7 @@ def _through_kept_blocks(
     that are filled once the forward has been evaluated, and nothing reads them earlier.
     """
     blocks, entering = decoder.blocks[cut:], [trace.states for trace in traces]
-    buffers = [tuple(mx.zeros(h.shape, _BITS[h.dtype]) for h in states) for states in entering]
+    buffers = [tuple(mx.zeros(h.shape) for h in states) for states in entering]
     mx.eval(buffers)
 
     def surrogate(
@@ -123,8 +151,8 @@ def _through_kept_blocks(
             for i in range(len(blocks)):
                 h = decoder.call_block(trace.embedded, cut + i, *h)
                 after[i].append(h)
-            for value, bits in zip(h, buffer, strict=True):
-                scalar = scalar + (bits.view(value.dtype) * value).sum()
+            for value, wanted in zip(h, buffer, strict=True):
+                scalar = scalar + (wanted * value).sum()
         return scalar, after
 
     with _put_back(blocks):
@@ -135,12 +163,12 @@ def _through_kept_blocks(
         mx.eval(states)
     last = after[-1]
     del after, states
-    for buffer, wanted in zip(buffers, cotangents(last), strict=True):
-        for bits, value in zip(buffer, wanted, strict=True):
-            np.asarray(bits)[...] = np.asarray(value.view(bits.dtype))
+    for buffer, wanted in zip(buffers, scaled(cotangents(last)), strict=True):
+        for place, value in zip(buffer, wanted, strict=True):
+            np.asarray(place)[...] = np.asarray(value)
     del last
     for i in reversed(range(len(blocks))):
-        _add(total, decoder.block_names[cut + i], g_values.pop())
+        _add(total, decoder.block_names[cut + i], g_values.pop(), scaled.factor)
     mx.eval(g_states)
     return list(g_states)
 
@@ -170,8 +198,10 @@ def _block_vjp(
     return (g_prompt, g_rows), dict(zip(current, found, strict=True))
 
 
-def _add(total: Parameters, prefix: str, found: Parameters) -> None:
-    """Add the gradients of one block and evaluate them."""
+def _add(total: Parameters, prefix: str, found: Parameters, factor: float) -> None:
+    """Add the gradients of one block, divided by a factor, and evaluate them."""
+    if factor != 1:
+        found = {name: g / factor for name, g in found.items()}
     for name in [n for n in found if f"{prefix}.{n}" in total]:
         found[name] = total.pop(f"{prefix}.{name}") + found[name]
     mx.eval(found)

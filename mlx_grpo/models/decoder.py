@@ -6,6 +6,10 @@ replaced by recorders, which shows the input of the first block and the argument
 each; to get out, re-enter the model's own final norm and head (soft-caps and scalings included)
 through a stand-in block that returns given hidden states.
 
+Blocks compute in the dtype of their weights; the states behind the last one are fp32, and so are
+the norm and the logits that follow from them. In 16 bits a logit around 20 is rounded to steps of
+0.125 or 0.016, which is another distribution. Rollouts do the same (`fp32_after_blocks`).
+
 A prompt is run once and its keys and values serve all its completions; gradients flow back through
 them.
 """
@@ -110,6 +114,13 @@ class _Injector(_Recorder):
         return self.given
 
 
+class _Fp32Exit(_Recorder):
+    """Stands in for the last block: what leaves it is fp32."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return self.block(h, *args, **kwargs).astype(mx.float32)
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """The arguments one block receives; `slot` is the cache object to be replaced by a real one."""
@@ -183,7 +194,10 @@ class Decoder:
         block, prompt = self.blocks[i], PromptCache()
         h_prompt = e.prompt_calls[i].run(block, h_prompt, prompt)
         cache = CompletionCache(h_prompt.shape[1], prompt)
-        return h_prompt, e.row_calls[i].run(block, h_rows, cache)
+        h_rows = e.row_calls[i].run(block, h_rows, cache)
+        if i + 1 < len(self.blocks):
+            return h_prompt, h_rows
+        return h_prompt.astype(mx.float32), h_rows.astype(mx.float32)
 
     def forward(self, prompt_1S: mx.array, rows_KT: mx.array) -> tuple[mx.array, mx.array]:
         """Hidden states after the last block, [1, S, D] and [K, T, D]; one block at a time."""
@@ -247,6 +261,15 @@ def _replaced(owner: nn.Module, blocks: list[Any]) -> Iterator[None]:
         yield
     finally:
         owner.layers = original
+
+
+@contextmanager
+def fp32_after_blocks(model: nn.Module) -> Iterator[None]:
+    """Within it the final norm and the head of an mlx-lm model see fp32 states."""
+    _, owner = _owner_of_blocks(model)
+    *others, last = owner.layers
+    with _replaced(owner, [*others, _Fp32Exit(last)]):
+        yield
 
 
 def shift_right(h_prompt: mx.array, h_rows: mx.array) -> mx.array:

@@ -108,8 +108,7 @@ class StreamedRewardModel:
         model.freeze()
         model.eval()
         decoder = Decoder(model, self.sizes)
-        if self.precision.dense:
-            cast_around_blocks(decoder, self.precision.dtype)
+        cast_around_blocks(decoder, self.precision.dtype)
         return decoder
 
 

@@ -14,6 +14,8 @@ from mlx_grpo.files.safetensors import safetensors_header
 from mlx_grpo.models.directory import load_lazily, parameter_count
 from mlx_grpo.models.mlp_chunks import MLP
 
+SCALES = (".scales", ".biases")
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -23,7 +25,9 @@ class Footprint:
     packed_bytes: int
     """Of all weights as they are stored."""
     scale_values: int
-    """Scales and biases of a quantized head: it runs in fp32, so they are cast for each chunk."""
+    """Scales and biases of a quantized head, which are held in fp32."""
+    all_scale_values: int
+    """Scales and biases of all quantized weights."""
     blocks: int
     hidden: int
     mlp: int
@@ -89,6 +93,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         parameters=parameters,
         packed_bytes=sum(v.nbytes for v in arrays.values()),
         scale_values=_largest(arrays, "scales") + _largest(arrays, "biases"),
+        all_scale_values=sum(v.size for n, v in arrays.items() if n.endswith(SCALES)),
         blocks=len(model.layers),
         hidden=hidden,
         mlp=max((max(w) for w in mlp), default=0),

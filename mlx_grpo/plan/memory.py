@@ -10,7 +10,7 @@ once; they are fits to MLX's own peaks of single blocks (docs/memory.md), where 
 assumes prompts and answers as long as they may be.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -19,8 +19,8 @@ from mlx_grpo.plan.footprint import Footprint
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
 HEAD_BYTES = (32 << 20, 16 << 20, 8 << 20, 4 << 20)
-BF16 = 0.9
-"""Of a block's arrays in bf16 against fp32: a LoRA's are fp32 in both."""
+HALF = 0.9
+"""Of a block's arrays in 16 bits against fp32: a LoRA's are fp32 in both."""
 STREAMED_HIDDEN = 128 << 20
 """Of hidden states that a reward model which is swapped in works on between two of its blocks."""
 
@@ -64,11 +64,18 @@ class Choice:
     """How a run works; the planner tries them from the fastest on."""
 
     dense: bool
-    """Weights expanded to fp32 (CPU) instead of packed with bf16 activations."""
+    """Weights expanded instead of packed."""
+    value_bytes: int
+    """Of an activation and of a weight that is not packed: 4 or 2."""
     decode_rows: int
     sizes: Sizes
     swap: bool = False
     """Read the reward model's blocks anew at each scoring instead of keeping them."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether a rollout samples with the LoRA inside the weights."""
+        return self.dense and self.value_bytes == 4
 
 
 @dataclass(frozen=True)
@@ -96,19 +103,23 @@ class Plan:
         return self.peak <= self.limit
 
 
-def weight_bytes(model: Footprint, dense: bool) -> int:
-    """Of a model's weights in memory."""
-    return 4 * model.parameters if dense else model.packed_bytes
+def weight_bytes(model: Footprint, choice: Choice) -> int:
+    """Of a model's weights in memory; those of the head, or its scales, are fp32."""
+    if not choice.dense:
+        scales = model.scale_values if choice.value_bytes == 2 else model.all_scale_values
+        return model.packed_bytes + 2 * scales
+    head = (4 - choice.value_bytes) * model.vocabulary * model.hidden
+    return choice.value_bytes * model.parameters + head
 
 
 def predict(
     model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice, limit: int
 ) -> Plan:
     """What a choice needs."""
-    weights = weight_bytes(model, choice.dense)
+    weights = weight_bytes(model, choice)
     kept = reward.adapter_bytes
     if reward.model and not choice.swap:
-        kept += weight_bytes(reward.model, choice.dense)
+        kept += weight_bytes(reward.model, choice)
     adapter = model.lora_bytes(work.lora_rank, work.lora_layers)
     base = weights + kept + 3 * adapter
     # gradients; and from the first step on adapter and moments as they were, to go back to
@@ -129,22 +140,18 @@ def choose(
     reward: RewardFootprint,
     work: Workload,
     limit: int,
-    given: Choice,
+    given: Sequence[Choice],
     residency: str = "auto",
 ) -> Plan:
     """The fastest choice that fits, or the leanest if none does.
 
     Args:
-        given: zeros in `decode_rows` and `sizes.rows` are for the planner to choose; `dense` is
-            tried before packed weights.
+        given: tried in turn; zeros in `decode_rows` and `sizes.rows` are for the planner to choose.
         residency: `resident`, `swap` or `auto` for a reward model of its own.
     """
     swaps = {"resident": (False,), "swap": (True,), "auto": (False, True)}[residency]
     swaps = swaps if reward.model else (False,)
-    choices = [
-        replace(given, dense=dense, swap=swap)
-        for dense, swap in product((True, False) if given.dense else (False,), swaps)
-    ]
+    choices = [replace(choice, swap=swap) for choice, swap in product(given, swaps)]
     for choice in choices:
         plan = _sized(model, reward, work, limit, choice)
         if plan.fits:
@@ -201,7 +208,7 @@ def _pass_tokens(work: Workload, choice: Choice) -> int:
 
 def _hidden(model: Footprint, tokens: int, choice: Choice) -> int:
     """Hidden states of some tokens."""
-    return tokens * model.hidden * (4 if choice.dense else 2)
+    return tokens * model.hidden * choice.value_bytes
 
 
 def _scores(model: Footprint, work: Workload, choice: Choice) -> float:
@@ -221,7 +228,7 @@ def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tup
         forward = min(forward, 3.8 * chunk * width + 8.0 * states + 1.1 * scores)
         attention = 15.6 * states + 6.4 * projected + 1.8 * scores
         backward = min(backward, max(18.0 * chunk * width + 6.0 * states, attention))
-    part = 1.0 if choice.dense else BF16
+    part = 1.0 if choice.value_bytes == 4 else HALF
     return part * forward, part * backward
 
 
@@ -229,16 +236,16 @@ def _head(model: Footprint, work: Workload, choice: Choice) -> float:
     """Logits of a chunk, and the states it reads and leaves for a pass."""
     tokens = _rows(work, choice) * work.completion_tokens
     logits = min(choice.sizes.head_bytes, 4 * tokens * model.vocabulary)
-    copies, scales = (2.1, 0) if choice.dense else (3.0, 4 * model.scale_values)
-    return copies * logits + scales + 12.0 * tokens * model.hidden
+    copies = 2.1 if choice.dense else 3.0
+    return copies * logits + 12.0 * tokens * model.hidden
 
 
 def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     tokens = work.prompt_tokens + work.completion_tokens
     rows = max(work.k, min(choice.decode_rows, work.prompts * work.k))  # never less than a group
-    cached = rows * tokens * model.cache_values * (4 if choice.dense else 2)
+    cached = rows * tokens * model.cache_values * choice.value_bytes
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
-    undo = model.packed_block_bytes if choice.dense else 0  # a LoRA is merged then
+    undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
     return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
 
 
@@ -251,7 +258,7 @@ def _reward(model: Footprint, reward: RewardFootprint, work: Workload, choice: C
         return int(forward + 3 * _hidden(scorer, tokens, choice))
     inner = scorer.packed_bytes - scorer.embedding_bytes
     if choice.dense:
-        inner = 4 * (scorer.parameters - scorer.vocabulary * scorer.hidden)
+        inner = choice.value_bytes * (scorer.parameters - scorer.vocabulary * scorer.hidden)
     group = 2 * _hidden(scorer, work.prompt_tokens + work.k * work.completion_tokens, choice)
     held = min(STREAMED_HIDDEN, (work.prompts - 1) * group) + group
     return int(max(scorer.embedding_bytes, inner // scorer.blocks) + held + forward)
@@ -275,5 +282,5 @@ def _kept(model: Footprint, work: Workload, choice: Choice) -> float:
     """Arrays of a block that its backward reads."""
     tokens = _pass_tokens(work, choice)
     values = 3.0 * model.mlp + 5.0 * model.hidden + 1.0 * model.attention
-    part = 1.0 if choice.dense else BF16
+    part = 1.0 if choice.value_bytes == 4 else HALF
     return part * 4.0 * tokens * values + _scores(model, work, choice)

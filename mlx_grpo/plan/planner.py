@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_grpo.backend.device import recommended_memory
-from mlx_grpo.backend.precision import choose_precision, precision_for
+from mlx_grpo.backend.precision import Asked, Precision, asked, precision_for, precisions
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.config.settings import TrainConfig, flag_of, flat_values, with_settings
 from mlx_grpo.models.decoder import Sizes
@@ -49,12 +49,14 @@ class Planner:
     def plan(self) -> Plan:
         """What fits into the run's memory limit, or the leanest if nothing does."""
         config = self.config
-        dense = self.here and choose_precision(self.model.parameters).dense
-        given = Choice(
-            dense, config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
-        )
+        rows, sizes = config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
+        forms = [(p.dense, p.dtype.size) for p in self._forms()] if self.here else [(False, 2)]
+        given = [Choice(dense, size, rows, sizes) for dense, size in forms]
         limit = parse_bytes(config.run.memory_limit) or recommended_memory()
         return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
+
+    def _forms(self) -> list[Precision]:
+        return precisions(self.model.parameters, asked_in(self.config))
 
     def times(self, plan: Plan, machine: Device) -> dict[str, StageTime]:
         """Seconds of each stage of an iteration, without those that there are not."""
@@ -124,9 +126,19 @@ def reward_footprint(config: TrainConfig) -> RewardFootprint:
     return RewardFootprint(adapter_bytes(path))
 
 
-def machine_of(name: str, plan: Plan) -> Device:
+def asked_in(config: TrainConfig) -> Asked:
+    """The precision that a run's settings ask for."""
+    return asked(config.model.precision, config.model.weights)
+
+
+def precision_of(config: TrainConfig, plan: Plan) -> Precision:
+    """How a run computes here."""
+    return precision_for(plan.choice.dense, asked_in(config))
+
+
+def machine_of(name: str, plan: Plan, config: TrainConfig) -> Device:
     """A named device, or `this`, which is measured."""
-    return device(name, precision_for(plan.choice.dense).dtype)
+    return device(name, precision_of(config, plan).dtype)
 
 
 def way_out(planner: Planner) -> str:

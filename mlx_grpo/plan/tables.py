@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.console.doing import duration
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.plan.devices import Device
 from mlx_grpo.plan.memory import Plan
-from mlx_grpo.plan.planner import Planner, way_out
+from mlx_grpo.plan.planner import Planner, precision_of, way_out
 from mlx_grpo.plan.scaling import Scaled, pays_up_to
 from mlx_grpo.plan.timing import StageTime
 
@@ -76,8 +75,9 @@ def check_fits(planner: Planner, plan: Plan, ui: Console) -> None:
     """
     if plan.fits:
         ui.say(summary(plan))
-        if planner.here and precision_for(plan.choice.dense).slow:
-            ui.warn("weights stay packed to fit: MLX's 4-bit kernels are very slow on a CPU")
+        held = precision_of(planner.config, plan)
+        if planner.here and held.slow:
+            ui.warn(f"{held} weights: MLX's 4-bit and 16-bit kernels are very slow on a CPU")
         return
     show(plan, ui)
     raise InputError(
@@ -104,7 +104,8 @@ def summary(plan: Plan) -> str:
 
 def show(plan: Plan, ui: Console) -> None:
     """The table: what stays, and the peak of each stage."""
-    form = "fp32" if plan.choice.dense else "as stored"
+    dense = "fp32" if plan.choice.value_bytes == 4 else "16 bits"
+    form = dense if plan.choice.dense else "as stored"
     rows = [
         (f"weights, {form}", plan.weights, ""),
         ("reward model", plan.reward_model, "read anew each time" if plan.choice.swap else ""),

@@ -50,12 +50,12 @@ def stage_costs(
     answered = rows * work.completion_tokens
     passes, seen = _passes(work, choice)
     adapter = work.lora_rank * model.lora_width
-    weights = weight_bytes(model, choice.dense)
+    weights = weight_bytes(model, choice)
     head = 2.0 * model.vocabulary * model.hidden
 
     steps = -(-rows // max(work.k, min(choice.decode_rows or rows, rows))) * work.completion_tokens
     context = work.prompt_tokens + work.completion_tokens / 2
-    kept = answered * context * model.cache_values * (4 if choice.dense else 2)
+    kept = answered * context * model.cache_values * choice.value_bytes
     decoded = work.prompts * work.prompt_tokens + answered
 
     scorer = reward.model or model
@@ -69,7 +69,7 @@ def stage_costs(
             2.0 * (model.block_weights + adapter) * decoded + head * answered,
         ),
         "reward": StageCost(
-            scoring * passes * weight_bytes(scorer, choice.dense),
+            scoring * passes * weight_bytes(scorer, choice),
             scoring * 2.0 * scorer.block_weights * seen,
         ),
         "logprob": StageCost(
@@ -94,7 +94,7 @@ def _update_cost(model: Footprint, work: Workload, choice: Choice) -> StageCost:
     once more for its gradient."""
     passes, seen = _passes(work, choice)
     answered = work.prompts * work.k * work.completion_tokens
-    weights = weight_bytes(model, choice.dense)
+    weights = weight_bytes(model, choice)
     learn = model.trained_blocks(work.lora_layers) / model.blocks
     again = max(0.0, learn - choice.sizes.kept_blocks / model.blocks)
     before = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps

@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_grpo.backend.precision import asked, choose_precision
 from mlx_grpo.config.checks import check_reward_training
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.core.dates import today
@@ -41,7 +42,7 @@ from mlx_grpo.files.safetensors import save_arrays
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.directory import fingerprint
+from mlx_grpo.models.directory import fingerprint, parameter_count
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import (
@@ -143,7 +144,7 @@ def train_rm(
     check_reward_training(config)
     config = replace(config, template_date=config.template_date or today())
     with atomic_directory(Path(config.output)) as directory:
-        backbone = backbone or load_backbone(Path(config.model), date=config.template_date)
+        backbone = backbone or _load(config)
         if backbone.note:
             warn(backbone.note)
         columns = {side: getattr(config, f"{side}_column") for side in ("prompt", *SIDES)}
@@ -176,6 +177,12 @@ def train_rm(
         )
         write_manifest(directory)
     return measured
+
+
+def _load(config: RewardTrainConfig) -> Backbone:
+    path = Path(config.model)
+    precision = choose_precision(parameter_count(path), asked(config.precision, config.weights))
+    return load_backbone(path, precision, config.template_date)
 
 
 def _counted(groups: Sequence[PairGroup]) -> str:

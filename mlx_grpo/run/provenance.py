@@ -40,19 +40,19 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
 
 
 def recorded(
-    config: TrainConfig, inputs: dict[str, str], dense: bool, ranks: int = 1
+    config: TrainConfig, inputs: dict[str, str], held: str, ranks: int = 1
 ) -> dict[str, Any]:
     """What a checkpoint keeps of it, as JSON reads it back.
 
     Args:
-        dense: weights are expanded to fp32 instead of packed.
+        held: how weights are held and activations computed, see `Precision`.
         ranks: processes that share the work; only the order of sums depends on it.
     """
     about = {
         "config": flat_values(config),
         "inputs": inputs,
         "versions": versions(),
-        "weights": "dense fp32" if dense else "packed",
+        "weights": held,
         "ranks": ranks,
     }
     return dict(json.loads(json.dumps(about)))
@@ -86,11 +86,9 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if saved["inputs"].get(flag) != now["inputs"].get(flag)
     ]
     held = saved.get("weights", now["weights"])  # states from before it was recorded
-    form = (
-        [f"weights {held} -> {now['weights']} (--memory-limit, --rm-residency or the machine)"]
-        if held != now["weights"]
-        else []
-    )
+    causes = "--precision, --weights, --memory-limit or the machine"
+    same = now["weights"].startswith(held)  # older states say only `packed`
+    form = [] if same else [f"weights {held} -> {now['weights']} ({causes})"]
     return flags + contents + form
 
 

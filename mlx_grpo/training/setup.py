@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.backend.device import limit_memory
-from mlx_grpo.backend.precision import precision_for
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -26,7 +25,7 @@ from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
-from mlx_grpo.plan.planner import planner_for
+from mlx_grpo.plan.planner import planner_for, precision_of
 from mlx_grpo.plan.tables import check_fits
 from mlx_grpo.rewards.functions import (
     PYTHON,
@@ -60,7 +59,7 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
         InputError: one is missing or wrong.
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
-    precision, sizes = precision_for(plan.choice.dense), plan.choice.sizes
+    precision, sizes = precision_of(config, plan), plan.choice.sizes
     date = config.model.template_date
     backbone = load_backbone(Path(config.model.actor), precision, date)
     if config.reward.model == "none":
@@ -257,4 +256,5 @@ def _prompts(
 def provenance_of(learner: Learner) -> dict[str, Any]:
     """What the run's numbers come from, see `provenance.recorded`."""
     digests = input_digests(learner.config, learner.evaluator.rewards.custom)
-    return recorded(learner.config, digests, learner.choice.dense, learner.ranks.size)
+    held = str(learner.roles.backbone.precision)
+    return recorded(learner.config, digests, held, learner.ranks.size)

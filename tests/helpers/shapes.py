@@ -8,6 +8,7 @@ GEMMA_2B = Footprint(
     parameters=2_506_172_416,
     packed_bytes=1_409_830_912,
     scale_values=16_384_000,
+    all_scale_values=78_315_520,
     blocks=18,
     hidden=2048,
     mlp=16384,
@@ -20,4 +21,4 @@ GEMMA_2B = Footprint(
     embedding_bytes=294_912_000,
 )
 WORK = Workload(16, 6, 256, 256, 16, steps=4)
-PACKED = Choice(dense=False, decode_rows=0, sizes=Sizes())
+PACKED = Choice(dense=False, value_bytes=2, decode_rows=0, sizes=Sizes())

@@ -23,7 +23,7 @@ from tests.helpers.tiny import write_jsonl
 
 
 def gemma(reward: RewardFootprint, limit: float, residency: str = "auto") -> Plan:
-    return choose(GEMMA_2B, reward, WORK, int(limit), PACKED, residency)
+    return choose(GEMMA_2B, reward, WORK, int(limit), [PACKED], residency)
 
 
 def test_gemma_2b_fits_into_two_and_a_half_gigabytes_with_either_reward_model() -> None:
@@ -55,7 +55,7 @@ def test_as_many_blocks_are_kept_as_there_is_room_for() -> None:
 
 def test_blocks_without_a_lora_are_never_kept() -> None:
     few = replace(WORK, lora_layers=4)
-    plan = choose(GEMMA_2B, RewardFootprint(), few, int(64e9), PACKED)
+    plan = choose(GEMMA_2B, RewardFootprint(), few, int(64e9), [PACKED])
     assert plan.choice.sizes.kept_blocks == 4
     assert plan.adapter == 3 * GEMMA_2B.lora_bytes(16) * 4 // 18
 
@@ -81,7 +81,7 @@ def test_a_plan_that_fits_is_within_its_limit_and_more_memory_never_plans_less(
 
 def test_what_is_asked_for_is_kept() -> None:
     given = replace(PACKED, decode_rows=12, sizes=Sizes(rows=2))
-    plan = choose(GEMMA_2B, RewardFootprint(), WORK, int(3e9), given)
+    plan = choose(GEMMA_2B, RewardFootprint(), WORK, int(3e9), [given])
     assert (plan.choice.decode_rows, plan.choice.sizes.rows) == (12, 2)
 
 

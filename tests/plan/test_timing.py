@@ -12,7 +12,7 @@ from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.devices import MACS, THIS, Device, check_name, device
 from mlx_grpo.plan.footprint import footprint_of
-from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.memory import RewardFootprint, weight_bytes
 from mlx_grpo.plan.planner import planner_for
 from mlx_grpo.plan.timing import REACHED, StageCost, estimate, stage_costs
 from tests.helpers.shapes import GEMMA_2B, PACKED, WORK
@@ -40,7 +40,7 @@ def test_block_weights_are_counted_by_layer(backbone: Backbone) -> None:
 def test_a_rollout_reads_the_weights_once_a_token_of_all_rows() -> None:
     wide = stage_costs(GEMMA_2B, ADAPTER, WORK, CHOICE)["rollout"]
     narrow = stage_costs(GEMMA_2B, ADAPTER, WORK, replace(CHOICE, decode_rows=6))["rollout"]
-    weights = WORK.completion_tokens * GEMMA_2B.packed_bytes
+    weights = WORK.completion_tokens * weight_bytes(GEMMA_2B, CHOICE)
     assert narrow.bytes - wide.bytes == 15 * weights
     assert narrow.flops == wide.flops
 
@@ -53,8 +53,8 @@ def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
     extra = WORK.prompts * WORK.prompt_tokens
     assert cut["reward"].flops - whole["reward"].flops == 2 * GEMMA_2B.block_weights * extra
     # 3 runs and the old log-probs of three minibatches of four; of all four, and all twice
-    assert whole["update"].bytes == 3.75 * WORK.prompts * GEMMA_2B.packed_bytes
-    assert cut["update"].bytes == 2 * 4 * WORK.prompts * GEMMA_2B.packed_bytes
+    assert whole["update"].bytes == 3.75 * WORK.prompts * weight_bytes(GEMMA_2B, CHOICE)
+    assert cut["update"].bytes == 2 * 4 * WORK.prompts * weight_bytes(GEMMA_2B, CHOICE)
 
 
 def flops(stage: str, kept_blocks: int = 0, **work: float) -> float:

@@ -21,7 +21,7 @@ INPUTS = {"--prompts": "a" * 64}
 
 
 def about(**changes: Any) -> dict[str, Any]:
-    return recorded(train_config(**changes), INPUTS, dense=True)
+    return recorded(train_config(**changes), INPUTS, "dense fp32")
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
@@ -81,9 +81,9 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> 
 
 
 def test_weights_held_in_another_form_are_told() -> None:
-    packed = recorded(TrainConfig(), INPUTS, dense=False)
+    packed = recorded(TrainConfig(), INPUTS, "packed bf16")
     assert differences(about(), packed) == [
-        "weights dense fp32 -> packed (--memory-limit, --rm-residency or the machine)"
+        "weights dense fp32 -> packed bf16 (--precision, --weights, --memory-limit or the machine)"
     ]
     older = {k: v for k, v in packed.items() if k != "weights"}
     assert differences(older, packed) == []
