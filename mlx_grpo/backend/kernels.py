@@ -1,5 +1,6 @@
-"""Replacements for two elementwise functions that are slow in MLX's CPU backend: the MLP's
-activation, and the exponential of a softmax over the vocabulary."""
+"""What MLX's kernels are good at: replacements for two elementwise functions that are slow on a CPU
+(the MLP's activation, the exponential of a softmax over the vocabulary), and how many rows a GPU's
+products take at a time."""
 
 import sys
 
@@ -10,6 +11,24 @@ import numpy as np
 from mlx_grpo.backend.device import device_name
 
 LOG2_E = 1.4426950408889634
+TILE = 32
+"""Rows that a quantized product on a GPU computes together: 10 to 32 cost the same, 33 cost twice
+as much (ml-explore/mlx, issue 3863)."""
+FEW_ROWS = 8
+"""Up to which a GPU has a kernel whose time grows with the rows."""
+
+
+def worth_dropping(rows: int, left: int) -> bool:
+    """Whether finished rows should leave a batch: dropping them copies its caches. On a CPU once
+    they are an eighth; on a GPU once a tile falls away."""
+    if device_name() == "cpu" or left <= FEW_ROWS:
+        return left <= 0.875 * rows
+    return -(-left // TILE) < -(-rows // TILE)
+
+
+def whole_tiles(rows: int) -> int:
+    """So many rows, cut to whole tiles where there is one."""
+    return rows // TILE * TILE or rows
 
 
 @mx.custom_function

@@ -102,6 +102,7 @@ def iteration_metrics(
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
         "sampling/sampling_logp_difference/max": stats.logp_gap,
+        "sampling/sampling_logp_difference/mean": stats.mean_logp_gap,
         "prompts/visited": len(state.spreads),
         "normalizer/mean": state.normalizer.mean,
         "normalizer/std": state.normalizer.std,

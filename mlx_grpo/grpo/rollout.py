@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_grpo.backend.kernels import exp_rows
+from mlx_grpo.backend.kernels import exp_rows, worth_dropping
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
@@ -24,8 +24,6 @@ from mlx_grpo.models.decoder import PREFILL_TOKENS, fp32_after_blocks
 SAMPLER_BLOCK = 256
 GROW_TOKENS = 64
 """Of the caches at a time, at most."""
-# Finished rows are dropped once they are an eighth: copying the cache costs a fraction of a step.
-COMPACT_BELOW = 0.875
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _decode(
         keep = [j for j, row in enumerate(active) if row not in finished]
         if not keep:
             break
-        if len(keep) <= COMPACT_BELOW * len(active):
+        if worth_dropping(len(active), len(keep)):
             kept = mx.array(keep)
             for cache in caches:
                 cache.filter(kept)
@@ -222,10 +220,12 @@ def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.a
 def _invert(weights_BN: mx.array, target_B: mx.array) -> tuple[mx.array, mx.array]:
     """Index at which the running sum passes `target`, and what is left of the target there."""
     sums_BN = mx.cumsum(weights_BN, axis=-1)
-    index_B = (sums_BN <= target_B[:, None]).sum(axis=-1)
-    # Rounding may put the target at the very end: never step onto an entry of weight zero.
-    last_B = (mx.arange(weights_BN.shape[-1]) * (weights_BN > 0)).max(axis=-1)
-    index_B = mx.minimum(index_B, last_B.astype(index_B.dtype))
+    # A GPU adds in parallel. Rounding can let such a sum pass the target at an entry of weight
+    # zero, or nowhere: then it is the last entry that weighs something.
+    possible_BN = weights_BN > 0
+    passed_BN = (sums_BN > target_B[:, None]) & possible_BN
+    last_B = (mx.arange(weights_BN.shape[-1]) * possible_BN).argmax(axis=-1)
+    index_B = mx.where(passed_BN.any(axis=-1), passed_BN.argmax(axis=-1), last_B)
     before_BN = sums_BN - weights_BN
     before_B = mx.take_along_axis(before_BN, index_B[:, None], axis=-1)[:, 0]
     return index_B, mx.maximum(target_B - before_B, 0)

@@ -62,6 +62,8 @@ class UpdateStats:
     stopped_early: bool = False
     logp_gap: float = 0.0
     """Largest difference between a log-prob at rollout time and the recomputed one."""
+    mean_logp_gap: float = 0.0
+    """Its mean over the tokens."""
 
 
 def update(
@@ -103,7 +105,7 @@ def update(
                     if live[i]:
                         old[i] = total.add(actor, groups[i], old[i], safe_point)
             if first:
-                stats.logp_gap = max(ranks.gather(_logp_gap(groups, old)))
+                _note_gaps(stats, ranks.gather(_logp_gaps(groups, old)))
             total.join(ranks)
             if total.kl > settings.kl_stop * total.seen:
                 total.note(stats)
@@ -138,13 +140,23 @@ def _check(group: TrainingGroup, logp_KT: mx.array) -> None:
     check_finite("logprob", {group.position: logp_KT.sum(axis=-1).tolist()})
 
 
-def _logp_gap(groups: Sequence[TrainingGroup], old: Sequence[mx.array | None]) -> float:
-    gaps = [
-        mx.abs((g.sampled_logp_KT - logp_KT) * g.mask_KT).max().item()
-        for g, logp_KT in zip(groups, old, strict=True)
-        if logp_KT is not None
-    ]
-    return max(gaps, default=0.0)
+def _logp_gaps(
+    groups: Sequence[TrainingGroup], old: Sequence[mx.array | None]
+) -> tuple[float, float, int]:
+    """Largest and summed difference between sampled and recomputed log-probs, and of how many."""
+    most, total, count = 0.0, 0.0, 0
+    for g, logp_KT in zip(groups, old, strict=True):
+        if logp_KT is not None:
+            gap_KT = mx.abs((g.sampled_logp_KT - logp_KT) * g.mask_KT)
+            most = max(most, gap_KT.max().item())
+            total += gap_KT.sum().item()
+            count += int(g.mask_KT.sum().item())
+    return most, total, count
+
+
+def _note_gaps(stats: UpdateStats, found: Sequence[tuple[float, float, int]]) -> None:
+    most, total, count = zip(*found, strict=True)
+    stats.logp_gap, stats.mean_logp_gap = max(most), sum(total) / max(sum(count), 1)
 
 
 def surrogate_gradients(

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import create_attention_mask
 
+from mlx_grpo.backend.kernels import whole_tiles
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.mlp_chunks import mlp_in_chunks
 
@@ -48,8 +49,8 @@ PREFILL_TOKENS = 512
 
 
 def chunk_tokens(vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens per chunk of the head whose fp32 logits take `chunk_bytes`."""
-    return max(1, chunk_bytes // (4 * vocabulary))
+    """Tokens per chunk of the head whose fp32 logits take at most `chunk_bytes`."""
+    return max(1, whole_tiles(chunk_bytes // (4 * vocabulary)))
 
 
 class _Prefix:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.backend.precision import Precision
+from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.padding import length_buckets, pad_right
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
@@ -108,7 +108,11 @@ class StreamedRewardModel:
         model.freeze()
         model.eval()
         decoder = Decoder(model, self.sizes)
-        cast_around_blocks(decoder, self.precision.dtype)
+        if self.precision.dense:  # the embedding stays packed all the same
+            cast_around_blocks(decoder, self.precision.dtype)
+        else:
+            with decoder.without_blocks():
+                apply_precision(model, self.precision)
         return decoder
 
 

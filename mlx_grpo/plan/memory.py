@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from mlx_grpo.backend.kernels import TILE
 from mlx_grpo.models.decoder import PREFILL_TOKENS, Sizes
 from mlx_grpo.plan.footprint import Footprint
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
 HEAD_BYTES = (32 << 20, 16 << 20, 8 << 20, 4 << 20)
+HEAD_BYTES_ON_GPU = (256 << 20, 128 << 20, 64 << 20, *HEAD_BYTES)
+"""A GPU is filled by products of a hundred rows and more."""
 HALF = 0.9
 """Of a block's arrays in 16 bits against fp32: a LoRA's are fp32 in both."""
 STREAMED_HIDDEN = 128 << 20
@@ -163,11 +166,11 @@ def _sized(
     model: Footprint, reward: RewardFootprint, work: Workload, limit: int, given: Choice
 ) -> Plan:
     """With the widest rollout that fits, and the largest sizes for the other stages."""
-    for rows in _widths(work) if not given.decode_rows else (given.decode_rows,):
+    for rows in _widths(work, given) if not given.decode_rows else (given.decode_rows,):
         wide = predict(model, reward, work, replace(given, decode_rows=rows), limit)
         if wide.stages["rollout"] <= limit:
             break
-    for sizes in _ladder(work.k, given.sizes.rows):
+    for sizes in _ladder(work.k, given):
         plan = predict(model, reward, work, replace(wide.choice, sizes=sizes), limit)
         if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
             return _keeping(model, reward, work, plan)
@@ -183,19 +186,24 @@ def _keeping(model: Footprint, reward: RewardFootprint, work: Workload, lean: Pl
     return predict(model, reward, work, replace(lean.choice, sizes=sizes), lean.limit)
 
 
-def _widths(work: Workload) -> Iterator[int]:
-    """Rows decoded together: all prompts, half of them, and so on down to one."""
-    prompts = work.prompts
+def _widths(work: Workload, given: Choice) -> Iterator[int]:
+    """Rows decoded together: all prompts, half of them, and so on down to one. Packed weights are
+    multiplied by tiles of rows: there as many prompts as fill half as many tiles."""
+    prompts, k = work.prompts, work.k
     while prompts > 1:
-        yield prompts * work.k
-        prompts = (prompts + 1) // 2
-    yield work.k
+        yield prompts * k
+        half = (prompts + 1) // 2
+        tiles = (-(-prompts * k // TILE)) // 2
+        prompts = half if given.dense else max(1, tiles * TILE // k or half)
+    yield k
 
 
-def _ladder(k: int, rows: int) -> Iterator[Sizes]:
+def _ladder(k: int, given: Choice) -> Iterator[Sizes]:
     """From the fastest to the leanest; with fewer rows the prompt is run more often."""
+    rows = given.sizes.rows
     counts = (rows,) if rows else (0, *sorted({k // 2, k // 3, 1} - {0, k}, reverse=True))
-    return (Sizes(*sizes) for sizes in product(counts, MLP_TOKENS, HEAD_BYTES))
+    heads = HEAD_BYTES if given.dense else HEAD_BYTES_ON_GPU
+    return (Sizes(*sizes) for sizes in product(counts, MLP_TOKENS, heads))
 
 
 def _rows(work: Workload, choice: Choice) -> int:

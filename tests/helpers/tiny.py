@@ -21,15 +21,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(family: str) -> dict[str, Any]:
+def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
     """config.json of a tiny model."""
     tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    return family_config(family, hidden_size=32, vocab_size=VOCABULARY, **tokens)
+    return family_config(
+        family, **{"hidden_size": 32, "vocab_size": VOCABULARY, **tokens, **changes}
+    )
 
 
-def tiny_model(family: str = "llama", seed: int = 0) -> Any:
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A tiny random mlx-lm model in fp32 whose tokens all have their own probability."""
-    config = tiny_config(family)
+    config = tiny_config(family, **changes)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     drawn = []
@@ -69,12 +71,12 @@ def write_tokenizer(
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_model(directory: Path, family: str = "llama", seed: int = 0) -> Path:
+def write_model(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A tiny model directory in mlx-lm's format."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = dict(tree_flatten(tiny_model(family, seed).parameters()))
+    weights = dict(tree_flatten(tiny_model(family, seed, **changes).parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(tiny_config(family)))
+    (directory / "config.json").write_text(json.dumps(tiny_config(family, **changes)))
     write_tokenizer(directory)
     return directory
 
