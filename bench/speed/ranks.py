@@ -188,8 +188,7 @@ def _killed(
     if statuses[dead] == 0:
         return None
     said = [child.output.read_text() for child in children]
-    # MLX writes "[ring] " and the rest of its own lines apart, so that may stand before ours
-    errors = re.findall(r"^(?:\[ring\] )?(error: .*)", "\n".join(said), re.MULTILINE)
+    errors = re.findall(r"^error: .*", "\n".join(said), re.MULTILINE)
     named = [e.startswith(f"error: rank {dead} on ") for e in errors] == [True]
     return {
         "rank": dead,

@@ -37,7 +37,7 @@ class Console:
         self._stdout = Stream("stdout")
         self.out = _rich(self._stdout, quiet)
         self.err = _rich(Stream("stderr"))
-        self._muted = False
+        self._muted = self._shared = False
         self._live: Live | None = None
         self._view: LiveView | None = None
         self._doing: Doing | None = None
@@ -54,6 +54,12 @@ class Console:
     def mute(self) -> None:
         """Errors only from here on: another process says the rest."""
         self.out.quiet = self._muted = True
+
+    def share_errors(self) -> None:
+        """Warnings and errors begin on a line of their own from here on: another library writes
+        its lines to standard error in pieces, from threads of its own, and ours may fall between
+        two of them."""
+        self._shared = True
 
     def next_run(self, position: int, total: int, name: str) -> None:
         """From here on it is this run of so many."""
@@ -88,7 +94,8 @@ class Console:
     def _tell(self, text: str, style: str) -> None:
         # while a picture is drawn on the terminal, only its own console writes around it
         drawn = self._live and self.err.is_terminal
-        (self.out if drawn else self.err).print(Text(single_line(text), style=style))
+        console, start = (self.out if drawn else self.err), "\n" * self._shared
+        console.print(Text(start + single_line(text), style=style))  # in one write
 
     @contextmanager
     def training(self, total: int) -> Iterator[None]:

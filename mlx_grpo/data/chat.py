@@ -13,6 +13,7 @@ from mlx_grpo.core.limits import check_directory, time_limit
 from mlx_grpo.core.types import FinishReason
 from mlx_grpo.data.clock import pinned
 from mlx_grpo.data.messages import Message
+from mlx_grpo.data.template_bounds import bounded
 
 QUESTION, ANSWER = "gravel", "tulip"
 """Words that no chat template holds."""
@@ -45,7 +46,7 @@ def rendered(
     plain = tokenizer if arguments is None else getattr(tokenizer, "_tokenizer", tokenizer)
     how = {"enable_thinking": False} if arguments is None else dict(arguments)
     try:
-        with time_limit(LONGEST_RENDERING):
+        with time_limit(LONGEST_RENDERING), bounded():
             text = plain.apply_chat_template(
                 list(messages), add_generation_prompt=add_generation_prompt, tokenize=False, **how
             )

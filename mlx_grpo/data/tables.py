@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ Row = tuple[str, dict[str, Any]]
 """("file:line", object); "file:item 3" in a JSON list, "file:row 3" in Parquet."""
 PARQUET, GZIP = b"PAR1", b"\x1f\x8b"
 TEXT_ONLY = {".csv": None, ".tsv": "\t"}
+LEAST_BOUND, MOST_TIMES = 64_000_000, 100
+"""What a compressed file may unpack to: so many bytes, or so many times its own size. Text shrinks
+to a third or a twentieth; gzip can shrink mere repetition to a thousandth."""
+PARQUET_ROWS = 16
+"""Read at a time: a text that fills a column is stored once, and takes its length in each row."""
 
 
 def read_rows(source: Path, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
@@ -104,10 +110,28 @@ def _rows(file: Path, name: str) -> Iterator[Row]:
 
 
 def _unzipped(data: bytes, name: str) -> bytes:
+    bound, pieces, size = _bound(data), [], 0
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError) as e:
+        with gzip.open(io.BytesIO(data)) as file:
+            while piece := file.read(1 << 20):
+                pieces.append(piece)
+                size += len(piece)
+                _check_size(size, bound, name)
+    except (OSError, EOFError, zlib.error) as e:
         raise InputError(f"{name}: a damaged gzip file ({one_line(e)})") from None
+    return b"".join(pieces)
+
+
+def _bound(data: bytes) -> int:
+    return max(LEAST_BOUND, MOST_TIMES * len(data))
+
+
+def _check_size(size: int, bound: int, name: str) -> None:
+    if size > bound:
+        raise InputError(
+            f"{name}: unpacks to more than {bound / 1e6:,.0f} MB, the limit for a compressed file "
+            "of this size; if its content is what you want, give it uncompressed, as JSONL or CSV"
+        )
 
 
 def _decoded(data: bytes, name: str) -> str:
@@ -197,8 +221,12 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
         ) from None
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        number = 0
-        for batch in table.iter_batches():
+        about, bound, number, size = table.metadata, _bound(data), 0, 0
+        groups = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        _check_size(sum(groups), bound, name)
+        for batch in table.iter_batches(PARQUET_ROWS):
+            size += batch.nbytes
+            _check_size(size, bound, name)
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name}:row {number}", _plain(row)

@@ -66,6 +66,7 @@ def _together(ui: Console) -> Ranks:
         return Ranks(group.rank(), group.size())
     rank = int(os.environ["MLX_RANK"])
     neighbours = meet(addresses, rank)
+    ui.share_errors()  # MLX says "[ring] Socket 4 was closed by the peer" in six pieces
     group = _connect("ring")
     return Ranks(group.rank(), group.size(), Heartbeat(rank, neighbours, ui.error))
 

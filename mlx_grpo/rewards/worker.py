@@ -15,73 +15,72 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 GRACE_SECONDS = 5.0
 ALWAYS = frozenset({"prompt", "messages", "completions", "completion_ids", "finish_reasons"})
 """Arguments that there always are; the others are fields of the prompt's row."""
+WALKERS = frozenset({"re", "sre_parse", "difflib", "fnmatch"})
+"""Modules that take a text, never a list of them, and look at its letters in Python."""
 
 
 class RewardError(ValueError):
     """One line about a user's function."""
 
 
-class Completions(list[str]):
-    """The completions, which know how far they have been walked, and by what text beside them."""
-
-    walked = 0
-    beside: str | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for self.walked, text in enumerate(super().__iter__(), 1):
-            yield text
-        self.walked = 0
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int):
-            self.walked = key + 1
-        return super().__getitem__(key)
-
-    def __reduce__(self) -> Any:  # an ordinary list for other processes
-        return list, (super().__getitem__(slice(None)),)
-
-
 class FieldText(str):
-    """A text of the prompt's row: one for all completions. To walk it beside them, a letter for
-    each, is what becomes of a function written for a trainer that gives a list of texts here."""
+    """A text of the prompt's row: one for all completions. It is an ordinary text, but its letters
+    are given to nobody who asks for them one by one: that is what a function written for a list
+    with a text per completion does (`zip(completions, answer)`, `answer[i]`, `[a.strip() for a in
+    answer]`), and it would go wrong in silence. `str(answer)` is free of this.
+    """
 
-    def __new__(cls, name: str, text: str, completions: Completions) -> "FieldText":
+    def __new__(cls, text: str, name: str, walks: list[RewardError]) -> "FieldText":
         made = super().__new__(cls, text)
-        made.name, made.completions, made.steps = name, completions, 0
+        made.name, made.walks = name, walks
         return made
 
     name: str
-    completions: Completions
-    steps: int
-    """Letters that were taken in step with the completions so far."""
+    walks: list[RewardError]
+    """Told of each attempt, for a function may catch what is raised here."""
 
     def __iter__(self) -> Iterator[str]:
-        for index, letter in enumerate(super().__iter__()):
-            self._step(index)
-            yield letter
+        self._check_walk(sys._getframe(1))
+        return super().__iter__()
 
     def __getitem__(self, key: Any) -> str:
-        if isinstance(key, int):
-            self._step(key)
+        if isinstance(key, slice):  # of a list it would still be a list
+            return FieldText(super().__getitem__(key), self.name, self.walks)
+        self._check_walk(sys._getframe(1))
         return super().__getitem__(key)
 
-    def __reduce__(self) -> Any:
-        return str, (super().__str__(),)
+    def __copy__(self) -> "FieldText":
+        return self
 
-    def _step(self, index: int) -> None:
-        in_step = index == self.steps == self.completions.walked - 1
-        self.steps = self.steps + 1 if in_step else 0
-        if self.steps > 1:
-            self.completions.beside = self.name
+    def __deepcopy__(self, memo: Any) -> "FieldText":
+        return self
+
+    def __reduce__(self) -> Any:  # an ordinary text for other processes
+        return str, (str(self),)
+
+    def _check_walk(self, caller: FrameType) -> None:
+        if caller.f_globals.get("__name__", "").partition(".")[0] in WALKERS:
+            return
+        name = self.name
+        self.walks.append(
+            RewardError(
+                f"it takes '{name}' apart letter by letter; '{name}' is one text for all "
+                f"completions here, not a list: compare with it as it is, or add `prompts` to the "
+                f"function's arguments to get lists as in TRL, or write str({name}) if its letters "
+                "are meant"
+            )
+        )
+        raise self.walks[-1]
 
 
 def load_function(spec: str) -> Any:
@@ -126,22 +125,21 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float | None]:
     """A number per completion; None where the function does not apply. It may be asynchronous.
 
     The function gets those arguments that it names, or all if it takes `**anything`. One that names
-    `prompts` is called as TRL calls it, see `_as_trl`.
+    `prompts` is called as TRL calls it, see `_as_trl`; to others texts are a `FieldText`.
 
     Raises:
         RewardError: it raises, or returns another count or something that is not numbers.
     """
     expected = len(arguments["completions"])
-    completions = Completions(arguments["completions"])
-    arguments = _watched(arguments, completions)
+    walks: list[RewardError] = []
     try:
-        scores = _numbers(_finished(function(**_asked_for(function, arguments))))
-    except RewardError:
-        raise
+        scores = _numbers(_finished(function(**_asked_for(function, arguments, walks))))
     except (Exception, SystemExit) as e:  # a user's code may raise anything
-        _check_walk(completions)
+        _check_walks(walks)
+        if isinstance(e, RewardError):
+            raise
         raise RewardError(f"{type(e).__name__}: {e}{_place(e)}{_hint(e)}") from e
-    _check_walk(completions)
+    _check_walks(walks)
     if len(scores) != expected:
         raise RewardError(f"it returned {len(scores)} scores for {expected} completions")
     return scores
@@ -160,19 +158,10 @@ def _numbers(returned: Any) -> list[float | None]:
     return [None if score is None else float(score) for score in scores]
 
 
-def _check_walk(completions: Completions) -> None:
+def _check_walks(walks: Sequence[RewardError]) -> None:
     """Before any other complaint, which would be a consequence of it."""
-    if (name := completions.beside) is not None:
-        raise RewardError(
-            f"it walks '{name}' letter by letter beside the completions; '{name}' is one text for "
-            f"all of them here, not a list: compare with it as it is, or begin with {name} = "
-            f"[{name}] * len(completions)"
-        )
-
-
-def _watched(arguments: dict[str, Any], completions: Completions) -> dict[str, Any]:
-    texts = {n: FieldText(n, v, completions) for n, v in arguments.items() if isinstance(v, str)}
-    return {**arguments, **texts, "completions": completions}
+    if walks:
+        raise RewardError(f"{walks[0]}{_place(walks[0])}") from walks[0]
 
 
 def _finished(returned: Any) -> Any:
@@ -198,11 +187,15 @@ def _event_loop() -> Any:
     return asyncio.new_event_loop()
 
 
-def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _asked_for(
+    function: Any, arguments: dict[str, Any], walks: list[RewardError]
+) -> dict[str, Any]:
     parameters = list(inspect.signature(function).parameters.values())
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if "prompts" not in arguments and any(p.name == "prompts" for p in parameters):
         arguments = _as_trl(arguments)
+    else:
+        arguments = _guarded(arguments, walks)
     if takes_all:
         return arguments
     wanted = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
@@ -213,6 +206,16 @@ def _asked_for(function: Any, arguments: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(arguments))}"
             )
     return {p.name: arguments[p.name] for p in wanted if p.name in arguments}
+
+
+def _guarded(arguments: dict[str, Any], walks: list[RewardError]) -> dict[str, Any]:
+    """With texts of the row that are given for what they are."""
+    texts = {
+        name: FieldText(value, name, walks)
+        for name, value in arguments.items()
+        if isinstance(value, str) and name not in ALWAYS
+    }
+    return {**arguments, **texts}
 
 
 def _as_trl(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data import hub
+from mlx_grpo.data import hub, tables
 from mlx_grpo.data.prompts import read_prompts
 from mlx_grpo.data.tables import digest, read_rows
 
@@ -82,6 +83,8 @@ def test_rows_without_an_id_are_numbered_in_every_form(tmp_path: Path) -> None:
         ("g.csv", b"prompt\na,b\n", r"g\.csv:2: 2 cells under 1 names"),
         ("h.csv", b'prompt\n"a\n', r"h\.csv:2: not valid CSV"),
         ("i.gz", b"\x1f\x8bnot", r"i\.gz: a damaged gzip file"),
+        ("i2.gz", gzip.compress(bytes(range(256)) * 9)[:-30] + b"x" * 30, "a damaged gzip file"),
+        ("i3.gz", gzip.compress(b"")[:10] + b"\xff" * 9, r"i3\.gz: a damaged gzip file"),
         ("j.parquet", b"PAR1" + bytes(99) + b"PAR1", r"j\.parquet: a damaged Parquet file"),
         ("k.json", b'["\\ud800"]', r"k\.json:item 1: a .*escape stands alone"),
     ],
@@ -92,6 +95,72 @@ def test_what_cannot_be_read_is_refused_by_place(
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=complaint):
         list(read_rows(tmp_path / name))
+
+
+Bomb = Callable[[Path, int], Any]
+"""Writes a file of many megabytes that has the size of a few kilobytes."""
+
+
+def zipped(path: Path, count: int) -> None:
+    path.write_bytes(gzip.compress(b'{"prompt": "' + b"x" * (count * 1_000_000) + b'"}'))
+
+
+def zipped_twice(path: Path, count: int) -> None:
+    half = gzip.compress(b'{"prompt": "' + b"x" * (count * 500_000) + b'"}\n')
+    path.write_bytes(half * 2)  # gzip files may be put one behind the other
+
+
+def columns_of(compression: str, dictionary: bool) -> Bomb:
+    def write(path: Path, count: int) -> None:
+        texts = [(str(i % 2 if dictionary else i) + "x" * 999_990) for i in range(count)]
+        table = pyarrow.table({"prompt": texts})
+        pyarrow.parquet.write_table(table, path, compression=compression, use_dictionary=dictionary)
+
+    return write
+
+
+BOMBS: dict[str, Bomb] = {
+    "bomb.jsonl.gz": zipped,
+    "two.jsonl.gz": zipped_twice,
+    "compressed.parquet": columns_of("zstd", dictionary=False),
+    "repeated.parquet": columns_of("zstd", dictionary=True),  # says that it is small, and is not
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_compressed_file_that_unpacks_to_far_more_is_refused_before_it_has(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LEAST_BOUND", 10_000_000)
+    file = tmp_path / name
+    BOMBS[name](file, 60)
+    assert file.stat().st_size < 100_000
+    tracemalloc.start()
+    try:
+        complaint = rf"{name}: unpacks to more than \d+ MB, .* as JSONL or CSV"
+        with pytest.raises(InputError, match=complaint):
+            list(read_rows(file))
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_one_that_unpacks_to_what_text_does_is_read(name: str, tmp_path: Path) -> None:
+    BOMBS[name](tmp_path / name, 20)
+    assert sum(len(row["prompt"]) for _, row in read_rows(tmp_path / name)) > 19_000_000
+
+
+def test_a_large_file_may_unpack_to_a_hundred_times_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "LEAST_BOUND", 0)
+    file = tmp_path / "p.jsonl.gz"
+    file.write_bytes(gzip.compress(lines([{"prompt": f"say {i}"} for i in range(999)]).encode()))
+    assert len(list(read_rows(file))) == 999
+    file.write_bytes(gzip.compress(lines(ROWS * 100_000).encode()))
+    with pytest.raises(InputError, match="unpacks to more than"):
+        list(read_rows(file))
 
 
 def test_parquet_without_its_library_names_the_extra(

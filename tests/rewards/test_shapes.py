@@ -3,10 +3,16 @@ columns that are lists, given as Python objects."""
 
 import asyncio
 import copy
+import inspect
+import itertools
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from difflib import SequenceMatcher
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import source_means
+from mlx_grpo.core.types import Group
 from mlx_grpo.evaluation.compare import compare_run
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.rewards.functions import CustomReward, given_reward, load_reward, named
@@ -149,19 +156,7 @@ def test_other_scores_pass(value: float, weight: float) -> None:
 
 
 def zipped(completions: list[str], answer: str) -> list[float]:
-    return [float(c == a) for c, a in zip(completions, answer, strict=False)]
-
-
-def mapped(completions: list[str], answer: str) -> list[float]:
-    return list(map(lambda c, a: float(c == a), completions, answer))
-
-
-def enumerated(completions: list[str], answer: str) -> list[float]:
-    return [float(c == answer[i]) for i, c in enumerate(completions)]
-
-
-def indexed(completions: list[str], answer: str) -> list[float]:
-    return [float(completions[i] == answer[i]) for i in range(len(completions))]
+    return [float(a in c) for c, a in zip(completions, answer, strict=False)]
 
 
 def caught(completions: list[str], answer: str) -> list[float]:
@@ -171,45 +166,159 @@ def caught(completions: list[str], answer: str) -> list[float]:
         return [0.0] * len(completions)
 
 
-def with_all(completions: list[str], **fields: Any) -> list[float]:
-    return zipped(completions, fields["answer"])
+def appended(completions: list[str], answer: str) -> list[float]:
+    found = []
+    for i in range(len(completions)):
+        found.append(1.0 if completions[i].strip() == answer[i].strip() else 0.0)
+    return found
 
 
-def strictly(completions: list[str], answer: str) -> list[float]:
-    return [float(c == a) for c, a in zip(completions, answer, strict=True)]  # ValueError
+def in_step(completions: list[str], answer: str) -> list[float]:
+    right = iter(answer)
+    return [float(c == next(right)) for c in completions]
 
 
-def too_few(completions: list[str], answer: str) -> list[float]:
-    return zipped(completions, answer)[:2]
+async def gathered(completions: list[str], answer: str) -> list[float]:
+    async def one(c: str, a: str) -> float:
+        return float(a in c)
+
+    return await asyncio.gather(*[one(c, a) for c, a in zip(completions, answer, strict=False)])
 
 
-@pytest.mark.parametrize(
-    "function", [zipped, mapped, enumerated, indexed, caught, with_all, strictly, too_few]
-)
-def test_a_text_that_is_walked_beside_the_completions_is_said_loudly(
-    function: Callable[..., Any],
+def filled(completions: list[str], answer: str) -> list[float]:
+    return [float(a == c) for c, a in itertools.zip_longest(completions, answer, fillvalue="")]
+
+
+def threaded(completions: list[str], answer: str) -> list[float]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda c, a: float(a in c), completions, answer))
+
+
+def prepared(completions: list[str], answer: str) -> list[float]:
+    right = [a.strip().lower() for a in answer]
+    return [float(c.lower() == a) for c, a in zip(completions, right, strict=False)]
+
+
+def copied(completions: list[str], **fields: Any) -> list[float]:
+    own = copy.deepcopy(fields)
+    return zipped(completions, own["answer"])
+
+
+def yielding(completions: list[str], answer: str) -> Any:
+    for c, a in zip(completions, answer, strict=False):
+        yield float(a in c)
+
+
+TRLS: list[Callable[..., Any]] = [
+    zipped,
+    caught,
+    appended,
+    in_step,
+    gathered,
+    filled,
+    threaded,
+    prepared,
+    copied,
+    yielding,
+    lambda completions, answer, **_: [float(a in c) for a, c in zip(answer, completions)],  # noqa: B905
+    lambda completions, **fields: zipped(completions, fields["answer"]),
+    lambda completions, **fields: zipped(completions, fields.get("answer", [])),
+    lambda completions, answer: zipped(completions, answer[:]),
+    lambda completions, answer: zipped(completions, answer[: len(completions)]),
+    lambda completions, answer: zipped(completions, list(answer)),
+    lambda completions, answer: zipped(completions, copy.copy(answer)),
+    lambda completions, answer: list(map(lambda c, a: float(c == a), completions, answer)),
+    lambda completions, answer: [float(c == answer[i]) for i, c in enumerate(completions)],
+    lambda completions, answer: [float(completions[i] == a) for i, a in enumerate(answer)],
+    lambda completions, answer: [float(completions[i] == answer[i]) for i in range(len(answer))],
+    lambda completions, answer: [float(c == answer[0]) for c in completions],
+    lambda completions, answer: [float(c == answer[-1]) for c in completions],
+    lambda completions, answer: [float(c == a) for c, a in zip(completions, reversed(answer))],  # noqa: B905
+    lambda completions, answer: [float(c == set(answer).pop()) for c in completions],
+    lambda completions, answer: [float(pair[0] in pair[1]) for pair in zip(answer, completions)],  # noqa: B905
+    lambda completions, answer: [float(dict(zip(completions, answer))[c] == c) for c in completions],  # noqa: B905, E501
+    lambda completions, answer: [float(c == a) for c, a in zip(completions, answer, strict=True)],
+    lambda completions, answer: zipped(completions, [*answer]),
+    lambda completions, answer: zipped(completions, answer)[:2],
+    lambda completions, id: [float(i in c) for c, i in zip(completions, id)],  # noqa: B905
+]  # fmt: skip
+COUNTS = [("tea",), ("the", "eel", "tea")]
+"""An evaluation's one completion, and a group."""
+
+
+@pytest.mark.parametrize("texts", COUNTS, ids=["one", "three"])
+@pytest.mark.parametrize("function", TRLS)
+def test_a_function_that_takes_a_text_for_a_list_of_them_is_told(
+    function: Callable[..., Any], texts: tuple[str, ...]
 ) -> None:
-    with pytest.raises(InputError) as failure:
-        scores(function, "a", "b", "c", answer="abcd")
-    assert "walks 'answer' letter by letter beside the completions" in str(failure.value)
-    assert "answer = [answer] * len(completions)" in str(failure.value)
+    for answer in ("tea", "t", "a longer text than there are completions"):
+        with pytest.raises(InputError) as failure:
+            scores(function, *texts, answer=answer)
+        line = str(failure.value)
+        assert "letter by letter" in line and "is one text for all completions here" in line
+        assert "add `prompts` to the function's arguments" in line and "write str(" in line
+        assert "(test_shapes.py:" in line or function in (gathered, threaded)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda completions, answer: [float(answer in c) for c in completions],
-        lambda completions, answer: [float(c[0] == answer[0]) for c in completions],
-        lambda completions, answer: [sum(c.count(x) for x in answer) for c in completions],
-        lambda completions, answer: [float(any(x in c for x in answer)) for c in completions],
-        lambda completions, answer: [float(set(answer) <= set(c)) for c in completions],
-        lambda completions, answer: zipped(completions, [answer] * 3),
-        lambda completions, answer: [len("".join(answer) + c) for c in completions],
-        lambda completions, answer: [answer.index("b") for _ in completions],
-    ],
-)  # fmt: skip
-def test_any_other_use_of_a_text_is_fine(function: Callable[..., Any]) -> None:
-    assert len(scores(function, "ab", "bx", "cy", answer="abcd")) == 3
+@pytest.mark.parametrize("texts", COUNTS, ids=["one", "three"])
+def test_each_of_them_is_right_once_it_names_prompts(texts: tuple[str, ...]) -> None:
+    def with_prompts(completions: list[str], prompts: list[str], answer: list[str]) -> Any:
+        pairs = zip(completions, answer, strict=True)
+        return [float(a in c) + float(any(x in c for x in a)) for c, a in pairs]
+
+    assert scores(with_prompts, *texts, answer="tea") == [2.0 if t == "tea" else 1.0 for t in texts]
+
+
+def plainly(function: Callable[..., Any], asked: Group) -> Scores:
+    """What it gives for ordinary texts."""
+    named = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
+
+    def direct(arguments: dict[str, Any], _: Any) -> Scores:
+        wanted = {n: v for n, v in arguments.items() if takes_all or n in named}
+        return [float(value) for value in function(**wanted)]
+
+    return CustomReward("f", direct)(asked)
+
+
+OURS: list[Callable[..., Any]] = [
+    lambda completions, answer: [float(answer in c) for c in completions],
+    lambda completions, answer, **_: [float(c == answer) for c in completions],
+    lambda completions, **fields: [float(c.strip() == fields["answer"]) for c in completions],
+    lambda completions, answer: [float(c[0] == answer[:1]) for c in completions],
+    lambda completions, answer: [float(c.startswith(answer[:2].upper())) for c in completions],
+    lambda completions, answer: [float(answer.split()[0] in c.split()) for c in completions],
+    lambda completions, answer: [float(len(set(answer.split()) & set(c))) for c in completions],
+    lambda completions, answer: [float(bool(re.search(answer, c, re.I))) for c in completions],
+    lambda completions, answer: [float(bool(re.match(c, answer))) for c in completions],
+    lambda completions, answer: [abs(len(c) - len(answer)) for c in completions],
+    lambda completions, answer: [float(c in answer) for c in completions],
+    lambda completions, answer: [float("," in answer) for _ in completions],
+    lambda completions, answer: [answer.index("b") for _ in completions],
+    lambda completions, answer: [len(json.loads(json.dumps({"a": answer, "c": c}))) for c in completions],  # noqa: E501
+    lambda completions, answer: [len(f"{answer}: {c}" + answer + answer * 2) for c in completions],
+    lambda completions, answer: [{answer: 1.0}.get(c, 0.0) for c in completions],
+    lambda completions, answer: [float(c == a) for c, a in zip(completions, [answer] * 3)],  # noqa: B905
+    lambda completions, answer: [float(isinstance(answer, str)) for _ in completions],
+    lambda completions, answer: [float(answer.lower().strip()[0] == c[0]) for c in completions],
+    lambda completions, answer: [float(any(x in c for x in answer.strip().split("|"))) for c in completions],  # noqa: E501
+    lambda completions, answer: [sum(c.count(x) for x in str(answer)) for c in completions],
+    lambda completions, answer: [float(set(str(answer)) <= set(c)) for c in completions],
+    lambda completions, answer: [SequenceMatcher(None, c, answer).ratio() for c in completions],
+    lambda completions, answer: [SequenceMatcher(None, answer, c).ratio() for c in completions],
+    lambda completions, answer: [len(re.compile(answer).findall(c)) for c in completions],
+    lambda completions, answer: [float(fnmatch(c, answer)) for c in completions],
+    lambda completions, prompt: [float(any(x in c for x in prompt)) for c in completions],
+    lambda completions, finish_reasons: [float(r == "stop") for r in finish_reasons],
+    lambda completions, messages: [len(messages[0]["content"][0]) for _ in completions],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("texts", [("ab",), ("ab", "bx", "cy")], ids=["one", "three"])
+@pytest.mark.parametrize("function", OURS)
+def test_a_text_is_a_text_to_all_else(function: Callable[..., Any], texts: tuple[str, ...]) -> None:
+    expected = plainly(function, group(*texts, answer="abcd"))
+    assert scores(function, *texts, answer="abcd") == expected
 
 
 def test_a_list_that_belongs_to_the_completions_may_be_walked() -> None:
@@ -227,10 +336,10 @@ def test_texts_and_completions_are_ordinary_ones_to_everything_else() -> None:
     answer, completions = seen["answer"], seen["completions"]
     assert isinstance(answer, str) and answer == "xyz" and {answer: 1}["xyz"] == 1
     assert json.dumps([answer, completions]) == '["xyz", ["a", "b"]]'
-    for copied in (pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer)):
-        assert (type(copied), copied) == (str, "xyz")
-    assert type(pickle.loads(pickle.dumps(completions))) is list
-    assert (answer[1:], answer[-1], completions[1:]) == ("yz", "z", ["b"])
+    for own in (pickle.loads(pickle.dumps(answer)), str(answer), answer.strip(), answer + ""):
+        assert (type(own), own) == (str, "xyz")
+    assert type(completions) is list
+    assert (answer[1:], answer[-1:], completions[1:]) == ("yz", "z", ["b"])
 
 
 # Python objects
