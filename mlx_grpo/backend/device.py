@@ -1,6 +1,7 @@
 """The device MLX computes on, the BLAS it uses on a Linux CPU, and its memory.
 
-Only this room asks which device it is. Import this module before MLX: it loads OpenBLAS.
+Only this room asks which device it is. Import this module before MLX: it loads OpenBLAS and keeps
+fp32 products exact.
 """
 
 import ctypes
@@ -26,9 +27,16 @@ def _load_openblas() -> str | None:
 
 
 OPENBLAS = _load_openblas()
+# MLX multiplies fp32 matrices in TF32 where a GPU has it: log-probs that differ in the third digit
+# from one kernel to the next. fp32 is asked for where the digits matter.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx.core as mx  # noqa: E402  (after OpenBLAS, see above)
 
+SAFE_SHARE = 0.85
+PROCESS_BYTES = 600_000_000
+"""Of the interpreter, the tokenizer and Metal's pipelines (an estimate; never measured on a Mac)."""
+CACHE_BYTES = 1 << 30
 OPENBLAS_HINT = (
     "OpenBLAS is not loaded, MLX will be about 50 times slower; "
     "type: apt-get install libopenblas0-pthread"
@@ -69,13 +77,19 @@ def physical_memory() -> int:
 
 
 def recommended_memory() -> int:
-    """Bytes a program should stay below on this machine: what Metal recommends, nine tenths of a
-    CUDA device's memory, three quarters of the RAM for a CPU."""
+    """Bytes MLX should stay below on this machine, see `share_for_mlx`; three quarters of the RAM for
+    a CPU."""
     if limit := gpu_working_set():
-        return limit
+        return share_for_mlx(limit)
     if device_name() == "cuda":
-        return int(0.9 * mx.device_info().get("total_memory", physical_memory()))
+        return int(SAFE_SHARE * mx.device_info().get("total_memory", physical_memory()))
     return physical_memory() * 3 // 4
+
+
+def share_for_mlx(working_set: int) -> int:
+    """Of what Metal recommends a program to stay below, what MLX may plan with: from 0.95 of it on
+    MLX reclaims buffers, and the process holds more than MLX's arrays."""
+    return int(SAFE_SHARE * working_set) - PROCESS_BYTES
 
 
 def limit_memory(limit: int, fixed: int) -> None:
@@ -84,12 +98,18 @@ def limit_memory(limit: int, fixed: int) -> None:
     Above it MLX waits for what runs before it allocates more, and gives cached buffers back.
 
     Args:
-        fixed: bytes that stay; unused buffers are kept for the rest at most.
+        fixed: bytes that stay; unused buffers are kept for the rest at most, up to a GiB: a buffer
+            serves again only where nearly the same size is asked for.
     """
     mx.set_memory_limit(limit)
-    mx.set_cache_limit(max(0, limit - fixed))
+    mx.set_cache_limit(max(0, min(CACHE_BYTES, limit - fixed)))
     if recommended := gpu_working_set():
         mx.set_wired_limit(min(limit, recommended))
+
+
+def cached_memory() -> int:
+    """Bytes of buffers that MLX keeps for later; the peak does not count them."""
+    return int(mx.get_cache_memory())
 
 
 def peak_memory() -> int:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from statistics import pstdev
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.finite import NotFinite, Skip, check_finite
 from mlx_grpo.core.stopping import SafePoint, never_stop
@@ -57,7 +55,6 @@ def iterate(
     config, roles, ranks, clock = learner.config, learner.roles, learner.ranks, Clock()
     temperature, target = config.rollout.temperature, target_at(config, state.iteration)
     prompts, k = learner.batch(state), config.rollout.K
-    mx.clear_cache()  # shapes change from iteration to iteration; unused buffers would pile up
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:

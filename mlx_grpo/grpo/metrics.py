@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.backend.device import peak_memory
+from mlx_grpo.backend.device import cached_memory, peak_memory
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.stats import source_means
 from mlx_grpo.core.types import Group
@@ -23,6 +23,7 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.cached = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -32,12 +33,16 @@ class Clock:
         yield
         self.seconds[name] = time.perf_counter() - start
         self.peaks[name] = peak_memory()
+        self.cached = max(self.cached, cached_memory())
+        mx.clear_cache()  # the next stage asks for other sizes; unused buffers would pile up
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each stage under `time/`, bytes under `memory/`."""
+        """Seconds of each stage under `time/`, bytes under `memory/`; `cache` is the most that was
+        kept for later at the end of a stage."""
         return {
             **{f"time/{name}": seconds for name, seconds in self.seconds.items()},
             **{f"memory/{name}": peak for name, peak in self.peaks.items()},
+            "memory/cache": self.cached,
         }
 
     def iteration_metrics(self, sampled_tokens: int, updated_tokens: int) -> dict[str, float]:

@@ -24,6 +24,9 @@ HEAD_BYTES_ON_GPU = (256 << 20, 128 << 20, 64 << 20, *HEAD_BYTES)
 """A GPU is filled by products of a hundred rows and more."""
 HALF = 0.9
 """Of a block's arrays in 16 bits against fp32: a LoRA's are fp32 in both."""
+GPU_MARGIN = 1.1
+"""The factors were found where MLX holds about 100 operations in flight; Metal holds more and frees
+their inputs later."""
 STREAMED_HIDDEN = 128 << 20
 """Of hidden states that a reward model which is swapped in works on between two of its blocks."""
 
@@ -130,11 +133,13 @@ def predict(
         adapter + _update(model, work.learned, choice) + (3 * adapter if work.steps > 1 else 0)
     )
     stages = {
-        "rollout": base + _rollout(model, work, choice),
-        "reward": base + _reward(model, reward, work, choice),
-        "logprob": base + _logprob(model, work, choice),
-        "update": base + max(backward, 4 * adapter),
+        "rollout": _rollout(model, work, choice),
+        "reward": _reward(model, reward, work, choice),
+        "logprob": _logprob(model, work, choice),
+        "update": max(backward, 4 * adapter),
     }
+    margin = 1.0 if choice.dense else GPU_MARGIN
+    stages = {name: base + int(margin * size) for name, size in stages.items()}
     return Plan(limit, choice, weights, kept, 3 * adapter, stages)
 
 

@@ -19,6 +19,9 @@ MOST = 0.5
 CLIPPED = 0.3
 """Share of clipped tokens: healthy runs stay far below."""
 KL_ABOVE, KL_BELOW = 1.5, 0.5
+MISMATCH = 0.05
+"""Nats per token between sampled and scored log-probs: noise that adds about 0.002 to a measured KL,
+half the square of its deviation."""
 FEWEST = 5
 """Iterations without which nothing is said about them."""
 
@@ -128,6 +131,14 @@ RULES = (
         "{last:.0%} of the ratios are outside the clip range",
         "The steps are too large for their rollouts: lower --learning-rate or --epochs, or raise "
         "--minibatch-size.",
+    ),
+    Rule(
+        "sampling/sampling_logp_difference/mean",
+        lambda first, last: last > MISMATCH,
+        "What is scored is not what was sampled",
+        "log-probs differ by {last:.3f} nats per token between rollout and update",
+        "The measured KL and the importance ratios are wrong by as much. Try --precision fp32; if "
+        "the difference stays, this model computes something else in a rollout: please report it.",
     ),
     Rule(
         "completions/clipped_ratio",

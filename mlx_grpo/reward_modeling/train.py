@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_grpo.backend.device import limit_memory, recommended_memory
 from mlx_grpo.backend.precision import asked, choose_precision
 from mlx_grpo.config.checks import check_reward_training
 from mlx_grpo.config.settings import RewardTrainConfig
@@ -181,6 +182,7 @@ def train_rm(
 
 def _load(config: RewardTrainConfig) -> Backbone:
     path = Path(config.model)
+    limit_memory(recommended_memory(), 0)
     precision = choose_precision(parameter_count(path), asked(config.precision, config.weights))
     return load_backbone(path, precision, config.template_date)
 
