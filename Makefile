@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test torture check format docs openblas clean
+.PHONY: help demo test test-gpu torture check format docs openblas clean
 
 help:
 	@echo "make demo    train a real model end to end and show what changed"
 	@echo "make test    pass the tests"
+	@echo "make test-gpu compute as a GPU does, on the device that is here"
 	@echo "make torture kill, starve and corrupt runs; prints what was lost"
 	@echo "make check   lint and types"
 
@@ -16,6 +17,12 @@ demo: $(VENV)/.demo openblas  ## train a real model end to end and show what cha
 
 test: $(VENV)/.test openblas  ## pass the tests
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.dev openblas  ## packed weights in bf16 and fp16, on the device that is here
+	for dtype in bf16 fp16; do \
+	  MLX_GRPO_TEST_DEVICE=any MLX_GRPO_PRECISION=$$dtype MLX_GRPO_WEIGHTS=packed \
+	  $(BIN)/python -m pytest tests/gpu tests/grpo tests/models tests/backend || exit 1; \
+	done
 
 torture: $(VENV)/.dev openblas  ## kill, starve and corrupt runs; about 20 minutes
 	$(BIN)/python -m tests.crash.torture --json bench/results/torture.json

@@ -4,7 +4,8 @@ usage: python bench/speed/tokens_per_second.py [--model weights/sft-4bit | --sha
            [--rows 1 6 24 48 96] [--prompt 64] [--completion 64] [--json FILE]
 
 Rollout, reward, log-prob (one forward with the head) and update (forward, head, staged backward and
-AdamW) in completion tokens per second and share of the time; groups of six rows, as in training.
+AdamW) in completion tokens per second and share of the time; groups of six rows, as in training, or
+of eight.
 `--shape` needs no download: random weights of a model's shape (`bench/shapes.py`).
 
 The roofline: what a stage must move and do (`mlx_grpo/plan/timing.py`), divided by the
@@ -64,8 +65,8 @@ class Bench:
 
 
 def groups_of(rows: int) -> int:
-    """How many groups the rows make."""
-    return max(1, rows // K)
+    """How many groups the rows make: of six, or of eight where those do not fit."""
+    return max(1, rows // K if rows % K == 0 else rows // 8)
 
 
 def make_bench(
@@ -198,8 +199,8 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
-    if odd := [n for n in args.rows if n < 1 or (n > K and n % K)]:
-        parser.error(f"--rows {odd[0]}: up to {K}, or a multiple of {K}")
+    if odd := [n for n in args.rows if n < 1 or (n > K and n % K and n % 8)]:
+        parser.error(f"--rows {odd[0]}: up to {K}, or a multiple of {K} or 8")
     if args.model:
         limit_memory(recommended_memory(), 0)
         backbone = load_backbone(args.model)

@@ -35,7 +35,7 @@ import mlx.core as mx  # noqa: E402  (after OpenBLAS, see above)
 
 SAFE_SHARE = 0.85
 PROCESS_BYTES = 600_000_000
-"""Of the interpreter, the tokenizer and Metal's pipelines (an estimate; never measured on a Mac)."""
+"""Of the interpreter, the tokenizer and Metal's pipelines; an estimate, not measured on a Mac."""
 CACHE_BYTES = 1 << 30
 OPENBLAS_HINT = (
     "OpenBLAS is not loaded, MLX will be about 50 times slower; "
@@ -77,8 +77,8 @@ def physical_memory() -> int:
 
 
 def recommended_memory() -> int:
-    """Bytes MLX should stay below on this machine, see `share_for_mlx`; three quarters of the RAM for
-    a CPU."""
+    """Bytes MLX should stay below on this machine, see `share_for_mlx`; three quarters of the RAM
+    for a CPU."""
     if limit := gpu_working_set():
         return share_for_mlx(limit)
     if device_name() == "cuda":

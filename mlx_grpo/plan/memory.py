@@ -138,8 +138,7 @@ def predict(
         "logprob": _logprob(model, work, choice),
         "update": max(backward, 4 * adapter),
     }
-    margin = 1.0 if choice.dense else GPU_MARGIN
-    stages = {name: base + int(margin * size) for name, size in stages.items()}
+    stages = {name: base + int(_margin(choice) * size) for name, size in stages.items()}
     return Plan(limit, choice, weights, kept, 3 * adapter, stages)
 
 
@@ -185,10 +184,14 @@ def _sized(
 def _keeping(model: Footprint, reward: RewardFootprint, work: Workload, lean: Plan) -> Plan:
     """The plan with as many blocks kept for their backward as there is room for."""
     trained = model.trained_blocks(work.lora_layers)
-    one = _kept(model, work.learned, lean.choice)
+    one = _margin(lean.choice) * _kept(model, work.learned, lean.choice)
     count = min(trained, int((lean.limit - lean.stages["update"]) // one))
     sizes = replace(lean.choice.sizes, kept_blocks=count)
     return predict(model, reward, work, replace(lean.choice, sizes=sizes), lean.limit)
+
+
+def _margin(choice: Choice) -> float:
+    return 1.0 if choice.dense else GPU_MARGIN
 
 
 def _widths(work: Workload, given: Choice) -> Iterator[int]:

@@ -20,8 +20,8 @@ CLIPPED = 0.3
 """Share of clipped tokens: healthy runs stay far below."""
 KL_ABOVE, KL_BELOW = 1.5, 0.5
 MISMATCH = 0.05
-"""Nats per token between sampled and scored log-probs: noise that adds about 0.002 to a measured KL,
-half the square of its deviation."""
+"""Nats per token between sampled and scored log-probs: noise that adds about 0.002 to a measured
+KL, half the square of its deviation."""
 FEWEST = 5
 """Iterations without which nothing is said about them."""
 

@@ -12,8 +12,8 @@ from mlx_grpo.convert.source import locate
 from mlx_grpo.reward_modeling.train import train_rm
 from tests.helpers.tiny import write_model
 
-WIDE = {"head_dim": 256, "num_attention_heads": 1, "num_key_value_heads": 1}
-"""Gemma's heads, the widest that MLX's attention kernels know."""
+WIDE = {"head_dim": 256, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 64}
+"""Gemma's heads, the widest that MLX's attention kernels know; groups of 64, as models have."""
 EVERY = [(family, dtype) for family in ("llama", "gemma") for dtype in ("bf16", "fp16")]
 FEW = [("llama", "bf16"), ("gemma", "fp16")]
 """On a CPU, whose 16-bit kernels are slow."""
@@ -37,7 +37,7 @@ def packed_model(way: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
     """A tiny model in 4 bits."""
     root = tmp_path_factory.mktemp("-".join(way))
     source = write_model(root / "source", way[0], **WIDE)
-    convert_sft(locate(str(source)), root / "sft-4bit", Quantization(4, 32), None)
+    convert_sft(locate(str(source)), root / "sft-4bit", Quantization(4, 64), None)
     return root / "sft-4bit"
 
 

@@ -86,7 +86,7 @@ def test_a_swapped_reward_model_scores_as_one_that_stays(
         if file.name != "manifest.json":
             (judge / file.name).symlink_to(file)
     (judge / REWARD_CONFIG).write_text(json.dumps({"kind": "full", "input": "policy_token_ids"}))
-    head = mx.random.normal((1, 32), key=key(1, "head"))
+    head = mx.random.normal((1, 64), key=key(1, "head"))
     mx.save_safetensors(str(judge / REWARD_HEAD), {"weight": head})
     precision = precision_for(dense=False, wanted=asked(dtype))
     assert precision.dtype == DTYPES[dtype]

@@ -16,7 +16,7 @@ from mlx_grpo.grpo.evaluate import (
 )
 from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.decoder import Decoder, fp32_after_blocks
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
@@ -56,7 +56,8 @@ def test_perplexity_weighs_every_token_alike(backbone: Backbone) -> None:
     total = 0.0
     for p in prompts:
         ids = [*p.token_ids, *answers[p.id]]
-        logits_TV = backbone.model(mx.array([ids]))[0]
+        with fp32_after_blocks(backbone.model):
+            logits_TV = backbone.model(mx.array([ids]))[0]
         logp_TV = logits_TV - mx.logsumexp(logits_TV, axis=-1, keepdims=True)
         start = len(p.token_ids) - 1
         total += sum(logp_TV[start + t, i].item() for t, i in enumerate(answers[p.id]))

@@ -30,6 +30,13 @@ from mlx_grpo.training.setup import load_learner
 TOKENS = mx.array([[5, 6, 7, 8]])
 
 
+@pytest.fixture(autouse=True)
+def dense_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form in which a LoRA is merged."""
+    monkeypatch.setenv("MLX_GRPO_PRECISION", "fp32")
+    monkeypatch.setenv("MLX_GRPO_WEIGHTS", "dense")
+
+
 @pytest.fixture(scope="module")
 def directory(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny llama in 4 bits."""

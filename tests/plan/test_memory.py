@@ -41,7 +41,7 @@ def test_a_reward_model_of_its_own_stays_where_there_is_room() -> None:
 
 def test_with_room_enough_nothing_is_cut() -> None:
     plan = gemma(RewardFootprint(), 64e9)
-    sizes = replace(PACKED.sizes, kept_blocks=GEMMA_2B.blocks)
+    sizes = Sizes(head_bytes=256 << 20, kept_blocks=GEMMA_2B.blocks)
     assert plan.choice == replace(PACKED, decode_rows=96, sizes=sizes)
 
 

@@ -1,0 +1,1 @@
+"""A first run on a GPU."""

