@@ -58,16 +58,19 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
     def tests(dtype: str, share: float) -> tuple[Step, Callable[[], Any]]:
         report = place / f"tests-{dtype}.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        if device_name() == "cuda" and find_spec("xdist"):  # each kernel is compiled at run time
+            options += ["-n", "4"]
         way = {"MLX_GRPO_TEST_DEVICE": "any", "MLX_GRPO_PRECISION": dtype}
         way["MLX_GRPO_WEIGHTS"] = "packed"
         command = [python, "-m", "pytest", *options, *TESTS]
         step = Step(f"tests, packed {dtype}", command, share * minutes, way)
         return step, lambda: counted(report)
 
-    lengths = ("--prompt", "256", "--completion", "256")
-    if shape == "tiny":
-        lengths = ("--prompt", "16", "--completion", "16")
-    found = [bench("numbers", "bench.gpu.against_cpu", 0.15)]
+    tiny = shape == "tiny"
+    length = "16" if tiny else "256"
+    lengths = ("--prompt", length, "--completion", length)
+    small = "tiny" if tiny else "smollm2-135m"
+    found = [bench("numbers", "bench.gpu.against_cpu", 0.15, "--shape", small)]
     if device_name() == "cuda":
         found.insert(0, bench("kernels", "bench.gpu.kernels", 0.25))
     return [
@@ -175,7 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("json", type=Path, help="file for all figures")
+    parser.add_argument(
+        "json", type=Path, nargs="?", default=Path("bench/results/gpu.json"), help="all figures"
+    )
     parser.add_argument("--shape", default="gemma-2b", help="of bench/shapes.py")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all steps together")
     args = parser.parse_args()

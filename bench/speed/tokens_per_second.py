@@ -216,20 +216,20 @@ def main() -> None:
     )
     print(f"this machine: {limits[0] / 1e9:.1f} GB/s, {limits[1] / 1e9:.0f} GFLOP/s\n")
     print(LINE.format(*HEAD, "reached"))
+    about = {
+        "model": str(args.model or args.shape),
+        "device": device_name(),
+        "prompt": args.prompt,
+        "completion": args.completion,
+        "bytes_per_second": limits[0],
+        "flops_per_second": limits[1],
+    }
     rows = []
     for count in args.rows:
         rows.append(measure(bench, count, limits))
         show(rows[-1])
-    if args.json:
-        about = {
-            "model": str(args.model or args.shape),
-            "device": device_name(),
-            "prompt": args.prompt,
-            "completion": args.completion,
-            "bytes_per_second": limits[0],
-            "flops_per_second": limits[1],
-        }
-        args.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
+        if args.json:  # what there is, should the rest take too long
+            args.json.write_text(json.dumps({**about, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

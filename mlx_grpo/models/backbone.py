@@ -1,11 +1,13 @@
 """Load a model directory once; hand out module trees that share its arrays."""
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -13,6 +15,7 @@ from mlx_grpo.backend.precision import Precision, apply_precision, choose_precis
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import load_chat_tokenizer, stop_at_end_of_turn
 from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import (
     Stamps,
     load_lazily,
@@ -20,6 +23,8 @@ from mlx_grpo.models.directory import (
     parameter_count,
     weight_stamps,
 )
+
+PROBE = "What is the capital of France? The capital of France is Paris, a city on the river Seine."
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,20 @@ def load_alone(path: Path, precision: Precision | None = None) -> nn.Module:
     model, _ = load_lazily(path)
     _in_form(model, precision or choose_precision(parameter_count(path)))
     return model
+
+
+def largest_state(backbone: Backbone) -> float:
+    """Largest absolute value that a short text meets between two blocks, infinite where the dtype's
+    range is left."""
+    decoder = Decoder(backbone.model)
+    tokens = mx.array([backbone.tokenizer.encode(PROBE)])
+    e = decoder.embed(tokens[:, :1], tokens[:, 1:])
+    most, states = 0.0, (e.h_prompt, e.h_rows)
+    for i in range(len(decoder.blocks)):
+        states = decoder.run_block(e, i, *states)
+        found = max(mx.abs(h).max().astype(mx.float32).item() for h in states)
+        most = max(most, found if math.isfinite(found) else math.inf)
+    return most
 
 
 def _in_form(model: nn.Module, precision: Precision) -> None:

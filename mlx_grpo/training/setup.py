@@ -1,12 +1,15 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_grpo.backend.device import limit_memory
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -17,7 +20,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
 from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
-from mlx_grpo.models.backbone import Backbone, load_backbone
+from mlx_grpo.models.backbone import Backbone, largest_state, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import check_length
 from mlx_grpo.models.optimizer import new_optimizer
@@ -25,7 +28,7 @@ from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
-from mlx_grpo.plan.planner import planner_for, precision_of
+from mlx_grpo.plan.planner import asked_in, planner_for, precision_of
 from mlx_grpo.plan.tables import check_fits
 from mlx_grpo.rewards.functions import (
     PYTHON,
@@ -37,6 +40,8 @@ from mlx_grpo.rewards.functions import (
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run.provenance import input_digests, recorded
 
+SAFE_IN_FP16 = 65504 / 4
+"""Room for what other texts and a LoRA make of the largest state of one text."""
 RESERVED = frozenset({"reward", "reward_model", "judge"})
 """Names under which figures have scores that are no custom function's."""
 
@@ -59,9 +64,9 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
         InputError: one is missing or wrong.
     """
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
-    precision, sizes = precision_of(config, plan), plan.choice.sizes
-    date = config.model.template_date
-    backbone = load_backbone(Path(config.model.actor), precision, date)
+    sizes, date = plan.choice.sizes, config.model.template_date
+    backbone = load_policy(config, precision_of(config, plan))
+    precision = backbone.precision
     if config.reward.model == "none":
         return FrozenModels(backbone, None)
     path = Path(config.reward.model)
@@ -70,6 +75,20 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
         return FrozenModels(backbone, open_streamed(path, precision, sizes, held, date))
     reward_model = load_reward_model(path, backbone, sizes, precision, date)
     return FrozenModels(backbone, reward_model)
+
+
+def load_policy(config: TrainConfig, precision: Precision) -> Backbone:
+    """The SFT model; in bf16 where it was not asked for in fp16 and would leave fp16's range."""
+    path, date = Path(config.model.actor), config.model.template_date
+    backbone = load_backbone(path, precision, date)
+    if precision.dtype != mx.float16 or (most := largest_state(backbone)) < SAFE_IN_FP16:
+        return backbone
+    told = f"{path}: a state between its blocks reaches {most:.0f} of the 65504 that fp16 holds"
+    if asked_in(config).dtype == "fp16":
+        return replace(backbone, note=f"{told}; --precision bf16 has room")
+    del backbone  # not both at once
+    backbone = load_backbone(path, replace(precision, dtype=mx.bfloat16), date)
+    return replace(backbone, note=f"{told}, so it computes in bf16")
 
 
 class SharedModels:
