@@ -33,7 +33,7 @@ from mlx_grpo.grpo.update import surrogate_gradients
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 
-K, PROMPT, COMPLETION = 6, 64, 48
+K, PROMPT, COMPLETION = 6, 48, 24
 
 
 def actor_of(shape: str, precision: Precision) -> Decoder:

@@ -70,11 +70,9 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
     length = "16" if tiny else "256"
     lengths = ("--prompt", length, "--completion", length)
     small = "tiny" if tiny else "smollm2-135m"
-    found = [bench("numbers", "bench.gpu.against_cpu", 0.15, "--shape", small)]
-    if device_name() == "cuda":
-        found.insert(0, bench("kernels", "bench.gpu.kernels", 0.25))
+    first = [bench("kernels", "bench.gpu.kernels", 0.25)] if device_name() == "cuda" else []
     return [
-        *found,
+        *first,
         bench(
             *("memory", "bench.memory.measure", 0.2, "--shape", shape, *lengths),
             *("--weights", "packed", "--limit", "2.5GB", "--prompts", "2", "--steps", "2"),
@@ -83,6 +81,7 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
             *("speed", "bench.speed.tokens_per_second", 0.25, "--shape", shape, *lengths),
             *("--rows", "6", "24", "32", "96"),
         ),
+        bench("numbers", "bench.gpu.against_cpu", 0.15, "--shape", small),
         tests("bf16", 0.2),
         tests("fp16", 0.2),
     ]
