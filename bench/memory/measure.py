@@ -6,11 +6,10 @@ usage: python bench/memory/measure.py [--shape gemma-2b] [--limit 2.5GB] [--rm a
 
 Random weights of a model's shape, no download. Every answer has the full length. The run is cut to
 fit `--limit` as the planner chooses for the same model and lengths: rollout, reward, log-probs,
-update with a step of AdamW, twice, because moments and the state to go back to are there from the
-second iteration on. `--depth N` takes N blocks only: a peak is affine in depth, so two small
-depths and the planner's own terms tell the whole (docs/memory.md). `--weights dense` measures on a
-CPU what is above the weights in fp32; the 4-bit kernels take no memory of their own, but run 100
-times slower there.
+update with steps of AdamW, whose moments and the state to go back to are there from the start.
+`--depth N` takes N blocks only: a peak is affine in depth. `--weights dense` measures on a CPU what
+is above the weights in fp32; the 4-bit kernels take no memory of their own, but run 100 times
+slower there.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -25,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, load_model
 
 from bench.shapes import SHAPES, NoTokenizer, shape_config
@@ -157,6 +156,8 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str,
     stored.mkdir()
     write_model(stored, args.shape, args.depth)
     optimizer = new_optimizer(1e-6, 0.0)
+    optimizer.init(tree_unflatten(list(lora_parameters(actor.model).items())))
+    mx.eval(optimizer.state)  # as from the second iteration on
     mx.clear_cache()
     found = []
     for iteration in range(args.iterations):
@@ -242,7 +243,7 @@ def main() -> None:
         help="instead of the planner's choice; 0: all",
     )
     numbers = {"prompts": 1, "k": 6, "prompt": 256, "completion": 256, "rank": 16, "depth": 0}
-    zeros = {"decode-rows": 0, "steps": 1, "iterations": 2}
+    zeros = {"decode-rows": 0, "steps": 1, "iterations": 1}
     for name, default in (numbers | zeros).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--plan-only", action="store_true", help="measure nothing")

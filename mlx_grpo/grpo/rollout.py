@@ -19,7 +19,7 @@ from mlx_grpo.backend.kernels import exp_rows, worth_dropping
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
-from mlx_grpo.models.decoder import PREFILL_TOKENS, fp32_after_blocks
+from mlx_grpo.models.decoder import PREFILL_TOKENS, fp32_after_blocks, one_block_at_a_time
 
 SAMPLER_BLOCK = 256
 GROW_TOKENS = 64
@@ -174,7 +174,8 @@ def _prefill(
             cache.step = max(1, len(ahead))  # no room for what is decoded elsewhere
         for start in range(0, len(ahead), PREFILL_TOKENS):
             part = ahead[start : start + PREFILL_TOKENS]
-            model(mx.array([part]), cache=caches)  # lazy: the head is never computed
+            with one_block_at_a_time(model):
+                model(mx.array([part]), cache=caches)  # lazy: the head is never computed
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)
     batch = []

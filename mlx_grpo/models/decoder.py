@@ -122,6 +122,15 @@ class _Fp32Exit(_Recorder):
         return self.block(h, *args, **kwargs).astype(mx.float32)
 
 
+class _Evaluated(_Recorder):
+    """Stands in for a block whose arrays are to be gone before the next one runs."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        h = self.block(h, *args, **kwargs)
+        mx.eval(h)
+        return h
+
+
 @dataclass(frozen=True)
 class BlockCall:
     """The arguments one block receives; `slot` is the cache object to be replaced by a real one."""
@@ -270,6 +279,15 @@ def fp32_after_blocks(model: nn.Module) -> Iterator[None]:
     _, owner = _owner_of_blocks(model)
     *others, last = owner.layers
     with _replaced(owner, [*others, _Fp32Exit(last)]):
+        yield
+
+
+@contextmanager
+def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Within it each block of an mlx-lm model is evaluated before the next: a GPU would have the
+    arrays of many alive."""
+    _, owner = _owner_of_blocks(model)
+    with _replaced(owner, list(map(_Evaluated, owner.layers))):
         yield
 
 

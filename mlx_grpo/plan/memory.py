@@ -252,14 +252,15 @@ def _head(model: Footprint, work: Workload, choice: Choice) -> float:
     """Logits of a chunk, and the states it reads and leaves for a pass."""
     tokens = _rows(work, choice) * work.completion_tokens
     logits = min(choice.sizes.head_bytes, 4 * tokens * model.vocabulary)
-    copies = 2.1 if choice.dense else 3.0
+    copies = 2.1 if choice.dense else 4.5
     return copies * logits + 12.0 * tokens * model.hidden
 
 
 def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     tokens = work.prompt_tokens + work.completion_tokens
     rows = max(work.k, min(choice.decode_rows, work.prompts * work.k))  # never less than a group
-    cached = rows * tokens * model.cache_values * choice.value_bytes
+    grown = 1 if choice.dense else 2  # a GPU has all layers' old caches alive while they grow
+    cached = grown * rows * tokens * model.cache_values * choice.value_bytes
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
     undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
     return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))

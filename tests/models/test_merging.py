@@ -108,7 +108,8 @@ def test_a_merge_takes_the_packed_weights_and_no_copy(directory: Path) -> None:
     assert mx.get_active_memory() == before
 
 
-def test_without_packed_weights_the_lora_stays_beside(backbone: Backbone) -> None:
+def test_without_packed_weights_the_lora_stays_beside(sft: Path) -> None:
+    backbone = load_backbone(sft)
     actor, before = moved(backbone.model), bits(backbone.model)
     with merged_for_rollout(backbone, actor) as model:
         assert len(lora_modules(model)) == len(lora_modules(actor))
