@@ -4,11 +4,12 @@ from itertools import chain
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_grpo.core.rng import key, uniforms
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.rollout import SAMPLER_BLOCK, Sampling, rollout, sample
+from mlx_grpo.grpo.rollout import SAMPLER_BLOCK, Sampling, _invert, rollout, sample
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from tests.helpers.tiny import EOS, VOCABULARY, tiny_model
@@ -134,3 +135,31 @@ def test_uniforms_are_those_of_their_own_keys() -> None:
     together = uniforms(3, paths)
     assert together.tolist() == [mx.random.uniform(key=key(3, *p)).item() for p in paths]
     assert len(set(together.tolist())) == 3
+
+
+def in_two_levels(values: mx.array, axis: int) -> mx.array:
+    """A running sum as a GPU makes it: within blocks, then over them. Its rounding is another, and
+    it may fall from one block to the next."""
+    flat = np.asarray(values, dtype=np.float32)
+    parts = np.pad(flat, [(0, 0), (0, -flat.shape[-1] % 32)]).reshape(len(flat), -1, 32)
+    within = np.cumsum(parts, axis=-1, dtype=np.float32)
+    before = np.cumsum(parts[..., ::-1].sum(axis=-1, dtype=np.float32), axis=-1, dtype=np.float32)
+    before = np.concatenate([np.zeros_like(before[:, :1]), before[:, :-1]], axis=-1)
+    return mx.array((within + before[..., None]).reshape(len(flat), -1)[:, : flat.shape[-1]])
+
+
+def test_a_draw_never_lands_on_weight_zero_however_a_scan_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, width = 2000, 300
+    weights = mx.random.uniform(shape=(rows, width), key=key(1))
+    weights = mx.where(mx.random.uniform(shape=weights.shape, key=key(2)) < 0.7, 0.0, weights)
+    monkeypatch.setattr(mx, "cumsum", in_two_levels)
+    sums = in_two_levels(weights, -1)
+    assert (sums[:, 1:] < sums[:, :-1]).any().item()  # a sum that falls
+    places = mx.random.randint(0, width, (rows, 1), key=key(3))
+    on_the_edge = mx.take_along_axis(sums, places, axis=-1)[:, 0]
+    for target in (on_the_edge, sums[:, -1], 2 * sums[:, -1], mx.zeros(rows)):
+        index, rest = _invert(weights, target)
+        assert (mx.take_along_axis(weights, index[:, None], axis=-1) > 0).all().item()
+        assert (rest >= 0).all().item()

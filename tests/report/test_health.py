@@ -15,6 +15,7 @@ HEALTHY = {
     "completions/mean_length": 40.0,
     "completions/clipped_ratio": 0.2,
     "policy/skipped_nonfinite": 0,
+    "sampling/sampling_logp_difference/mean": 0.003,
 }
 EVALUATION = {
     "eval_reward": 0.0,
@@ -57,6 +58,10 @@ def test_a_healthy_run_gets_no_warning() -> None:
         ("completions__mean_length", 40.0, 61.0, "Answers grow"),
         ("frac_dead_groups", 0.1, 0.6, "Most groups teach nothing"),
         ("clip_ratio__region_mean", 0.0, 0.4, "The clip silences many tokens"),
+        (
+            "sampling__sampling_logp_difference__mean",
+            *(0.001, 0.2, "What is scored is not what was sampled"),
+        ),
         ("completions__clipped_ratio", 0.2, 0.9, "Most answers are cut off"),
         ("kl", 0.02, 0.04, "The KL is above its target"),
         ("kl", 0.02, 0.009, "The KL is far below its target"),
