@@ -17,7 +17,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,7 +204,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for step, figures in steps(args.shape, args.minutes, Path(place)):
             run(step, figures)
-            results["steps"].append(asdict(step))
+            kept = ("name", "seconds", "ended", "figures", "output")
+            results["steps"].append({n: getattr(step, n) for n in kept})
             args.json.write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(table(results)))
     sys.exit(any(s["ended"] != "well" for s in results["steps"]))

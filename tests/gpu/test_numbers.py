@@ -11,6 +11,7 @@ from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters, Prompt
 from mlx_grpo.grpo.logprob import logps_with_gradient, token_logps
 from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import WHOLE, Decoder, Sizes, shift_right, unshift
@@ -82,6 +83,18 @@ def test_a_gradient_points_where_dense_fp32_points_however_little_a_token_weighs
     assert min(cosines.values()) > NEAREST[dtype]
     ratio = length(found[1e-7]) / length(expected)
     assert ratio == pytest.approx(1e-7, rel=0.1)  # the scale is taken out again
+
+
+def test_fp16_loses_small_gradients_without_its_scale(
+    packed_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = gradients_of(actor_on(packed_model, dense()), 1.0)
+    monkeypatch.setattr(backward._LossScale, "__call__", lambda self, wanted: wanted)
+    decoder = actor_on(packed_model, packed(dtype))
+    cosines = {weight: cosine(gradients_of(decoder, weight), expected) for weight in WEIGHTS[:3]}
+    print("without a scale", {weight: round(value, 5) for weight, value in cosines.items()})
+    lost = not cosines[1e-7] > 0.5  # a gradient that vanished altogether has no direction
+    assert lost == (dtype == "fp16")
 
 
 def test_what_is_sampled_is_what_is_scored(packed_model: Path, dtype: str) -> None:
