@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_grpo.backend.device import recommended_memory
-from mlx_grpo.backend.precision import Asked, Precision, asked, precision_for, precisions
+from mlx_grpo.backend.precision import DTYPES, Asked, Precision, asked, precision_for, precisions
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.config.settings import TrainConfig, flag_of, flat_values, with_settings
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
-from mlx_grpo.plan.devices import Device, device
+from mlx_grpo.plan.devices import THIS, Device, device
 from mlx_grpo.plan.footprint import Footprint, adapter_bytes, footprint
 from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
 from mlx_grpo.plan.scaling import Scaled, exchange
@@ -138,7 +138,9 @@ def precision_of(config: TrainConfig, plan: Plan) -> Precision:
 
 def machine_of(name: str, plan: Plan, config: TrainConfig) -> Device:
     """A named device, or `this`, which is measured."""
-    return device(name, precision_of(config, plan).dtype)
+    if name == THIS:
+        return device(name, precision_of(config, plan).dtype)
+    return device(name, DTYPES.get(asked_in(config).dtype))
 
 
 def way_out(planner: Planner) -> str:

@@ -101,7 +101,13 @@ def test_the_binding_limit_sets_the_time() -> None:
 def test_this_machine_is_measured_and_a_mac_is_looked_up() -> None:
     here = device(THIS, mx.float32)
     assert here.measured and here.bandwidth > 0 and here.arithmetic > 0
-    assert device("m2-pro", mx.bfloat16) is MACS["m2-pro"]
+    assert replace(device("m2-pro"), reached=None) == MACS["m2-pro"]
+
+
+def test_a_mac_reaches_what_its_dtype_does() -> None:
+    assert device("m2-pro").reached == device("m2-pro", mx.float16).reached == 0.76
+    assert device("m1", mx.bfloat16).reached == 0.43
+    assert device("m3-max").reached == device("m4", mx.float16).reached == 0.68
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
@@ -111,7 +117,7 @@ def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
 
 def test_cheaper_settings_are_named_with_what_they_leave(train_arguments: dict[str, Any]) -> None:
     given = train_arguments | {"K": 4, "batch_size": 4, "minibatch_size": 1}
-    savings = planner_for(train_config(**given), here=False).savings(MACS["m2-pro"])
+    savings = planner_for(train_config(**given), here=False).savings(device("m2-pro"))
     (rows, _), (share, _), (layers, _), (together, least) = savings
     assert rows == "--update-rows 2" and share == "--kl-share 0.25"
     assert layers == "--lora-layers 1" and together == f"{rows} {share} {layers}"
@@ -120,4 +126,4 @@ def test_cheaper_settings_are_named_with_what_they_leave(train_arguments: dict[s
 
 def test_what_is_cheap_already_is_not_offered(train_arguments: dict[str, Any]) -> None:
     given = train_arguments | {"update_rows": 1, "kl_control": "reward", "lora_layers": 1}
-    assert planner_for(train_config(**given), here=False).savings(MACS["m2-pro"]) == []
+    assert planner_for(train_config(**given), here=False).savings(device("m2-pro")) == []
