@@ -8,9 +8,10 @@
 - `speed`: iterations per second of 2 ranks against 1.
 
 usage: OPENBLAS_NUM_THREADS=1 python -m bench.speed.ranks [same stop kill speed] [--json FILE]
+       OPENBLAS_NUM_THREADS=1 python -m bench.speed.ranks launcher --model weights/sft-4bit
 
-A real model, on an idle machine: `mlx.launch -n 2 mlx-grpo train ...` against `mlx-grpo train ...`
-with OPENBLAS_NUM_THREADS=1, `time/iteration` in metrics.jsonl.
+`launcher`, on an idle machine of two cores: seconds of an iteration of a real model on one rank, on
+two ranks that are started without `mlx.launch`, and on two under it.
 """
 
 from tests.crash import without_torch  # noqa: F401  isort: skip
@@ -23,6 +24,8 @@ import random
 import re
 import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -216,11 +219,49 @@ def speed(world: World, ui: Console) -> dict[str, Any]:
     return found
 
 
+def launcher(model: Path, place: Path, ui: Console) -> dict[str, Any]:
+    """A real model on one rank and on two, started by hand and by MLX's launcher."""
+    own = [sys.executable, "-m", "mlx_grpo", "train"]
+    flags = {
+        **{"actor-model": model, "rm-model": "none", "reward": "mlx_grpo.rubric:gold"},
+        **{"prompts": "data/rl_prompts.jsonl", "eval-prompts": "data/eval_prompts.jsonl"},
+        **{"num-iterations": 4, "batch-size": 4, "minibatch-size": 4, "K": 6, "eval-limit": 1},
+        **{"max-completion-length": 48, "eval-every": 100, "checkpoint-every": 100},
+    }
+    command = [*own, *(f"--{name}={value}" for name, value in flags.items()), "--quiet"]
+    hosts = place / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    by_hand = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(2)]
+    under = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring"]
+    ways = {
+        "1 rank": [(command, {})],
+        "2 ranks": [(command, environment) for environment in by_hand],
+        "2 ranks under mlx.launch": [([*under, "--", *command], {})],
+    }
+    found = {}
+    for name, processes in ways.items():
+        run = place / name.replace(" ", "-")
+        started = [
+            subprocess.Popen([*c, f"--output={run}"], env={**os.environ, **e}) for c, e in processes
+        ]
+        statuses = [process.wait() for process in started]
+        if any(statuses):
+            raise RuntimeError(f"{name}: did not end well")
+        times = [row["time/iteration"] for row in log.read(run / log.METRICS) if "kl" in row][1:]
+        found[name] = {"median_seconds": statistics.median(times), "seconds": times}
+        ui.say(f"{name}: {json.dumps(found[name])}")
+    alone = found["1 rank"]["median_seconds"]
+    for name in list(found)[1:]:
+        found[name]["times_as_fast"] = alone / found[name]["median_seconds"]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("parts", nargs="*", default=["same", "stop", "kill", "speed"])
     parser.add_argument("--iterations", type=int, default=20, help="of `same`")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     ui, found = Console(), {}
@@ -231,6 +272,7 @@ def main() -> None:
             "stop": lambda: stop(world, ui),
             "kill": lambda: kill(world, args.kills, ui),
             "speed": lambda: speed(world, ui),
+            "launcher": lambda: launcher(args.model, Path(place), ui),
         }
         for part in args.parts:
             found[part] = measures[part]()
