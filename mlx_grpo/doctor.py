@@ -105,6 +105,9 @@ def _arithmetic() -> Iterator[Check]:
         yield Check("problem", "device", f"cpu without OpenBLAS, {speed}", remedy)
     else:
         yield Check("note", "device", f"cpu, {speed}: is the machine busy?")
+    yield Check(
+        "ok", "precision", f"{choose_precision(0)}, unless --precision or --weights say else"
+    )
     if on_linux_cpu():
         compiler = shutil.which("g++")
         if compiler:

@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 
 from examples.constraints import all_met, constraints
+from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import train_config
+from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.data.tables import read_rows
+from mlx_grpo.plan.devices import device
+from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.planner import Planner
 from mlx_grpo.training.loop import train
+from tests.helpers.shapes import GEMMA_2B
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FILES = ("constraints_train.jsonl", "constraints_eval.jsonl")
@@ -90,3 +96,14 @@ def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[st
     (iteration,) = [row for row in map(json.loads, lines) if "reward" in row]
     assert iteration["reward"] == pytest.approx(iteration["rewards/constraints/mean"])
     assert "rewards/all_met/mean" in iteration
+
+
+def test_the_one_night_example_plans_a_night_on_an_m2_pro() -> None:
+    config = build_config(EXAMPLES / "gemma-2b-one-night.toml", {"memory_limit": "2.5GB"})
+    check(config)
+    judge = RewardFootprint(GEMMA_2B.lora_bytes(8))
+    planner = Planner(config, GEMMA_2B, judge, here=False, ranks=1)
+    plan = planner.plan()
+    seconds = sum(t.expected for t in planner.times(plan, device("m2-pro")).values())
+    assert plan.fits and config.run.num_iterations == 800
+    assert 800 * seconds < 12 * 3600
