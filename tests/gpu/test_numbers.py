@@ -39,8 +39,8 @@ def packed(dtype: str) -> Precision:
     return Precision(device_name(), dense=False, dtype=DTYPES[dtype])
 
 
-def dense() -> Precision:
-    return Precision(device_name(), dense=True, dtype=mx.float32)
+def dense(dtype: str = "fp32") -> Precision:
+    return Precision(device_name(), dense=True, dtype=DTYPES[dtype])
 
 
 def gradients_of(decoder: Decoder, weight: float) -> Parameters:
@@ -83,6 +83,14 @@ def test_a_gradient_points_where_dense_fp32_points_however_little_a_token_weighs
     assert min(cosines.values()) > NEAREST[dtype]
     ratio = length(found[1e-7]) / length(expected)
     assert ratio == pytest.approx(1e-7, rel=0.1)  # the scale is taken out again
+
+
+def test_a_gradient_through_dense_weights_is_as_near(packed_model: Path, dtype: str) -> None:
+    expected = gradients_of(actor_on(packed_model, dense()), 1.0)
+    decoder = actor_on(packed_model, dense(dtype))
+    cosines = {weight: cosine(gradients_of(decoder, weight), expected) for weight in WEIGHTS}
+    print("dense weights", {weight: round(value, 5) for weight, value in cosines.items()})
+    assert min(cosines.values()) > {"bf16": 0.995, "fp16": 0.999}[dtype]
 
 
 def test_fp16_loses_small_gradients_without_its_scale(
