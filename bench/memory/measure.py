@@ -99,6 +99,8 @@ def write_model(directory: Path, shape: str, depth: int) -> None:
     """A model directory of the shape, for a reward model that is read anew."""
     model = quantized(shape, depth)
     weights = dict(tree_flatten(model.parameters()))
+    for value in weights.values():  # one by one: what they are made from is larger than they are
+        mx.eval(value)
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
     config = shape_config(shape, depth)
     quantization = {"group_size": 64, "bits": 4}
