@@ -14,8 +14,8 @@ help:
 demo: $(VENV)/.demo openblas  ## train a real model end to end and show what changed
 	$(BIN)/mlx-grpo demo
 
-test: $(VENV)/.test openblas  ## pass the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.test openblas  ## pass the tests, in two processes of one BLAS thread each
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.dev openblas  ## kill, starve and corrupt runs; about 20 minutes
 	$(BIN)/python -m tests.crash.torture --json bench/results/torture.json
