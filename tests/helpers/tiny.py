@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import _get_classes
 
 from bench.families import family_config
 from mlx_grpo.core.rng import key
@@ -28,8 +29,6 @@ def tiny_config(family: str) -> dict[str, Any]:
 
 def tiny_model(family: str = "llama", seed: int = 0) -> Any:
     """A tiny random mlx-lm model in fp32 whose tokens all have their own probability."""
-    from mlx_lm.utils import _get_classes  # seconds, which not every user of this file has to spend
-
     config = tiny_config(family)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
