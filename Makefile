@@ -15,8 +15,8 @@ help:
 demo: $(VENV)/.demo openblas  ## train a real model end to end and show what changed
 	$(BIN)/mlx-grpo demo
 
-test: $(VENV)/.test openblas  ## pass the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.test openblas  ## pass the tests, in two processes of one BLAS thread each
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.dev openblas  ## packed weights in bf16 and fp16, on the device that is here
 	for dtype in bf16 fp16; do \

@@ -116,17 +116,14 @@ def reward_model(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def train_arguments(
-    sft: Path, reward_model: Path, prompt_files: tuple[Path, Path], tmp_path: Path
-) -> dict[str, Any]:
-    """Fields of a TrainConfig that runs in a second."""
+@pytest.fixture(scope="session")
+def run_settings(sft: Path, reward_model: Path, prompt_files: tuple[Path, Path]) -> dict[str, Any]:
+    """Fields of a TrainConfig that runs in a second, but for its place."""
     return {
         "actor_model": str(sft),
         "rm_model": str(reward_model),
         "prompts": str(prompt_files[0]),
         "eval_prompts": str(prompt_files[1]),
-        "output": str(tmp_path / "run"),
         "num_iterations": 4,
         "batch_size": 4,
         "minibatch_size": 2,
@@ -138,6 +135,12 @@ def train_arguments(
         "checkpoint_every": 2,
         "kl_targets": (0.5, 0.2),
     }
+
+
+@pytest.fixture
+def train_arguments(run_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Fields of a TrainConfig that runs in a second."""
+    return {**run_settings, "output": str(tmp_path / "run")}
 
 
 @pytest.fixture(scope="session")

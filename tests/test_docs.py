@@ -21,6 +21,7 @@ import pytest
 
 from docs.generate import PAGES, commands, page
 from mlx_grpo import cli
+from tests.helpers.paths import WITHOUT_TORCH
 from tests.helpers.tiny import write_jsonl, write_model
 
 ROOT = Path(__file__).parent.parent
@@ -191,7 +192,7 @@ def run(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shell(line: str, place: str) -> None:
-    path = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    path = {"PYTHONPATH": WITHOUT_TORCH, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     done = subprocess.run(
         line, shell=True, capture_output=True, text=True, timeout=300, env={**os.environ, **path}
     )

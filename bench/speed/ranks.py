@@ -40,7 +40,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.distributed import launch  # noqa: F401  (imported before the forks)
 from mlx_grpo.run import log
 from mlx_grpo.training import loop  # noqa: F401  (imported before the forks)
-from tests.crash.harness import Child, World, make_world, training
+from tests.crash.harness import ITERATIONS, Child, World, make_world, training
 from tests.helpers.ports import free_ports
 
 SECONDS = ("time/iteration", "time/evaluate")
@@ -152,7 +152,7 @@ def kill(world: World, count: int, ui: Console) -> dict[str, Any]:
     while len(kills) < count:
         size = 2 + len(kills) % 2
         killed = _killed(config, world.root / "killed", size, rng.uniform(0, seconds[size]), rng)
-        if killed is None:  # it had ended before
+        if killed is None:
             continue
         run = train(config, world.root / "killed", size)
         logs = all(rows(run, n) == rows(whole[size], n) for n in log.LOGS[:3])
@@ -178,7 +178,8 @@ def _seconds(run: Path) -> float:
 def _killed(
     config: Path, run: Path, size: int, after: float, rng: random.Random
 ) -> dict[str, Any] | None:
-    """One kill, and how the others ended; None if all was over by then."""
+    """One kill, and how the others ended; None if the rank had ended by then, or if
+    the others had no more to wait for."""
     shutil.rmtree(run, ignore_errors=True)
     children, dead = start(config, run, size), rng.randrange(size)
     while not children[0].stage[0]:
@@ -188,7 +189,9 @@ def _killed(
     begun = time.monotonic()
     statuses = [child.wait() for child in children]
     seconds = time.monotonic() - begun
-    if statuses[dead] == 0:
+    others = [status for rank, status in enumerate(statuses) if rank != dead]
+    last = f"{ITERATIONS}/{ITERATIONS}  reward" in children[0].output.read_text()
+    if statuses[dead] == 0 or (last and not any(others)):
         return None
     said = [child.output.read_text() for child in children]
     errors = re.findall(r"^error: .*", "\n".join(said), re.MULTILINE)

@@ -4,12 +4,13 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
@@ -43,9 +44,7 @@ class Figure:
 
 def render(records: Sequence[Record], title: str) -> str:
     """The page, complete in itself."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
-    return template.render(
+    return _template().render(
         title=title,
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
@@ -63,6 +62,13 @@ def render(records: Sequence[Record], title: str) -> str:
         settings=settings_table,
         command=training_command,
     )
+
+
+@cache
+def _template() -> Template:
+    """Compiled once: that takes longer than writing a page, and a run writes many."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
 
 
 def number(row: Row, key: str, form: str) -> str:

@@ -11,13 +11,11 @@ from pathlib import Path
 import pytest
 
 from mlx_grpo.cli import main
+from tests.helpers.paths import WITHOUT_TORCH
 from tests.helpers.tiny import write_jsonl, write_model, write_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
 GOOD_LINES = "".join(f'{{"prompt": "say {i}"}}\n' for i in range(16))
 NO_TEMPLATE = r"^error: \S*bare/tokenizer_config\.json: no chat template; use an instruction-tuned"
-WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'
-"""Plain users have no torch, and importing it would triple the time of every process here."""
 TRAIN = (
     *("train", "--actor-model", "{sft}", "--rm-model", "{rm}", "--prompts", "{prompts}"),
     *("--eval-prompts", "{held_out}", "--output", "runs/one", "--num-iterations", "2"),
@@ -36,12 +34,11 @@ def process(inputs: dict[str, str], tmp_path: Path) -> Run:
 
     def run(*arguments: str) -> tuple[int, str, str]:
         given = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "LD_PRELOAD")}
-        path = f"{inputs['site']}{os.pathsep}{REPOSITORY}"
-        site = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        site = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, "-m", "mlx_grpo", *(a.format(**inputs) for a in arguments)],
             cwd=tmp_path,
-            env={**given, **site},
+            env={**given, **site, "PYTHONPATH": WITHOUT_TORCH},
             capture_output=True,
             text=True,
             timeout=120,
@@ -58,8 +55,8 @@ def entry_point(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """The same entry point in this process, for cases that differ from one above in a file only: a
-    process start costs two seconds."""
+    """The same entry point in this process, for cases that differ from one of a process in a file
+    or a flag only: a process start costs seconds."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
@@ -88,9 +85,7 @@ def inputs(
     directory = tmp_path_factory.mktemp("inputs")
     bare = write_model(directory / "bare")
     write_tokenizer(bare, chat_template=None)
-    (directory / "sitecustomize.py").write_text(WITHOUT_TORCH)
     return {
-        "site": str(directory),
         "sft": str(sft),
         "rm": str(reward_model),
         "prompts": str(prompt_files[0]),
@@ -239,7 +234,12 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", COMMANDS)
-def test_a_command_with(case: str, process: Run, tmp_path: Path) -> None:
+def test_a_command_with(case: str, entry_point: Run, tmp_path: Path) -> None:
+    refused(entry_point, tmp_path, *COMMANDS[case])
+
+
+@pytest.mark.parametrize("case", ["an unknown flag", "no actor", "no run to evaluate"])
+def test_a_process_with(case: str, process: Run, tmp_path: Path) -> None:
     refused(process, tmp_path, *COMMANDS[case])
 
 

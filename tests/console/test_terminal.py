@@ -8,16 +8,18 @@ import pytest
 from tests.helpers.terminal import python
 
 SIZES = [(80, 24), (200, 50), (60, 20), (40, 30), (30, 12), (20, 40)]
+# The scripts draw ten times as often as for a person: many pictures in a short test.
 RUN = """
 import time, warnings, sys
-from mlx_grpo.console.output import Console
+from mlx_grpo.console import output
 from tests.helpers.runs import iteration
-ui = Console()
+output.REFRESHES_PER_SECOND = 20
+ui = output.Console()
 with ui.training(6):
     for step in range(1, 7):
         for name in ("rollout", "reward", "logprob", "update"):
             with ui.stage(step, name):
-                time.sleep(0.12)
+                time.sleep(0.02)
         ui.iteration(iteration(step), 6)
         ui.warn(f"number {step} says that answers are cut off. Raise --max-completion-length.")
         if step == 2:
@@ -27,7 +29,7 @@ with ui.training(6):
                 "eval_completions/mean_length": 20.0, "eval_completions/clipped_ratio": 0.5}, "x")
         if step == 4:
             ui.relay("the reward function printed this")
-        time.sleep(0.6)
+        time.sleep(0.12)
 ui.warn("stopped early; go on with: mlx-grpo train")
 ui.error("the last word")
 """
@@ -64,16 +66,17 @@ def test_every_warning_is_seen_whole_and_the_picture_once(columns: int, lines: i
 
 SPINNER = """
 import time, warnings
-from mlx_grpo.console.output import Console
-ui = Console()
+from mlx_grpo.console import output
+output.REFRESHES_PER_SECOND = 20
+ui = output.Console()
 with ui.working("loading"):
     for i in range(3):
         ui.progress("held-out answers", i, 3)
-        time.sleep(0.6)
+        time.sleep(0.12)
         ui.warn(f"prompt {i} is skipped")
         ui.say(f"said {i}")
     warnings.warn("a library's warning")
-    time.sleep(0.6)
+    time.sleep(0.12)
 """
 
 

@@ -19,11 +19,10 @@ import pytest
 
 from mlx_grpo.convert.source import needed_files
 from tests.helpers.http import serving
+from tests.helpers.paths import WITHOUT_TORCH
 from tests.helpers.tiny import write_model
 
 COMMIT, OTHER = "a" * 40, "b" * 40
-ROOT = Path(__file__).parents[2]
-WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'  # its import takes seconds
 CARD = "---\nlicense: mit\n---\n"
 
 
@@ -131,9 +130,6 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def convert(hub: Hub, where: Path, *arguments: str, offline: bool = False) -> tuple[int, str]:
     """`mlx-grpo convert` against the stub: (exit code, stderr without progress bars)."""
-    site = where / "site"
-    site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(WITHOUT_TORCH)
     environment = {
         **{k: v for k, v in os.environ.items() if not re.search("^HF_|proxy", k, re.I)},
         "HF_ENDPOINT": "http://127.0.0.1:9" if offline else hub.address,
@@ -141,7 +137,7 @@ def convert(hub: Hub, where: Path, *arguments: str, offline: bool = False) -> tu
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "PYTHONPATH": WITHOUT_TORCH,
     }
     flags = ("--no-verify", "--group-size", "32")
     done = subprocess.run(

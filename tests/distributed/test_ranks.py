@@ -174,4 +174,5 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(measured: dict[str, 
 def test_where_a_rank_dies_the_others_end_and_the_run_goes_on(measured: dict[str, Any]) -> None:
     found = measured["kill"]
     assert found["resumed_equal"] == found["kills"] == 2, found["each"]
-    assert found["one_line_names_the_rank"] == found["others_ended_within_30_s"] == 2
+    named = found["one_line_names_the_rank"]
+    assert named == found["others_ended_within_30_s"] == 2, found["each"]

@@ -1,6 +1,7 @@
 """mlx-lm's own programs, as processes, on what a run and its exports leave."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,14 +17,22 @@ import pytest
 from mlx_lm.utils import load
 
 from mlx_grpo.export.export import Export, export_run
+from tests.helpers.paths import WITHOUT_TORCH
 
 SECONDS = 120
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds no torch."""
+    return {**os.environ, "PYTHONPATH": WITHOUT_TORCH}
 
 
 def mlx_lm(program: str, *arguments: str | Path) -> str:
     """stdout of a program of mlx-lm."""
     command = [sys.executable, "-m", "mlx_lm", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,7 +70,9 @@ def serving(*flags: str | Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlx_lm", "server", *map(str, flags), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+    )
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
     try:
         while True:

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.http import serving
+from tests.helpers.paths import WITHOUT_TORCH
 
-ROOT = Path(__file__).parents[2]
-WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'  # its import takes seconds
 COMMIT = "c" * 40
 
 
@@ -111,7 +110,6 @@ def hub() -> Iterator[Hub]:
 
 def push(hub: Hub, run: Path, where: Path, *flags: str, token: str = "") -> tuple[int, str, str]:
     """`mlx-grpo export RUN --push owner/name` in a process of its own."""
-    (where / "sitecustomize.py").write_text(WITHOUT_TORCH)
     environment = {
         **{k: v for k, v in os.environ.items() if not re.search("^HF_|proxy", k, re.I)},
         "HF_ENDPOINT": hub.address,
@@ -119,7 +117,7 @@ def push(hub: Hub, run: Path, where: Path, *flags: str, token: str = "") -> tupl
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": f"{where}{os.pathsep}{ROOT}",
+        "PYTHONPATH": WITHOUT_TORCH,
         **({"HF_TOKEN": token} if token else {}),
     }
     done = subprocess.run(

@@ -6,7 +6,6 @@ from typing import Any
 
 from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import to_toml
-from tests.helpers.tiny import write_jsonl
 
 HOSTILE = "</p><script>document.title = 1</script><img src=x onerror=alert(1)> & "
 STAGES = ("rollout", "reward", "logprob", "update")
@@ -14,6 +13,8 @@ STAGES = ("rollout", "reward", "logprob", "update")
 
 def write_run(run: Path, seed: int = 42, steps: int = 60, **changes: Any) -> Path:
     """A run of `steps` iterations with an evaluation every ten; the reward rises, gold falls."""
+    from tests.helpers.tiny import write_jsonl  # seconds, and the rest is used by short programs
+
     run.mkdir(parents=True)
     named = {"num_iterations": 60, "eval_every": 10, "kl_beta": 5.0, "output": str(run)}
     gold = {"eval_reward": ("mlx_grpo.rubric:gold",)}

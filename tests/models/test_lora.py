@@ -24,6 +24,7 @@ from mlx_grpo.models.lora import (
     set_parameters,
 )
 from mlx_grpo.run.directory import save_named_adapter
+from tests.helpers.paths import WITHOUT_TORCH
 from tests.helpers.tiny import tiny_model
 
 RANK, SCALE = 4, 2.0
@@ -59,9 +60,10 @@ def test_mlx_lm_generates_with_the_adapter_of_a_run(
     save_named_adapter(tmp_path, "best", trained(backbone.model))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
     arguments = ["--model", str(sft), "--adapter-path", str(tmp_path / "best"), "--prompt", "hi"]
+    given = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     done = subprocess.run(
         [sys.executable, "-m", "mlx_lm", "generate", *arguments, "--max-tokens", "4"],
-        env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"},
+        env={**given, "PYTHONPATH": WITHOUT_TORCH},
         capture_output=True,
         text=True,
         timeout=120,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -34,29 +35,39 @@ def rows(run: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(run_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupted, to be read only."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    return run_of(train_config(**run_settings, output=str(place)))
+
+
+@pytest.fixture
+def finished(whole: Path, train_arguments: dict[str, Any]) -> TrainConfig:
+    """The configuration of a finished run, a copy of that one."""
+    config = train_config(**train_arguments)
+    shutil.copytree(whole, config.run_directory)
+    return config
+
+
 def test_the_same_seed_gives_the_same_run_bit_for_bit(
-    train_arguments: dict[str, Any], tmp_path: Path
+    train_arguments: dict[str, Any], whole: Path
 ) -> None:
-    runs = [run_of(train_config(**{**train_arguments, "output": str(tmp_path / n)})) for n in "ab"]
+    runs = [whole, run_of(train_config(**train_arguments))]
     assert rows(runs[0]) == rows(runs[1])
     assert len(rows(runs[0])) == 4 + 3  # iterations, and evaluations at 0, 2 and 4
     adapters = [(run / "final" / "adapters.safetensors").read_bytes() for run in runs]
     assert adapters[0] == adapters[1]
 
 
-def test_another_seed_gives_another_run(train_arguments: dict[str, Any], tmp_path: Path) -> None:
-    runs = [
-        run_of(train_config(**{**train_arguments, "seed": s, "output": str(tmp_path / str(s))}))
-        for s in (1, 2)
-    ]
-    assert rows(runs[0])[1]["reward"] != rows(runs[1])[1]["reward"]
+def test_another_seed_gives_another_run(train_arguments: dict[str, Any], whole: Path) -> None:
+    other = run_of(train_config(**train_arguments, seed=1))
+    assert rows(other)[1]["reward"] != rows(whole)[1]["reward"]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
-
     from mlx_grpo.training import loop as trainer
 
     real, calls = trainer.iterate, []
@@ -81,9 +92,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(
-    train_arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
     from mlx_grpo.training import loop as trainer
 
     def dies(*args: Any) -> Any:
@@ -95,12 +105,6 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
         train(config, QUIET)
     assert len(rows(config.run_directory)) == 1  # the evaluation before the first iteration
     assert rows(run_of(config, resume=True)) == rows(whole)
-
-
-@pytest.fixture
-def whole(train_arguments: dict[str, Any], tmp_path: Path) -> Path:
-    """The run that nothing interrupted."""
-    return run_of(train_config(**{**train_arguments, "output": str(tmp_path / "whole")}))
 
 
 def assert_equal(run: Path, whole: Path) -> None:
@@ -181,16 +185,15 @@ def test_a_failure_in_an_iteration_saves_the_ones_before(
 
 
 def test_a_best_adapter_moved_aside_when_the_process_died_is_brought_back(
-    train_arguments: dict[str, Any],
+    finished: TrainConfig,
 ) -> None:
-    config = train_config(**train_arguments)
-    best = run_of(config) / "best"
+    best = finished.run_directory / "best"
     content = (best / "adapters.safetensors").read_bytes()
     best.rename(best.with_name(".best.old"))
     best.with_name(".best.x1.tmp").mkdir()
-    run_of(config, resume=True)
+    run_of(finished, resume=True)
     assert (best / "adapters.safetensors").read_bytes() == content
-    assert not list(config.run_directory.glob(".*"))
+    assert not list(finished.run_directory.glob(".*"))
 
 
 def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
@@ -231,16 +234,11 @@ def test_a_second_run_in_the_same_directory_is_refused(
     assert not config.run_directory.exists()
 
 
-def test_resume_with_changed_prompts_is_refused(
-    train_arguments: dict[str, Any], tmp_path: Path
-) -> None:
+def test_resume_with_changed_prompts_is_refused(finished: TrainConfig, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_bytes(Path(train_arguments["prompts"]).read_bytes())
-    config = train_config(**{**train_arguments, "prompts": str(prompts)})
-    run_of(config)
-    prompts.write_text(prompts.read_text() + '{"prompt": "more"}\n')
+    prompts.write_text(Path(finished.data.prompts).read_text() + '{"prompt": "more"}\n')
     with pytest.raises(InputError, match="--prompts other content"):
-        train(config, QUIET, resume=True)
+        train(with_settings(finished, prompts=str(prompts)), QUIET, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -256,14 +254,6 @@ def test_resume_with_other_mathematics_is_refused_with_the_list(
 ) -> None:
     with pytest.raises(InputError, match=f"not what the run was started with: {complaint}; put"):
         train(with_settings(finished, **change), QUIET, resume=True)
-
-
-@pytest.fixture
-def finished(train_arguments: dict[str, Any]) -> TrainConfig:
-    """The configuration of a finished run."""
-    config = train_config(**train_arguments)
-    run_of(config)
-    return config
 
 
 def test_a_change_that_is_wanted_is_told_and_takes_effect(
@@ -377,11 +367,8 @@ def test_decay_keeps_a_run_nearer_to_the_reference(
     assert last["decay"]["kl/decay"] > 0 == last["none"]["kl/decay"]
 
 
-def test_the_recomputed_log_probs_agree_with_those_of_the_rollout(
-    train_arguments: dict[str, Any],
-) -> None:
-    run = run_of(train_config(**train_arguments))
-    gaps = [r["sampling/sampling_logp_difference/max"] for r in rows(run) if "reward" in r]
+def test_the_recomputed_log_probs_agree_with_those_of_the_rollout(whole: Path) -> None:
+    gaps = [r["sampling/sampling_logp_difference/max"] for r in rows(whole) if "reward" in r]
     assert max(gaps) < 1e-4
 
 
