@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.backend.device import device_name, has_bf16, physical_memory
+from mlx_grpo.backend.fp32_head import hold_head_in_fp32
 from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.errors import InputError
 
@@ -170,12 +171,11 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
     if precision.dense:
         use_fast_swiglu(model)
         _expand(model, precision.dtype)
-    _hold_head_in_fp32(model, precision.dtype)
-    head = set() if precision.dtype == mx.float32 else _head_arrays(model)
+    held = hold_head_in_fp32(model, precision.dtype)
     parameters = dict(tree_flatten(model.parameters()))
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()
-        if name not in head and mx.issubdtype(value.dtype, mx.floating):
+        if name not in held and mx.issubdtype(value.dtype, mx.floating):
             value = _in_range(name, value, precision.dtype)
             model.update(tree_unflatten([(name, value)]))
         mx.eval(value)
@@ -200,64 +200,3 @@ def _in_range(name: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
     if dtype == mx.float16 and not mx.isfinite(cast).all().item():
         raise InputError(f"'{name}' leaves the range of fp16; type --precision bf16")
     return cast
-
-
-class HeadEmbedding(nn.Embedding):
-    """An embedding that is the head too: it looks up in 16 bits and computes logits in fp32."""
-
-    half: bool
-    """Whether the blocks compute in fp16, not bf16; a tree that is copied cannot hold a dtype."""
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        return super().__call__(ids).astype(mx.float16 if self.half else mx.bfloat16)
-
-
-class QuantizedHeadEmbedding(nn.QuantizedEmbedding):
-    """As `HeadEmbedding`, packed."""
-
-    half: bool
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        return super().__call__(ids).astype(mx.float16 if self.half else mx.bfloat16)
-
-
-def _hold_head_in_fp32(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Logits are computed in fp32, so the head's scales are held in it, or its weights where it is
-    not packed: a cast for each token and each chunk would cost more than it takes."""
-    if dtype == mx.float32:
-        return
-    for module in _heads(model):
-        for leaf in ("weight", "scales", "biases", "bias"):
-            if leaf in module and mx.issubdtype(module[leaf].dtype, mx.floating):
-                module[leaf] = module[leaf].astype(mx.float32)
-                mx.eval(module[leaf])
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-            packed = isinstance(module, nn.QuantizedEmbedding)
-            # the class alone changes: the module keeps its name and place in every tree
-            module.__class__ = QuantizedHeadEmbedding if packed else HeadEmbedding
-            module.half = dtype == mx.float16
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """What computes the logits: linear layers outside the blocks that are as long as the
-    vocabulary, or else the embeddings that are."""
-    outside = [m for name, m in model.named_modules() if ".layers." not in f".{name}."]
-    embeddings = [m for m in outside if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
-    vocabulary = max((len(m.weight) for m in embeddings), default=0)
-    linears = [m for m in outside if isinstance(m, nn.Linear | nn.QuantizedLinear)]
-    return [
-        m
-        for m in ([m for m in linears if len(m.weight) >= vocabulary > 0] or embeddings)
-        if len(m.weight) >= vocabulary
-    ]
-
-
-def _head_arrays(model: nn.Module) -> set[str]:
-    """Names of the arrays that stay in fp32."""
-    heads = {id(m) for m in _heads(model)}
-    return {
-        f"{name}.{leaf}"
-        for name, m in model.named_modules()
-        if id(m) in heads
-        for leaf in ("weight", "scales", "biases", "bias")
-    }

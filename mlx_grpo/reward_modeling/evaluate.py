@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_grpo.backend.device import limit_memory, recommended_memory
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
@@ -85,6 +86,7 @@ def evaluate_rm(
     config, rows = reward_config(rm), _rows(wanted)
     skipped = Counter(row.unusable for row in rows if row.unusable)
     date = (config.get("training") or {}).get("template_date", "")
+    limit_memory(recommended_memory(), 0)
     backbone = load_backbone(actor, date=date) if actor and config["kind"] == "adapter" else None
     model = load_reward_model(rm, backbone, date=date)
     tokenizer = backbone.tokenizer if backbone else load_chat_tokenizer(rm, date=date)
