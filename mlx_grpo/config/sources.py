@@ -22,11 +22,15 @@ from mlx_grpo.config.checks import check
 from mlx_grpo.config.other_names import ours_for
 from mlx_grpo.config.settings import SETTINGS, TrainConfig, flag_of, flat_values, train_config
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.limits import read_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
     import tomli as tomllib
+
+LARGEST_TOML = 16 << 20
+"""Bytes; every setting of a run takes ten thousand."""
 
 
 @cache
@@ -107,17 +111,28 @@ def typed(place: str, kind: Any, value: Any) -> Any:
         return tuple(typed(place, arguments[0], i) for i in items if i != "")
     try:
         if kind is str and isinstance(value, str):
+            value.encode()  # not a path of other bytes: config.toml could not hold it
             return value
         if kind is int and not isinstance(value, bool):
-            if isinstance(value, str) or float(value) == int(value):
-                return int(value)
+            if isinstance(value, (str, int)) or value == int(value):
+                return _held(place, int(value), "64-bit integers", 0, 2**63 - 1)
         elif kind is float and not isinstance(value, bool):
             number = float(value)
             if math.isfinite(number):
-                return number
+                return _held(place, number, "32-bit floats", 1e-37, 1e38)
+    except InputError:
+        raise
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(f"{place}: must be {_TYPE_NAMES[kind]}, not {value!r}")
+    kept = " in UTF-8" if isinstance(value, str) and kind is str else ""
+    raise InputError(f"{place}: must be {_TYPE_NAMES[kind]}{kept}, not {value!r}")
+
+
+def _held(place: str, number: Any, by: str, least: float, most: float) -> Any:
+    """A number of a size that what computes with it can hold; others become 0 or infinity there."""
+    if number and not least <= abs(number) <= most:
+        raise InputError(f"{place}: must be a number that {by} can hold, not {str(number)[:40]}")
+    return number
 
 
 _TYPE_NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
@@ -138,13 +153,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Keys and values of a TOML file, tables flattened with dots.
 
     Raises:
-        InputError: missing file or bad syntax.
+        InputError: missing file, no regular or too large a file, or bad syntax.
     """
     try:
-        return _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _flatten(tomllib.loads(read_bounded(path, LARGEST_TOML).decode("utf-8-sig")))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as e:  # nesting without end, numbers of many digits
         raise InputError(f"{path}: not valid TOML: {e}") from None
 
 

@@ -7,6 +7,7 @@ the manifest and walks back to the newest good one.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,13 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state["iteration"], adapter, optimizer, state)
 
 
-def load_newest(directory: Path) -> tuple[Checkpoint, list[str]]:
+def load_newest(
+    directory: Path, wanted: Callable[[dict[str, Any]], bool] = lambda state: True
+) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint that verifies, and one line for each newer one that did not.
+
+    Args:
+        wanted: whether to take one of this state.json.
 
     Raises:
         InputError: none is usable.
@@ -89,9 +95,12 @@ def load_newest(directory: Path) -> tuple[Checkpoint, list[str]]:
     skipped: list[str] = []
     for path in step_directories(directory):
         try:
-            return load(path), skipped
+            found = load(path)
         except InputError as e:
             skipped.append(str(e))
+        else:
+            if wanted(found.state):
+                return found, skipped
     reason = "; ".join(skipped) or "there is none"
     raise InputError(
         f"{directory}: no usable checkpoint ({reason}); start anew in another --output"

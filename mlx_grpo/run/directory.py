@@ -188,7 +188,8 @@ def save(
     checkpoint.save(
         run / CHECKPOINTS,
         checkpoint.Checkpoint(state.iteration, now.adapter, now.optimizer, saved),
-        config.run.keep,
+        # an adapter that gives only NaN would push out all those before it
+        config.run.keep + state.skipped_in_a_row,
     )
 
 
@@ -223,7 +224,7 @@ def restore(
         _remove_best(run)
         write_text(run / CONFIG, to_toml(config))
         return state, []
-    saved, skipped = checkpoint.load_newest(run / CHECKPOINTS)
+    saved, skipped = _newest(run / CHECKPOINTS, config.run.max_skipped_steps)
     check_not_newer(str(run), saved.state)
     if "inputs" not in saved.state:
         raise InputError(f"{run}: made by an older mlx-grpo; start anew in another --output")
@@ -245,12 +246,32 @@ def restore(
         log.cut(run / name, logs.get(name, 0))  # an older checkpoint knows fewer logs
     write_text(run / CONFIG, to_toml(config))
     restored = state.with_json(saved.state)
-    if restored.skipped_in_a_row >= config.run.max_skipped_steps:  # it ended there; count anew
+    if restored.skipped_in_a_row >= config.run.max_skipped_steps:  # none before them: count anew
         restored = replace(restored, skipped_in_a_row=0)
     restored = _with_changes(restored, state, provenance.changed_fields(saved.state, about))
     if restored.best.step is None:
         _remove_best(run)
     return restored, warnings
+
+
+def _newest(checkpoints: Path, max_skipped_steps: int) -> tuple[checkpoint.Checkpoint, list[str]]:
+    """The newest usable checkpoint; where NaN ended the run, the newest from before it if there is
+    one: the adapter after that may give nothing else."""
+    saved, skipped = checkpoint.load_newest(checkpoints)
+    if _skips(saved.state) < max_skipped_steps:
+        return saved, skipped
+    try:
+        before, damaged = checkpoint.load_newest(checkpoints, lambda state: _skips(state) == 0)
+    except InputError:
+        return saved, skipped
+    note = f"step {saved.iteration} comes after {_skips(saved.state)} iterations of NaN or infinity"
+    return before, [*damaged, f"{checkpoints}: {note}; going back to step {before.iteration}"]
+
+
+def _skips(state: Mapping[str, Any]) -> int:
+    """Iterations with NaN or infinity that ended at a state.json; 0 where it does not say."""
+    found = state.get("skipped_in_a_row")
+    return found if type(found) is int else 0
 
 
 def _remove_best(run: Path) -> None:

@@ -1,5 +1,6 @@
 """Flags win over the file; every mistake is named with its place and a remedy."""
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,28 @@ def test_lists_come_from_arrays_and_from_commas(tmp_path: Path) -> None:
         ("learning_rate", "inf", "--learning-rate: must be a finite number, not 'inf'"),
         ("kl_control", "best", "--kl-control: must be one of decay, reward, lr, none, not 'best'"),
         ("kl_targets", "1,x", "--kl-targets: must be a finite number, not 'x'"),
+        (
+            "K",
+            "1" + 50 * "0",
+            f"--K: must be a number that 64-bit integers can hold, not 1{39 * '0'}",
+        ),
+        (
+            "seed",
+            str(2**63),
+            f"--seed: must be a number that 64-bit integers can hold, not {2**63}",
+        ),
+        (
+            "lora_scale",
+            "1e39",
+            "--lora-scale: must be a number that 32-bit floats can hold, not 1e+39",
+        ),
+        (
+            "temperature",
+            "1e-40",
+            "--temperature: must be a number that 32-bit floats can hold, not 1e-40",
+        ),
+        ("output", "runs/\udcff", "--output: must be a text in UTF-8, not 'runs/\\udcff'"),
+        ("reward", ["a:\udcff"], "--reward: must be a text in UTF-8, not 'a:\\udcff'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_flag(name: str, value: str, message: str) -> None:
@@ -126,6 +149,27 @@ def test_a_missing_file_and_a_file_of_bytes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not valid TOML"):
         read_toml(tmp_path / "bytes.toml")
+
+
+@pytest.mark.parametrize(
+    "content", ["a = " + "[" * 100_000, "seed = " + "9" * 10_000], ids=["nesting", "digits"]
+)
+def test_a_file_without_end_of_some_kind_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "endless.toml").write_text(content)
+    with pytest.raises(InputError, match=r"endless\.toml: not valid TOML"):
+        read_toml(tmp_path / "endless.toml")
+
+
+def test_a_device_and_a_pipe_are_refused_and_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    for place in (tmp_path / "pipe.toml", Path("/dev/zero")):
+        with pytest.raises(InputError, match="a pipe or a device; give a regular file"):
+            read_toml(place)
+
+
+def test_a_file_from_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfK = 5\r\nseed = 3\r\n")
+    assert build_config(tmp_path / "run.toml") == train_config(K=5, seed=3)
 
 
 def test_a_wrong_flag_is_refused_by_name() -> None:
@@ -209,6 +253,8 @@ def test_the_share_that_chooses_the_weights_leaves_some_to_train_on(fraction: fl
         {"reward": ("a.py:f", "m:g"), "reward_weights": (0.5, 2.0), "rm_model": "none"},
         {"output": 'C:\\runs\\"mine"\t#1', "prompts": "données/été.jsonl"},
         {"output": "runs/\N{SPARKLES}\x7f"},
+        {"seed": 2**53 + 1},
+        {"seed": 2**63 - 1, "num_iterations": 2**63 - 1},
     ],
 )
 def test_a_written_configuration_reads_back_the_same(

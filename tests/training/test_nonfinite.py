@@ -15,9 +15,10 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
 from mlx_grpo.grpo import reference, update
 from mlx_grpo.grpo.learner import Learner, first_state
-from mlx_grpo.models.lora import lora_parameters
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.run import log
+from mlx_grpo.run.checkpoint import step_directories
 from mlx_grpo.training import loop as trainer
 from mlx_grpo.training.setup import load_learner
 
@@ -130,6 +131,33 @@ def test_the_batch_is_written_down_and_the_run_ends_after_some_in_a_row(
             json.loads(line, parse_constant=lambda c: pytest.fail(c))
     monkeypatch.undo()
     assert trainer.train(config, QUIET, resume=True)
+
+
+def test_an_adapter_that_gives_only_nan_does_not_cost_the_checkpoints_before_it(
+    train_arguments: dict[str, Any], monkeypatch: Patch
+) -> None:
+    changes = {"max_skipped_steps": 3, "checkpoint_every": 1, "keep": 1, "num_iterations": 6}
+    config = train_config(**{**train_arguments, **changes, "eval_every": 9})
+    real, calls, told = trainer.iterate, [], []
+
+    def poisoned_after_the_second(learner: Learner, *rest: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:  # finite weights, whose logits are not
+            weights = lora_parameters(learner.roles.actor.model)
+            set_parameters(learner.roles.actor.model, {n: v + 1e30 for n, v in weights.items()})
+        return real(learner, *rest)
+
+    monkeypatch.setattr(trainer, "iterate", poisoned_after_the_second)
+    with pytest.raises(InputError, match="in 3 iterations in a row"):
+        trainer.train(config, QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(Console, "warn", lambda ui, text: told.append(text))
+    assert trainer.train(config, QUIET, resume=True)
+    assert "step 5 comes after 3 iterations of NaN or infinity; going back to step 2" in told[0]
+    assert not (config.run_directory / log.SKIPPED).exists()
+    steps = [row["step"] for row in log.read(config.run_directory / log.METRICS) if "kl" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert len(step_directories(config.run_directory / "checkpoints")) == config.run.keep
 
 
 def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
