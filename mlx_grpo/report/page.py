@@ -16,6 +16,7 @@ from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
+from mlx_grpo.core.errors import visible
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
@@ -45,7 +46,7 @@ def render(records: Sequence[Record], title: str) -> str:
     """The page, complete in itself."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
-    return template.render(
+    html = template.render(
         title=title,
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
@@ -63,6 +64,7 @@ def render(records: Sequence[Record], title: str) -> str:
         settings=settings_table,
         command=training_command,
     )
+    return visible(html, keep="\n\t")  # what data holds must steer neither a browser nor `cat`
 
 
 def number(row: Row, key: str, form: str) -> str:

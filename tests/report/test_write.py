@@ -13,7 +13,7 @@ import pytest
 from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.errors import STEERING, InputError
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page
@@ -80,6 +80,18 @@ def test_what_a_model_writes_stays_text(run: Path) -> None:
     html = write_report([run]).read_text()
     assert "<script" not in html and "<img" not in html
     assert HOSTILE.split("&")[0].strip() in unescape(html)
+
+
+def test_what_a_model_writes_steers_no_terminal_and_no_direction_of_writing(run: Path) -> None:
+    steering = "\x1b]0;title\x07\x9b31m\u202e"
+    rows = log.read(run / log.EVAL_COMPLETIONS)
+    (run / log.EVAL_COMPLETIONS).unlink()
+    log.append(
+        run / log.EVAL_COMPLETIONS, *({**r, "completion": r["completion"] + steering} for r in rows)
+    )
+    html = write_report([run]).read_text()
+    assert not STEERING.search(html.replace("\n", "").replace("\t", ""))
+    assert r"\x1b]0;title\x07\x9b31m\u202e" in html
 
 
 def test_the_page_needs_nothing_from_outside(run: Path) -> None:
