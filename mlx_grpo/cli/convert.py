@@ -9,6 +9,7 @@ from mlx_grpo.cli.options import Quiet
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.assets import asset
+from mlx_grpo.files.manifest import check_replaceable
 
 
 def convert(
@@ -102,7 +103,11 @@ def convert(
     sft_out, rm_out = output / f"sft-{bits}bit", output / f"rm-{bits}bit"
     sft_source = locate(sft, revision) if sft else None
     rm_source = locate(rm, rm_revision) if rm else None
-    outs = [out for given, out in ((sft, sft_out), (rm, rm_out)) if given and not force]
+    outs = [out for given, out in ((sft, sft_out), (rm, rm_out)) if given]
+    if force:
+        for out in outs:
+            check_replaceable(out)
+        outs = []
     checks = Checks(against_source=verify, allow_mismatch=allow_mismatch)
     check_sources(sft_source, rm_source, (sft_base, rm_base), outs, checks)
     rows = []

@@ -17,6 +17,7 @@ from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of
 from mlx_grpo.config.sources import field_help, field_types, setting_help, setting_types
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.limits import check_regular
 
 T = TypeVar("T")
 FIRST = (
@@ -47,6 +48,7 @@ JsonFile = Annotated[
 
 def check_json_file(file: Path) -> None:
     """Raise InputError unless the file of --json can be written."""
+    check_regular(file)
     if file.is_dir() or not file.parent.is_dir():
         found = "a directory; name a file" if file.is_dir() else "no such directory"
         raise InputError(f"--json {file}: {found}")

@@ -4,6 +4,7 @@ What a stage did since its iteration began is given up; the trainer puts back wh
 """
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -31,6 +32,8 @@ def stop_signals(also: Callable[[], bool] = lambda: False) -> Iterator[SafePoint
     costs no more than the work since the last checkpoint: files are complete or absent. Not SIGHUP:
     a terminal that closes sends it, and then the shell once more.
 
+    In another thread than the main one, which receives no signals, only `also` stops.
+
     Args:
         also: whether anything else asks for a stop.
     """
@@ -47,7 +50,8 @@ def stop_signals(also: Callable[[], bool] = lambda: False) -> Iterator[SafePoint
 
     # nohup and its like have hang-ups ignored: so it stays
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    watched = [s for s in SIGNALS if not (ignored and s == signal.SIGHUP)]
+    here = threading.current_thread() is threading.main_thread()
+    watched = [s for s in SIGNALS if here and not (ignored and s == signal.SIGHUP)]
     previous = {s: signal.signal(s, handle) for s in watched}
     try:
         yield safe_point

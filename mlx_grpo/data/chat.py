@@ -203,7 +203,19 @@ def stop_at_end_of_turn(tokenizer: Any) -> str | None:
 
 
 def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -> Any:
-    """mlx-lm's wrapper of the tokenizer in `path`.
+    """As `read_chat_tokenizer`, and its chat template tried.
+
+    Raises:
+        InputError: damaged files, no chat template, or one that leaves out what is said.
+    """
+    tokenizer = read_chat_tokenizer(path, eos_token_ids, date)
+    check_template(path, tokenizer)
+    return tokenizer
+
+
+def read_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -> Any:
+    """mlx-lm's wrapper of the tokenizer in `path`; its chat template is not run, so this may be
+    called in any thread.
 
     Args:
         eos_token_ids: what ends an answer, where it is more than the tokenizer's own.
@@ -226,12 +238,14 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -
         )
     if date:
         tokenizer.chat_template = pinned(tokenizer.chat_template, date)
-    _check_template(path, tokenizer)
     return tokenizer
 
 
-def _check_template(path: Path, tokenizer: Any) -> None:
-    """Raise InputError if the template passes over what is said: every prompt would be the same."""
+def check_template(path: Path, tokenizer: Any) -> None:
+    """Raise InputError if the template passes over what is said: every prompt would be the same.
+
+    In the main thread, as everything that runs a template: no other has a time limit.
+    """
     roles = ("user", "assistant")
     for turns, (said, spare) in enumerate(zip(roles, ("a request", "an answer"), strict=True), 1):
         talks = [

@@ -3,6 +3,7 @@
 Each is a directory that is complete or absent, with a model card that holds the run's figures.
 """
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from mlx_grpo.export.card import Subject, export_card, usage
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files.atomic import atomic_directory, write_text
-from mlx_grpo.files.manifest import verify_manifest, write_manifest
-from mlx_grpo.run.directory import REPORT, chosen_adapter, run_settings
+from mlx_grpo.files.manifest import check_replaceable, verify_manifest, write_manifest
+from mlx_grpo.run.directory import REPORT, chosen_adapter, is_run, run_settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]
 
@@ -75,6 +76,7 @@ def export_run(export: Export) -> Exported:
     out = export.output or export.run / "export" / export.form
     if out.exists() and not export.replace:
         raise InputError(f"{out}: already exists; replace it with --force, or choose --output")
+    _check_replaced(out, sft)
     with atomic_directory(out, replace=export.replace) as directory:
         _write(export.form, directory, adapter, sft, base)
         own = {} if export.texts else config.columns
@@ -87,6 +89,16 @@ def export_run(export: Export) -> Exported:
         write_text(directory / "README.md", export_card(subject, config, cost))
     use = usage(export.form, out, sft, base or "BASE")
     return Exported(out, adapter, use, base, cost)
+
+
+def _check_replaced(out: Path, sft: Path) -> None:
+    """Raise InputError where --force would delete the SFT model, or a part of a run."""
+    place = Path(os.path.realpath(out))
+    runs = [p for p in place.parents if is_run(p) and place.relative_to(p).parts[0] != "export"]
+    if place.exists() and (runs or place == Path(os.path.realpath(sft))):
+        what = f"part of the run {runs[0]}" if runs else "the SFT model of the run"
+        raise InputError(f"{out}: {what}, which --force does not replace; choose --output")
+    check_replaceable(out)
 
 
 def _texts(export: Export, config: TrainConfig) -> Path | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.limits import read_bounded
+from mlx_grpo.core.limits import check_regular, read_bounded
 
 LARGEST_JSON = 256 << 20
 """Bytes; the largest tokenizers take 40 million."""
@@ -131,7 +131,12 @@ def need_space(directory: Path, size: int, remedy: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step."""
+    """Replace a file by `text` in one step.
+
+    Raises:
+        InputError: there is a pipe or a device, which must not be replaced.
+    """
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync_path(temporary)

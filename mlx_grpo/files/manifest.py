@@ -28,6 +28,18 @@ def file_stamp(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def check_replaceable(target: Path) -> None:
+    """Raise InputError where replacing a directory would delete what was not written as a whole by
+    this program: a file, or a directory of something else, as one that holds runs."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: a file, which --force does not replace; choose --output")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise InputError(
+            f"{target}: has no {MANIFEST}, so it may hold something else than an earlier output, "
+            "and --force does not replace it; remove it yourself, or choose --output"
+        )
+
+
 def write_manifest(directory: Path, about: dict[str, Any] | None = None) -> None:
     """Write `manifest.json`: the sha256 of every file below `directory`, hidden ones left out.
 

@@ -40,6 +40,7 @@ def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     check_directory(path)
     config = read_json(path / "config.json")
     check_layers(path / "config.json", config)
+    check_weights(path)
     renamed = rope_fields(config)
     try:
         with _without_patterns(path) as plain:
@@ -84,6 +85,20 @@ def check_layers(place: Path, config: dict[str, Any]) -> None:
                 raise InputError(
                     f"{place}: field '{name}' is {count}; a model has at most {MOST_LAYERS}"
                 )
+
+
+def check_weights(path: Path) -> None:
+    """Raise InputError where two files hold one tensor, as beside a copy kept under another name:
+    mlx-lm reads every `model*.safetensors` and keeps what it reads last."""
+    held: dict[str, Path] = {}
+    for file in weight_files(path):
+        for name in safetensors_header(file):
+            if name in held:
+                raise InputError(
+                    f"{file}: tensor '{name}' is in {held[name].name} too; move the file that does "
+                    "not belong to the model out of its directory"
+                )
+            held[name] = file
 
 
 def weight_stamps(path: Path) -> Stamps:

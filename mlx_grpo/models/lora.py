@@ -140,8 +140,12 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
     config = read_json(directory / "adapter_config.json")
     parameters = config.get("lora_parameters") or {}
     for name, fields in (("num_layers", config), ("rank", parameters), ("scale", parameters)):
+        place = f"{directory / 'adapter_config.json'}: field '{name}'"
         if not isinstance(fields, dict) or name not in fields:
-            raise InputError(f"{directory / 'adapter_config.json'}: field '{name}' is missing")
+            raise InputError(f"{place} is missing")
+        kind = float if name == "scale" and isinstance(fields[name], float) else int
+        if type(fields[name]) is not kind or not math.isfinite(fields[name]):
+            raise InputError(f"{place} must be a number, not {str(fields[name])[:40]!r}")
     adapted = with_lora_modules(model, config["num_layers"], {"dropout": 0.0, **parameters})
     file = directory / "adapters.safetensors"
     arrays = {name: value.astype(mx.float32) for name, value in load_arrays(file).items()}

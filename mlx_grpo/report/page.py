@@ -17,6 +17,7 @@ from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
+from mlx_grpo.core.errors import visible
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
@@ -44,7 +45,7 @@ class Figure:
 
 def render(records: Sequence[Record], title: str) -> str:
     """The page, complete in itself."""
-    return _template().render(
+    html = _template().render(
         title=title,
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
@@ -62,6 +63,7 @@ def render(records: Sequence[Record], title: str) -> str:
         settings=settings_table,
         command=training_command,
     )
+    return visible(html, keep="\n\t")  # what data holds must steer neither a browser nor `cat`
 
 
 @cache

@@ -27,7 +27,8 @@ def write_report(
     Raises:
         InputError: no run there, or one without any figures yet.
     """
-    found = list({run.resolve(): run for given in runs for run in _runs_at(given)}.values())
+    # not resolve(), which raises where links form a loop
+    found = list({os.path.realpath(run): run for g in runs for run in _runs_at(g)}.values())
     records = [read(run, held(run) if running is None else running) for run in found]
     target = output or _common(found) / REPORT
     if target.is_dir():

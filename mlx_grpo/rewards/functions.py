@@ -97,6 +97,8 @@ def named(functions: Sequence[UserFunction]) -> dict[str, UserFunction]:
     Raises:
         InputError: one is no function, or two have one name.
     """
+    if not isinstance(functions, Sequence):
+        raise InputError(f"rewards: must be a list of functions, not {type(functions).__name__}")
     found: dict[str, UserFunction] = {}
     for function in functions:
         if not callable(function):

@@ -64,9 +64,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [_row(f"{path}:{number}", line) for number, line in enumerate(whole, 1)]
 
 
+def _whole(digits: str) -> float:
+    """A whole number; one that 64 bits cannot hold as the float it would be in a computation."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
 def _row(place: str, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=_whole)
     except (ValueError, RecursionError) as e:
         raise InputError(f"{place}: not valid JSON ({e}); restore the file or remove it") from None
     if not isinstance(row, dict):

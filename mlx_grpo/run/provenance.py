@@ -86,7 +86,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if saved["inputs"].get(flag) != now["inputs"].get(flag)
     ]
     held = saved.get("weights", now["weights"])  # states from before it was recorded
-    causes = "--precision, --weights, --memory-limit or the machine"
+    causes = "--precision, --weights, their MLX_GRPO_ variables, --memory-limit or the machine"
     same = now["weights"].startswith(held)  # older states say only `packed`
     form = [] if same else [f"weights {held} -> {now['weights']} ({causes})"]
     return flags + contents + form

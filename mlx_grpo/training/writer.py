@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.iteration import Iteration
 from mlx_grpo.grpo.learner import Learner
@@ -140,7 +141,7 @@ class RunWriter:
         config = self.learner.config
         directory.check_in_place(self.run)
         if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
-            self._check_rewards(evaluation)
+            self._check_figures(evaluation)
             directory.open_new(self.run, config)
         if not evaluated.refusal:
             actor = self.learner.roles.actor.model
@@ -156,11 +157,16 @@ class RunWriter:
             say_how_long(self.ui, config, pace, step, "a first guess")
         try_report([self.run], self.ui.warn, running=True)
 
-    def _check_rewards(self, evaluation: Evaluation) -> None:
-        """Raise InputError that names the source of a reward that is NaN or infinite."""
+    def _check_figures(self, evaluation: Evaluation) -> None:
+        """Raise InputError that names the source of a figure that is NaN or infinite."""
         for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):
                 self.learner.evaluator.rewards.check_finite(group)
+        if not math.isfinite(evaluation.perplexity):
+            raise InputError(
+                f"{self.learner.config.model.actor}: its log-probs are not finite; check the "
+                "model's files, or compute in another --precision"
+            )
 
     def iterated(self, done: Iteration) -> None:
         """Log an iteration."""

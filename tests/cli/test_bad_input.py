@@ -270,7 +270,7 @@ def test_an_output_directory_in_use(process: Run, tmp_path: Path) -> None:
 
 def test_converting_over_an_existing_directory_needs_force(process: Run, tmp_path: Path) -> None:
     (tmp_path / "weights" / "sft-4bit").mkdir(parents=True)
-    (tmp_path / "weights" / "sft-4bit" / "config.json").write_text("{}")
+    (tmp_path / "weights" / "sft-4bit" / "manifest.json").write_text("{}")
     complaint = r"^error: weights/sft-4bit: already exists; .*(--force|remove it)"
     refused(process, tmp_path, (*CONVERT, "--sft", "{sft}"), complaint)
     code, _, err = process(*CONVERT, "--sft", "{sft}", "--force")

@@ -110,6 +110,16 @@ def test_with_force_the_old_directory_stays_until_the_new_one_is_whole(
     assert [p.name for p in (tmp_path / "w").iterdir()] == ["sft-4bit"]
 
 
+def test_force_does_not_replace_what_is_no_converted_model(
+    sft: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "w" / "sft-4bit").mkdir(parents=True)
+    (tmp_path / "w" / "sft-4bit" / "thesis.tex").write_text("mine")
+    code, _, err = command("--sft", str(sft), "--no-verify", "--force")
+    assert code == 2 and len(err.splitlines()) == 1 and "has no manifest.json" in err
+    assert (tmp_path / "w" / "sft-4bit" / "thesis.tex").read_text() == "mine"
+
+
 def test_both_sources_are_looked_at_before_either_is_converted(
     sft: Path, tmp_path: Path, command: Command
 ) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,21 @@ def test_the_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -
         for _ in range(2):  # and stays stopped
             with pytest.raises(StopRequested):
                 safe_point()
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+
+
+def test_another_thread_is_stopped_by_other_means_only() -> None:
+    def stopped() -> bool:
+        with stop_signals(lambda: True) as safe_point:
+            try:
+                safe_point()
+            except StopRequested:
+                return True
+        return False
+
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with ThreadPoolExecutor(1) as beside:
+        assert beside.submit(stopped).result()
     assert [signal.getsignal(s) for s in SIGNALS] == before
 
 

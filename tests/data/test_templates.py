@@ -8,7 +8,8 @@ import pytest
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data import chat
 from mlx_grpo.data.chat import load_chat_tokenizer, prompt_tokens
-from tests.helpers.tiny import CHAT_TEMPLATE, write_tokenizer
+from mlx_grpo.models.backbone import load_backbone
+from tests.helpers.tiny import CHAT_TEMPLATE, write_model, write_tokenizer
 
 ASK = ({"role": "user", "content": "tea?"},)
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -61,6 +62,16 @@ def test_a_template_that_does_not_end_is_ended(
     loaded = tokenizer(tmp_path, template)
     with pytest.raises(InputError, match=rf"p:1: the chat template refuses.*{complaint}"):
         prompt_tokens("p:1", loaded, ASK)
+
+
+def test_the_time_limit_holds_where_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "LONGEST_RENDERING", 0.02)
+    slow = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}"
+    write_tokenizer(write_model(tmp_path / "sft"), chat_template=slow)
+    with pytest.raises(InputError, match=r"sft: the chat template refuses .*not done within 0\.02"):
+        load_backbone(tmp_path / "sft")
 
 
 def test_a_template_s_message_steers_no_terminal(tmp_path: Path) -> None:

@@ -177,6 +177,43 @@ def test_the_command_writes_beside_the_run_and_replaces_only_when_told(
         shutil.rmtree(run / "export", ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [
+        ("work/run", "has no manifest.json"),
+        ("work", "has no manifest.json"),
+        ("work/run/best", "part of the run"),
+        ("work/run/checkpoints/step-000002", "part of the run"),
+        ("work/sft", "the SFT model of the run"),
+        ("work/link", "the SFT model of the run"),
+        ("work/prompts.jsonl", "a file"),
+    ],
+)
+def test_force_replaces_an_earlier_export_and_nothing_else(
+    place: str,
+    complaint: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(run, work / "run")
+    config = work / "run" / "config.toml"
+    sft = run_settings(run).model.actor
+    shutil.copytree(sft, work / "sft")
+    (work / "link").symlink_to(work / "sft")
+    (work / "prompts.jsonl").write_text("mine")
+    config.write_text(config.read_text().replace(sft, str(work / "sft")))
+    flags = ["--output", str(tmp_path / place), "--force", "--no-verify"]
+    monkeypatch.setattr(sys, "argv", ["mlx-grpo", "export", str(work / "run"), *flags])
+    before = sorted(p for p in work.rglob("*"))
+    assert main() == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and complaint in err and "--force does not replace" in err
+    assert sorted(p for p in work.rglob("*")) == before
+
+
 def test_texts_without_answers_cannot_measure(run: Path, tmp_path: Path) -> None:
     from mlx_grpo.core.errors import InputError
 

@@ -101,6 +101,16 @@ def test_a_text_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path) == ["latest"]
 
 
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match=f"{name}: a pipe or a device; give a regular file"):
+            write_text(tmp_path / name, "text")
+        assert not (tmp_path / name).is_file()
+    assert names(tmp_path) == ["link", "pipe"]
+
+
 def test_json_is_written_with_a_fixed_order_and_reads_back_the_same_bits(tmp_path: Path) -> None:
     value = {"b": [0.1 + 0.2, 5e-324, None], "a": {"ü": True}}
     write_json(tmp_path / "x.json", value)

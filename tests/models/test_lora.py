@@ -169,6 +169,16 @@ def test_a_missing_file_is_named(name: str, backbone: Backbone, saved: Path) -> 
             b'{"num_layers": 2, "lora_parameters": {"rank": 4}}',
             "field 'scale' is missing",
         ),
+        (
+            "adapter_config.json",
+            b'{"num_layers": 2, "lora_parameters": {"rank": 4, "scale": NaN}}',
+            "field 'scale' must be a number, not 'nan'",
+        ),
+        (
+            "adapter_config.json",
+            b'{"num_layers": "2", "lora_parameters": {"rank": 4, "scale": 1}}',
+            "field 'num_layers' must be a number, not '2'",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(

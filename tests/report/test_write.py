@@ -2,6 +2,7 @@
 in it."""
 
 import json
+import math
 import re
 from html import unescape
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.errors import STEERING, InputError
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page
@@ -20,6 +21,7 @@ from mlx_grpo.report import write as report
 from mlx_grpo.report.page import pooled
 from mlx_grpo.report.record import read
 from mlx_grpo.report.write import write_report
+from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
 from tests.helpers.runs import HOSTILE, evaluation, write_run
 from tests.helpers.tiny import write_jsonl
@@ -78,6 +80,18 @@ def test_what_a_model_writes_stays_text(run: Path) -> None:
     html = write_report([run]).read_text()
     assert "<script" not in html and "<img" not in html
     assert HOSTILE.split("&")[0].strip() in unescape(html)
+
+
+def test_what_a_model_writes_steers_no_terminal_and_no_direction_of_writing(run: Path) -> None:
+    steering = "\x1b]0;title\x07\x9b31m\u202e"
+    rows = log.read(run / log.EVAL_COMPLETIONS)
+    (run / log.EVAL_COMPLETIONS).unlink()
+    log.append(
+        run / log.EVAL_COMPLETIONS, *({**r, "completion": r["completion"] + steering} for r in rows)
+    )
+    html = write_report([run]).read_text()
+    assert not STEERING.search(html.replace("\n", "").replace("\t", ""))
+    assert r"\x1b]0;title\x07\x9b31m\u202e" in html
 
 
 def test_the_page_needs_nothing_from_outside(run: Path) -> None:
@@ -249,6 +263,19 @@ def test_a_directory_without_a_report_in_it_gets_one_line(
     with pytest.raises(InputError, match=complaint):
         write_report([run])
     assert not (run / "report.html").exists()
+
+
+def test_links_in_a_loop_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"loop: no run here"):
+        write_report([tmp_path / "loop"])
+
+
+def test_a_whole_number_without_end_is_a_float_out_of_range(run: Path) -> None:
+    file = run / log.METRICS
+    file.write_text(re.sub(r'"reward": [^,]+', f'"reward": 1{400 * "0"}', file.read_text()))
+    assert {row["reward"] for row in log.read(file) if "reward" in row} == {math.inf}
+    assert write_report([run]).is_file()
 
 
 def test_a_directory_in_the_place_of_the_page_is_refused(run: Path, tmp_path: Path) -> None:

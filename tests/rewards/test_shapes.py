@@ -420,6 +420,8 @@ def test_a_function_from_python_gets_copies_and_fails_in_one_line() -> None:
     ("functions", "complaint"),
     [
         ([3], "rewards: must be functions, not int"),
+        (len, "rewards: must be a list of functions, not builtin_function_or_method"),
+        (None, "rewards: must be a list of functions, not NoneType"),
         (["mine.py:f"], "rewards: must be functions, not str"),
         ([short, short], "two functions are named 'short'"),
     ],

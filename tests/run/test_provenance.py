@@ -83,7 +83,8 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> 
 def test_weights_held_in_another_form_are_told() -> None:
     packed = recorded(TrainConfig(), INPUTS, "packed bf16")
     assert differences(about(), packed) == [
-        "weights dense fp32 -> packed bf16 (--precision, --weights, --memory-limit or the machine)"
+        "weights dense fp32 -> packed bf16 (--precision, --weights, their MLX_GRPO_ variables, "
+        "--memory-limit or the machine)"
     ]
     older = {k: v for k, v in packed.items() if k != "weights"}
     assert differences(older, packed) == []

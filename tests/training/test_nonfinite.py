@@ -21,6 +21,7 @@ from mlx_grpo.run import log
 from mlx_grpo.run.checkpoint import step_directories
 from mlx_grpo.training import loop as trainer
 from mlx_grpo.training.setup import load_learner
+from tests.helpers.tiny import write_model
 
 QUIET = Console(quiet=True)
 Patch = pytest.MonkeyPatch
@@ -167,6 +168,18 @@ def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
     file.write_text("def mine(completions):\n    return [float('nan')] * len(completions)\n")
     config = train_config(**{**train_arguments, "reward": (f"{file}:mine",)})
     with pytest.raises(InputError, match=r"reward 'mine' returned \[nan\] on prompt"):
+        trainer.train(config, QUIET)
+    assert not config.run_directory.exists()
+
+
+def test_a_model_that_gives_nan_is_refused_before_anything_is_written(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "r.py").write_text("def length(completions): return list(map(len, completions))")
+    own = {"rm_model": "none", "reward": (f"{tmp_path / 'r.py'}:length",)}
+    sft = write_model(tmp_path / "sft", rms_norm_eps=math.nan)
+    config = train_config(**{**train_arguments, **own, "actor_model": str(sft)})
+    with pytest.raises(InputError, match=r"sft: its log-probs are not finite; check the model's"):
         trainer.train(config, QUIET)
     assert not config.run_directory.exists()
 
