@@ -137,6 +137,7 @@ class Console:
             self._view.doing = None
             self._live.stop()
             self._live = self._view = None
+            self.out.print()
 
     @contextmanager
     def _drawing(self, picture: RenderableType, transient: bool = False) -> Iterator[None]:
@@ -217,8 +218,8 @@ class Console:
             f"{m['step']:>4}/{total}  reward {m['reward']:+.3f}  kl "
             f"{m['kl']:.4f}/{m['kl/target']:.3g}  "
             f"{held}  clip {m['clip_ratio/region_mean']:.3f}  "
-            f"length {m['completions/mean_length']:.0f}  finished "
-            f"{1 - m['completions/clipped_ratio']:.0%}  "
+            f"length {m['completions/mean_length']:.0f}  cut off "
+            f"{m['completions/clipped_ratio']:.0%}  "
             f"dead {m['frac_dead_groups']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "
             f"{m['memory/peak'] / 1e9:.2f} GB  {m['time/iteration']:.1f} s  left "
             f"{duration(m['time/left'])}"
@@ -234,7 +235,7 @@ class Console:
             f"{metrics['eval_kl']:.4f}  "
             f"perplexity {metrics['eval_perplexity']:.2f}  length "
             f"{metrics['eval_completions/mean_length']:.0f}  "
-            f"finished {1 - metrics['eval_completions/clipped_ratio']:.0%}  {note}"
+            f"cut off {metrics['eval_completions/clipped_ratio']:.0%}  {note}"
         )
         self._print(self.out, Text(_fitted(self.out, in_columns, visible(line))))
 

@@ -6,9 +6,9 @@ import textwrap
 
 COMMAND = re.compile(r"(?<=[:;] )(?:mlx-grpo|mlx_lm\.\w+|pip|hf) .+$")
 """What a message ends with when it tells people what to type."""
-
-
 SINGLE_BLANK = re.compile(r"(?<=\S) (?=\S)")
+COUNTED = re.compile(r"(?<=\d) (?=[A-Za-z])")
+"""Between a number and its unit, or what it counts."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
@@ -21,7 +21,8 @@ def in_columns(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, hanging: int = 0) -> str:
-    """The line in pieces of up to `width` characters, all but the first behind `hanging` blanks.
+    """The line in pieces of up to `width` characters, all but the first behind `hanging` blanks. A
+    number stays beside what it counts.
 
     A command that does not fit beside its text stands on a line of its own. Where a command or a
     path is longer than the line, the terminal folds it, so that it is copied as it is.
@@ -31,10 +32,11 @@ def wrapped(text: str, width: int, hanging: int = 0) -> str:
     told = COMMAND.search(text)
     prose = text[: told.start()].rstrip() if told else text
     lines = textwrap.wrap(
-        prose,
+        COUNTED.sub(NO_BREAK, prose),
         width,
         subsequent_indent=" " * hanging,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    lines = [line.replace(NO_BREAK, " ") for line in lines]
     return "\n".join([*lines, *([" " * hanging + told[0]] if told else [])])

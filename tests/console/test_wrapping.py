@@ -6,7 +6,7 @@ from mlx_grpo.console.wrapping import in_columns, wrapped
 
 PROSE = "Most answers are cut off: raise --max-completion-length, or reward answers that end."
 RESUME = "mlx-grpo train --resume --output 'runs/a long name with blanks'"
-EVALUATION = "   3  held-out: reward +0.319  kl 0.0003  perplexity 34.18  finished 25%  -> best"
+EVALUATION = "   3  held-out: reward +0.319  kl 0.0003  perplexity 34.18  cut off 25%  -> best"
 
 
 @pytest.mark.parametrize("width", [30, 40, 80])
@@ -43,5 +43,5 @@ def test_a_name_and_its_figure_stay_on_one_line_under_the_second_column(width: i
     lines = in_columns(EVALUATION, width).split("\n")
     assert max(map(len, lines)) <= width
     assert all(line.startswith(" " * 6) and line[6] != " " for line in lines[1:])
-    for column in ("held-out: reward +0.319", "kl 0.0003", "finished 25%", "-> best"):
+    for column in ("held-out: reward +0.319", "kl 0.0003", "cut off 25%", "-> best"):
         assert sum(column in line for line in lines) == 1
