@@ -94,6 +94,18 @@ def test_links_lead_to_files_and_headings_that_are_there(file: Path) -> None:
             assert heading in anchors, f"{file.name}: {target}"
 
 
+def test_pictures_are_there_and_small_and_no_other_is_kept() -> None:
+    shown = {
+        (file.parent / target).resolve()
+        for file in FILES
+        for target in re.findall(r"[\w/.-]+\.(?:png|svg)\b", file.read_text(encoding="utf-8"))
+    }
+    kept = set((ROOT / "docs" / "img").iterdir())
+    assert shown == kept
+    sizes = [picture.stat().st_size for picture in kept]
+    assert max(sizes) < 150_000 and sum(sizes) < 1_000_000
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_files_of_the_repository_that_are_named_are_there(file: Path) -> None:
     named = r"\b((?:mlx_grpo|tests|bench|docs|examples|data)/[\w/.-]+\.(?:py|md|jsonl|toml))\b"

@@ -1,5 +1,8 @@
 """The command line: flags to configuration, errors to one line, nothing else. A file a command."""
 
+import inspect
+import re
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -28,16 +31,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(with_models(demo.demo))
-app.command("convert")(with_models(convert.convert))
-app.command("plan")(with_models(plan.plan))
-app.command("train")(with_models(train.train))
-app.command("train-rm")(with_models(train_rm.train_reward_model))
-app.command("eval")(with_models(evaluate.evaluate))
-app.command("eval-rm")(with_models(eval_rm.evaluate_reward_model))
-app.command("report")(report.report)
-app.command("export")(with_models(export.export))
-app.command("doctor")(doctor.doctor)
+
+
+def _add(name: str, function: Callable[..., Any]) -> None:
+    # a line of the docstring is no line of the help: that is as wide as the terminal
+    help_text = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
+    app.command(name, help=help_text)(function)
+
+
+_add("demo", with_models(demo.demo))
+_add("convert", with_models(convert.convert))
+_add("plan", with_models(plan.plan))
+_add("train", with_models(train.train))
+_add("train-rm", with_models(train_rm.train_reward_model))
+_add("eval", with_models(evaluate.evaluate))
+_add("eval-rm", with_models(eval_rm.evaluate_reward_model))
+_add("report", report.report)
+_add("export", with_models(export.export))
+_add("doctor", doctor.doctor)
 
 UsageError: Any = typer.BadParameter.__mro__[
     1

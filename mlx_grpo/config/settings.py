@@ -260,6 +260,11 @@ class TrainConfig:
         return [spec.rpartition(":")[2] for spec in self.evaluation.rewards]
 
 
+def judge_label(name: str) -> str:
+    """What tables and charts call an --eval-reward function."""
+    return "gold judge" if name == "gold" else f"gold judge: {name}"
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where a setting lives: `config.SECTION.FIELD`; its flat name names its flag."""

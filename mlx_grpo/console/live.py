@@ -24,6 +24,13 @@ SPARK_CELLS = 24
 NARROW = 76
 """Columns below which figures follow one another instead of standing in a table."""
 LEAST_BAR = 6
+DRAWN = (
+    *("step", "reward", "kl", "kl/target", "kl/beta", "kl/decay", "frac_dead_groups"),
+    *("completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean"),
+    *("time/left", "time/iteration", "time/tokens_per_second", "time/update_tokens_per_second"),
+    *("memory/peak", *(f"time/{stage}" for stage in STAGES)),
+)
+"""What the picture shows of an iteration."""
 Figure = tuple[str, str]
 """(name, value)."""
 
@@ -31,12 +38,19 @@ Figure = tuple[str, str]
 class LiveView:
     """The picture of a run; rich asks for it a few times a second."""
 
-    def __init__(self, total: int, run: tuple[int, int] = (1, 1)):
+    def __init__(
+        self,
+        total: int,
+        run: tuple[int, int] = (1, 1),
+        before: Sequence[dict[str, Any]] = (),
+    ):
         self.total = total
         self.run = run
         """Which of how many runs."""
-        self.doing = Doing("starting")
-        self.history: list[dict[str, Any]] = []
+        self.doing: Doing | None = Doing("starting")
+        """What is done between the stages; None once nothing is done any more."""
+        self.history = [row for row in before if _drawable(row)]
+        """Metrics of the iterations so far, without those that were skipped."""
         self._begun = 0
         self._running: tuple[int, str, float] | None = None
         """(iteration, stage, when it began); one value, for rich draws from a thread of its own."""
@@ -53,7 +67,9 @@ class LiveView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
         narrow = width < NARROW
-        parts: list[RenderableType] = [Text(), *self._progress(width), self._stages(width)]
+        now_doing = self._stages(width)
+        parts: list[RenderableType] = [Text(), *self._progress(width)]
+        parts += [now_doing] if now_doing else []
         if self.history:
             now = self.history[-1]
             parts += [Text(), *self._trends(now, narrow, width), Text()]
@@ -63,7 +79,7 @@ class LiveView:
         yield from console.render(Group(*parts), options.update(no_wrap=False, overflow="fold"))
 
     def _progress(self, width: int) -> list[RenderableType]:
-        # a resumed run has no history of what is done, and one left out is not in it
+        # an iteration that was skipped is not in the history
         done = max(self._begun - 1, self.history[-1]["step"] if self.history else 0)
         count, left = f"{done}/{self.total}", self._left()
         taken = len(f"iterations  {count} {left}")
@@ -80,7 +96,7 @@ class LiveView:
         left = self.history[-1]["time/left"] if self.history else 0.0
         return f"{duration(left)} left" if left else ""
 
-    def _stages(self, width: int) -> RenderableType:
+    def _stages(self, width: int) -> RenderableType | None:
         """A bar as long as the last iteration took, in stages; or what is done between. Where that
         is too wide, the stage it is in."""
         if (running := self._running) is None:
@@ -160,6 +176,11 @@ def _table(figures: Sequence[Figure]) -> Table:
 
 def _dim(text: str) -> Text:
     return Text(text, style="dim")
+
+
+def _drawable(row: dict[str, Any]) -> bool:
+    """Whether a row of a log, which may hold null for NaN, is an iteration that can be shown."""
+    return all(isinstance(row.get(name), int | float) for name in DRAWN)
 
 
 def _bars(values: Sequence[float]) -> Text:

@@ -1,7 +1,7 @@
 """All that is shown: rich on a terminal, plain lines otherwise. The only place that prints."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TextIO, cast
 
@@ -16,12 +16,15 @@ from rich.text import Text
 from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing, duration
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.stream import Stream
+from mlx_grpo.console.wrapping import in_columns, wrapped
 from mlx_grpo.core.errors import single_line, visible
 from mlx_grpo.core.types import Group
 
 REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
 SAMPLES = 3
 LONGEST_CELL = 160
+HANGING = 2
+"""Blanks before the further lines of a warning."""
 LEAST_TEXT = 12
 """Cells below which a column of texts cannot be read."""
 
@@ -75,7 +78,8 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line, or several."""
-        self.out.print(Text(visible(text, keep="\n")))
+        lines = visible(text, keep="\n").split("\n")
+        self._print(self.out, Text("\n".join(_fitted(self.out, wrapped, line) for line in lines)))
 
     def warn(self, text: str) -> None:
         """One line on standard error."""
@@ -95,12 +99,20 @@ class Console:
         # while a picture is drawn on the terminal, only its own console writes around it
         drawn = self._live and self.err.is_terminal
         console, start = (self.out if drawn else self.err), "\n" * self._shared
-        console.print(Text(start + single_line(text), style=style))  # in one write
+        line = _fitted(console, _hanging, single_line(text))
+        self._print(console, Text(start + line, style=style))  # in one write
+
+    def _print(self, console: RichConsole, what: RenderableType, **how: Any) -> None:
+        # rich reads how high the picture is before it prints and draws it anew afterwards: were its
+        # own thread to draw a higher one between the two, a piece of that would stay
+        with self._live._lock if self._live else nullcontext():
+            console.print(what, **how)
 
     @contextmanager
-    def training(self, total: int) -> Iterator[None]:
+    def training(self, total: int, before: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
         """The live view of a run of `total` iterations while the block runs, where it can be drawn;
-        elsewhere `iteration` says a line each.
+        elsewhere `iteration` says a line each. `before` are the rows that a resumed run has in
+        its metrics.jsonl.
 
         A reader that goes away ends no block: see `reader_gone`.
         """
@@ -109,12 +121,23 @@ class Console:
             if not self._draws or self.out.options.ascii_only:
                 yield
                 return
-            self._view = LiveView(total, self.run)
+            self._view = LiveView(total, self.run, before)
             with self._drawing(self._view):
-                yield
+                try:
+                    yield
+                finally:
+                    self.end_view()
         finally:
-            self._view = None
             self._stdout.patient = False
+
+    def end_view(self) -> None:
+        """Draw the live view, if there is one, for the last time: what is said from here on stands
+        below it."""
+        if self._view and self._live:
+            self._view.doing = None
+            self._live.stop()
+            self._live = self._view = None
+            self.out.print()
 
     @contextmanager
     def _drawing(self, picture: RenderableType, transient: bool = False) -> Iterator[None]:
@@ -195,8 +218,8 @@ class Console:
             f"{m['step']:>4}/{total}  reward {m['reward']:+.3f}  kl "
             f"{m['kl']:.4f}/{m['kl/target']:.3g}  "
             f"{held}  clip {m['clip_ratio/region_mean']:.3f}  "
-            f"length {m['completions/mean_length']:.0f}  finished "
-            f"{1 - m['completions/clipped_ratio']:.0%}  "
+            f"length {m['completions/mean_length']:.0f}  cut off "
+            f"{m['completions/clipped_ratio']:.0%}  "
             f"dead {m['frac_dead_groups']:.0%}  {m['time/tokens_per_second']:.0f} tok/s  "
             f"{m['memory/peak'] / 1e9:.2f} GB  {m['time/iteration']:.1f} s  left "
             f"{duration(m['time/left'])}"
@@ -207,13 +230,14 @@ class Console:
         """One line for an evaluation."""
         if self._view:
             self._view.doing = Doing("saving")
-        self.say(
+        line = (
             f"{step:>4}  held-out: reward {metrics['eval_reward']:+.3f}  kl "
             f"{metrics['eval_kl']:.4f}  "
             f"perplexity {metrics['eval_perplexity']:.2f}  length "
             f"{metrics['eval_completions/mean_length']:.0f}  "
-            f"finished {1 - metrics['eval_completions/clipped_ratio']:.0%}  {note}"
+            f"cut off {metrics['eval_completions/clipped_ratio']:.0%}  {note}"
         )
+        self._print(self.out, Text(_fitted(self.out, in_columns, visible(line))))
 
     def samples(
         self, step: int, groups: Sequence[Group], raw_PK: Sequence[Sequence[float]]
@@ -252,20 +276,30 @@ class Console:
         for row in rows:
             table.add_row(*map(Text, row))
         # a file has no width
-        self.out.print(table, soft_wrap=False, width=max(self.out.width, needed), crop=False)
+        width = max(self.out.width, needed)
+        self._print(self.out, table, soft_wrap=False, width=width, crop=False)
 
     def _list(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        self.out.print(Text(single_line(title), style="table.title"))
+        self._print(self.out, Text(single_line(title), style="table.title"))
         for first, *rest in rows:
-            self.out.print(Text(f"{columns[0]} {first}".strip(), style="bold"))
+            self._print(self.out, Text(f"{columns[0]} {first}".strip(), style="bold"))
             for column, cell in zip(columns[1:], rest, strict=True):
                 if cell:
-                    self.out.print(Text(f"  {column}: {cell}"))
+                    self._print(self.out, Text(f"  {column}: {cell}"))
 
 
 def _rich(stream: Stream, quiet: bool = False) -> RichConsole:
     file = cast(TextIO, stream)
     return RichConsole(file=file, highlight=False, soft_wrap=True, quiet=quiet)
+
+
+def _fitted(console: RichConsole, how: Callable[[str, int], str], line: str) -> str:
+    """The line as a terminal has room for it; elsewhere as it is."""
+    return how(line, console.width) if console.is_terminal else line
+
+
+def _hanging(text: str, width: int) -> str:
+    return wrapped(text, width, HANGING)
 
 
 def _text(text: str) -> Text:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import with_settings
+from mlx_grpo.config.settings import judge_label, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
@@ -142,7 +142,7 @@ def _sides(verdicts: Verdicts) -> Scores:
 def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | None = None) -> None:
     """The table, and some answers side by side."""
     before, after = comparison.before, comparison.after
-    label = {name: f"gold judge: {name}" for name in comparison.judges}
+    label = {name: judge_label(name) for name in comparison.judges}
     rows = [
         _contest(label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", old, new)
         for name, (old, new) in contests(comparison).items()

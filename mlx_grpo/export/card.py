@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig, flat_values
+from mlx_grpo.config.settings import TrainConfig, flat_values, judge_label
 from mlx_grpo.convert.source import licence
 from mlx_grpo.core.commands import command
 from mlx_grpo.export.fused_cost import FusedCost
@@ -90,7 +90,7 @@ def _figures(subject: Subject, judges: Sequence[str]) -> list[str]:
     after = next((r for r in reversed(rows) if r["eval_best"] or not best), None)
     if not rows or after is None:
         return ["The run holds no evaluation."]
-    gold = {f"eval_rewards/{name}/mean": f"gold judge: {name}" for name in judges}
+    gold = {f"eval_rewards/{name}/mean": judge_label(name) for name in judges}
     named = {key: what for key, what in (FIGURES | gold).items() if key in after}
     chosen = "; chosen on the same prompts, so judge it on others" if best else ""
     return [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from mlx_grpo.config.settings import judge_label
 from mlx_grpo.report.charts import Band, Chart, Line, Point, smoothed, spread, stepped
 from mlx_grpo.report.record import Record, gold_names
 
@@ -24,8 +25,8 @@ def _single(r: Record) -> list[Chart]:
     trained = [name for name in _sources(r) if name not in r.config.gold_names]
     return [
         Chart("Reward", "raw score", _both(r, "reward", "eval_reward")),
-        *(_source(r, name) for name in trained if len(trained) > 1),
-        *(_source(r, name, "Gold judge: ") for name in r.config.gold_names),
+        *(_source(r, name, f"Reward: {name}") for name in trained if len(trained) > 1),
+        *(_source(r, name, judge_label(name).capitalize()) for name in r.config.gold_names),
         Chart(
             "KL to the SFT model",
             "nats per token",
@@ -94,12 +95,13 @@ def _sources(r: Record) -> list[str]:
     return [key.split("/")[1] for key in first if key.startswith("rewards/")]
 
 
-def _source(r: Record, name: str, prefix: str = "Reward: ") -> Chart:
-    return Chart(f"{prefix}{name}", "score", _both(r, *_twins(f"rewards/{name}/mean")))
+def _source(r: Record, name: str, title: str) -> Chart:
+    return Chart(title, "score", _both(r, *_twins(f"rewards/{name}/mean")))
 
 
 def _gold(records: Sequence[Record], name: str) -> Chart:
-    return _mean(records, f"eval_rewards/{name}/mean", f"Gold judge: {name}", "held-out")
+    title = judge_label(name).capitalize()
+    return _mean(records, f"eval_rewards/{name}/mean", title, "held-out")
 
 
 def _target(r: Record) -> Line:

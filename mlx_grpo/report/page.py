@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values
+from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values, judge_label
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
@@ -153,7 +153,7 @@ def rows(records: Sequence[Record]) -> list[Figure]:
     judges = {f"eval_rewards/{name}/mean": name for name in gold_names(records)}
     table = [
         Figure("reward", "eval_reward", "+.3f"),
-        *(Figure(f"gold judge: {name}", key, ".3f") for key, name in judges.items()),
+        *(Figure(judge_label(name), key, ".3f") for key, name in judges.items()),
         Figure("KL to the SFT model, nats per token", "eval_kl", ".4f"),
         Figure("perplexity of reference answers", "eval_perplexity", ".2f"),
         Figure("length, tokens", "eval_completions/mean_length", ".1f"),
@@ -189,7 +189,7 @@ def table(records: Sequence[Record]) -> Table:
         )
         for f in rows(records)
     ]
-    judges = {"reward": "reward", **{f"rewards/{n}": n for n in gold_names(records)}}
+    judges = {"reward": "reward", **{f"rewards/{n}": judge_label(n) for n in gold_names(records)}}
     for key, judge in judges.items():
         rates = [r.wins(key) for r in records]
         if any(rates):
@@ -231,7 +231,8 @@ def _change(records: Sequence[Record], figure: Figure) -> Cell:
     if not changes:
         return ()
     if figure.form.endswith("%"):  # a difference of shares is no share
-        return (*_spread([100 * c for c in changes], "+.0f"), "points")
+        *middle, last = _spread([100 * c for c in changes], "+.0f")
+        return (*middle, f"{last} points") if middle else (last, "points")
     return _spread(changes, f"+{figure.form.removeprefix('+')}")
 
 

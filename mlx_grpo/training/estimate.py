@@ -80,7 +80,8 @@ def say_how_long(ui: Console, config: TrainConfig, pace: Pace, done: int, how: s
     left, position, runs = pace.left(config, done), *ui.run
     others = (runs - position) * (pace.left(config, 0) + pace.evaluation)
     iterations, count = config.run.num_iterations - done, evaluations_left(config, done)
-    after = f"; with the {runs - position} after it about {duration(left + others)}"
+    further = "run" if runs - position == 1 else f"{runs - position} runs"
+    after = f"; with the {further} after it about {duration(left + others)}"
     ui.say(
         f"time left, {how}: about {duration(left)} ({iterations} iterations of "
         f"{duration(pace.iteration)}, {count} {'evaluation' if count == 1 else 'evaluations'} of "

@@ -118,7 +118,7 @@ class RunWriter:
         config = self.learner.config
         with (
             self._telling_how_to_resume(BaseException),
-            self.ui.training(config.run.num_iterations),
+            self.ui.training(config.run.num_iterations, self._rows),
             open_trackers(config, self.run, state.iteration, self.ui.warn) as self._track,
         ):
             yield
@@ -132,6 +132,7 @@ class RunWriter:
             raise
 
     def _say_how_to_resume(self) -> None:
+        self.ui.end_view()
         if directory.in_place(self.run):
             self.ui.warn(RESUME.format(command=directory.resume_command(self.run)))
 
@@ -148,10 +149,10 @@ class RunWriter:
             directory.save_named_adapter(self.run, "best", actor)
         self._log(evaluated.metrics)
         directory.log_evaluation(self.run, step, evaluation)
-        for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
-            self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
+        for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
+            self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         if step == 0:
             pace = guessed_pace(self.learner, evaluated.metrics["time/evaluate"])
             say_how_long(self.ui, config, pace, step, "a first guess")
@@ -222,6 +223,7 @@ class RunWriter:
                 "no evaluation passed the KL gate, so there is no best/ adapter; final/ is the "
                 "last one"
             )
+        self.ui.end_view()
         adapters = "final/" if state.best.step is None else "best/ and final/"
         self.ui.say(
             f"done: {self.run} (adapters in {adapters}, metrics in {log.METRICS}, report in "

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from docs.generate import commands
 from mlx_grpo import __version__
 from mlx_grpo.cli import app, main
 from mlx_grpo.training import loop as trainer
@@ -176,3 +177,8 @@ def test_a_shell_completes_commands_and_flags(
         with pytest.raises(SystemExit):
             command(monkeypatch)
         assert set(capsys.readouterr().out.split()) == expected
+
+
+def test_help_is_broken_where_the_terminal_ends_not_where_the_docstring_was() -> None:
+    for name, shown in commands().items():
+        assert shown.help and "\n" not in shown.help.replace("\n\n", ""), name

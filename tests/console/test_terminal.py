@@ -30,6 +30,10 @@ with ui.training(6):
         if step == 4:
             ui.relay("the reward function printed this")
         time.sleep(0.12)
+    with ui.working("saving"):
+        time.sleep(0.12)
+    ui.end_view()
+    ui.say("done: runs/seed-42")
 ui.warn("stopped early; go on with: mlx-grpo train")
 ui.error("the last word")
 """
@@ -62,6 +66,49 @@ def test_every_warning_is_seen_whole_and_the_picture_once(columns: int, lines: i
     pieces = {"iterations": 1, "clipfraction": 1, "iteration22s": 1, "KL": 1}
     assert {p: seen.count(p) for p in pieces} == pieces, shown.seen()
     assert "6/6" in seen and not re.search(r"[0-5]/6", seen)
+    # the last picture tells of nothing under way, and what is said of the end stands below it
+    assert "saving" not in seen
+    assert seen.index("iteration22s") < seen.index("done:runs/seed-42")
+
+
+RACE = """
+import time
+from mlx_grpo.console import output
+from tests.helpers.runs import iteration
+output.REFRESHES_PER_SECOND = 500
+ui = output.Console()
+with ui.training(200):
+    for step in range(1, 201):
+        ui._view.history = []  # a picture without figures is not as high
+        time.sleep(0.004)
+        ui.iteration(iteration(step), 200)
+        ui.warn(f"number {step}")
+"""
+
+
+def test_no_piece_of_a_picture_stays_that_is_drawn_while_something_is_printed() -> None:
+    shown = python(RACE)
+    assert shown.end() == 0
+    seen = shown.seen()
+    assert seen.count("warning: number") == 200
+    assert seen.count("iterations") == seen.count("KL") == 1
+
+
+RESUMED = """
+from mlx_grpo.console.output import Console
+from tests.helpers.runs import evaluation, iteration
+nothing = {**iteration(3), "kl": None}  # as a log holds NaN
+before = [evaluation(0), iteration(1), iteration(2), nothing, {"step": 4, "skipped": "loss"}]
+with Console().training(9, before):
+    pass
+"""
+
+
+def test_a_resumed_run_goes_on_with_the_trends_it_had() -> None:
+    shown = python(RESUMED)
+    assert shown.end() == 0
+    seen = shown.seen()
+    assert "2/9" in seen and "+0.200" in seen and "▁█" in seen
 
 
 SPINNER = """

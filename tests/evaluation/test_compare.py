@@ -59,4 +59,4 @@ def test_ties_stand_beside_every_win_rate(capsys: pytest.CaptureFixture[str]) ->
     show_comparison(Console(), Comparison(before, after, "best", "p.jsonl", ("gold",)))
     out = capsys.readouterr().out
     assert "reward (2 ties)" in out and "67%" in out  # one won, two tied
-    assert "gold judge: gold " in out and "gold (" not in out
+    assert "gold judge " in out and "gold judge (" not in out

@@ -28,6 +28,15 @@ def _at_a_terminal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+class Screen(pyte.HistoryScreen):
+    """A screen that shows faint text in grey; pyte itself drops that attribute."""
+
+    def select_graphic_rendition(self, *attrs: int) -> None:
+        """Bright black for what is to be faint."""
+        faint = attrs[:1] == (2,)
+        super().select_graphic_rendition(*((90, *attrs[1:]) if faint else attrs))
+
+
 class Terminal:
     """A program on a screen of `columns` x `lines`."""
 
@@ -39,7 +48,7 @@ class Terminal:
         stderr: Any = None,
         **environment: str,
     ):
-        self.screen = pyte.HistoryScreen(columns, lines, history=100_000, ratio=1.0)
+        self.screen = Screen(columns, lines, history=100_000, ratio=1.0)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         """All that the program wrote."""
@@ -65,6 +74,11 @@ class Terminal:
     def until(self, text: str) -> None:
         """Read until the screen shows `text`."""
         while text not in self.seen():
+            assert self._read(), f"ended without {text!r}:\n{self.seen()}"
+
+    def until_shown(self, text: str) -> None:
+        """Read until `text` is on the screen now, not above it."""
+        while text not in "\n".join(self.screen.display):
             assert self._read(), f"ended without {text!r}:\n{self.seen()}"
 
     def send(self, keys: bytes) -> None:

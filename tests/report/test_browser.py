@@ -2,8 +2,8 @@
 screenshots kept in $REPORT_SCREENSHOTS."""
 
 import os
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from tests.helpers.runs import write_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
-BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
-MACOS = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
 OUTSIDE = """() => [...document.querySelectorAll('figure > svg')].flatMap(svg => {
     const all = svg.getBoundingClientRect();
     return [...svg.querySelectorAll('text')].filter(text => {
@@ -29,16 +27,15 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium or Chrome, as installed; else the one that `playwright install chromium` brings."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    found = found or (str(MACOS) if MACOS.exists() else None)
-    with sync_api.sync_playwright() as p:
+    """A browser, or the reason why there is none."""
+    from tests.helpers.browser import browser
+
+    with ExitStack() as stack:
         try:
-            launched = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
+            launched = stack.enter_context(browser())
         except sync_api.Error as e:
             pytest.skip(f"no browser here; type: playwright install chromium ({e.message[:80]})")
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +56,8 @@ def test_a_phone_shows_before_after_and_change_side_by_side(
     for row in page.locator(".figures tr").all():
         cells = [cell.bounding_box() for cell in row.locator("th, td").all()[:4]]
         assert cells[3]["x"] + cells[3]["width"] <= PHONE[0]
+    # where more is beside them, the page says so
+    assert page.locator(".swipe:visible").count() == (len(seeds) > 1)
     page.close()
 
 

@@ -118,6 +118,7 @@ def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
     # rewards 3.0 and 3.1: sample standard deviation 0.0707
     assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 ± 0.000 +3.000 +3.100" in said
     assert said.count("Best checkpoint") == 2
+    assert "each run" in said  # in the legends
 
 
 def test_the_table_says_what_has_changed(run: Path) -> None:
@@ -135,7 +136,7 @@ def test_win_rates_of_several_runs_are_pooled_and_show_their_ties(tmp_path: Path
     # 24 of 36 prompts, and each run's 8 of 12: Wilson's intervals
     each = " 67% (39% to 86%)" * 3
     assert f"wins over the SFT model by reward 67% (50% to 80%){each}" in said
-    assert "wins over the SFT model by gold 50% (34% to 66%) 36 ties" in said
+    assert "wins over the SFT model by gold judge 50% (34% to 66%) 36 ties" in said
     assert pooled([None, WinRate(1.5, 4, 1), WinRate(2.0, 4, 0)]) == WinRate(3.5, 8, 1)
     assert pooled([None]) is None
 
@@ -147,6 +148,7 @@ def test_a_judge_of_another_name_is_named(tmp_path: Path) -> None:
         file.write_text(file.read_text().replace("rewards/gold", "rewards/plain"))
     said = words(write_report([run]).read_text())
     assert "The gold judge (plain) scores the answers 0.610 on average" in said
+    assert "gold judge: plain 0.700 0.610" in said and "Gold judge: plain score" in said
 
 
 def test_flags_and_names_with_hyphens_are_held_together(run: Path) -> None:
@@ -164,8 +166,8 @@ def test_a_judge_of_some_of_the_runs_is_shown_for_those(run: Path, tmp_path: Pat
     )
     for runs in ([run, plain], [plain, run]):
         said = words(write_report(runs, tmp_path / "both.html").read_text())
-        assert "gold judge: gold 0.700 0.610 -0.090 " in said  # of one run there is no spread
-        assert "Gold judge: gold held-out, by iteration" in said
+        assert "gold judge 0.700 0.610 -0.090 " in said  # of one run there is no spread
+        assert "Gold judge held-out, by iteration" in said
 
 
 def test_a_run_that_is_given_twice_counts_once(run: Path) -> None:

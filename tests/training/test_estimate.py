@@ -81,7 +81,7 @@ def test_runs_to_come_count(capsys: pytest.CaptureFixture[str]) -> None:
     say_how_long(ui, config, Pace(2 * HOUR, HOUR), 0, "a first guess")
     out, err = capsys.readouterr()
     # 21 hours, and twice 22 with the evaluation before the first iteration
-    assert out.strip().endswith("; with the 2 after it about 2 days 17 h")
+    assert out.strip().endswith("; with the 2 runs after it about 2 days 17 h")
     assert "this takes about 2 days 17 h" in err
 
 
@@ -124,7 +124,7 @@ def test_several_seeds_say_which_and_how_long_all_take(
         "run 1 of 2: seed 1, ",
         "run 2 of 2: seed 2, ",
     ]
-    assert out.count("; with the 1 after it about ") == 1  # the last has none after it
+    assert out.count("; with the run after it about ") == 1  # the last has none after it
 
 
 def test_after_a_run_that_was_stopped_no_other_is_announced(
