@@ -113,7 +113,7 @@ class Told(Ranks):
 
 
 def test_ranks_with_other_versions_or_inputs_are_refused() -> None:
-    about = recorded(TrainConfig(), {"--prompts": "ab" * 32}, dense=True)
+    about = recorded(TrainConfig(), {"--prompts": "ab" * 32}, "dense fp32")
     newer = {**about, "versions": {**about["versions"], "mlx": "9.9"}}
     edited = {**about, "inputs": {"--prompts": "cd" * 32}}
     for other, complaint in ((newer, r"mlx 0\.\S+ -> 9\.9"), (edited, "--prompts other content")):
