@@ -45,7 +45,7 @@ class Figure:
 
 def render(records: Sequence[Record], title: str) -> str:
     """The page, complete in itself."""
-    html = _template().render(
+    return _template().render(
         title=title,
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
@@ -63,14 +63,20 @@ def render(records: Sequence[Record], title: str) -> str:
         settings=settings_table,
         command=training_command,
     )
-    return visible(html, keep="\n\t")  # what data holds must steer neither a browser nor `cat`
 
 
 @cache
 def _template() -> Template:
     """Compiled once: that takes longer than writing a page, and a run writes many."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_harmless
+    )
     return environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
+
+
+def _harmless(value: Any) -> Any:
+    """What data holds must steer neither a browser nor `cat`; by the piece, not a page at once."""
+    return type(value)(visible(value, keep="\n\t")) if isinstance(value, str) else value
 
 
 def number(row: Row, key: str, form: str) -> str:
