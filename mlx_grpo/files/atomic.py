@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,15 +130,16 @@ def need_space(directory: Path, size: int, remedy: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file by `text` in one step.
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a file by `text`, whole or in pieces, in one step.
 
     Raises:
         InputError: there is a pipe or a device, which must not be replaced.
     """
     check_regular(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     fsync_path(temporary)
     os.replace(temporary, path)
 

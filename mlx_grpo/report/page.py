@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -43,9 +43,9 @@ class Figure:
         return number(row, self.key, self.form)
 
 
-def render(records: Sequence[Record], title: str) -> str:
-    """The page, complete in itself."""
-    return _template().render(
+def render(records: Sequence[Record], title: str) -> Iterator[str]:
+    """The page, complete in itself, in pieces."""
+    return _template().generate(
         title=title,
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
