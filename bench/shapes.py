@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlx_grpo.backend.precision import apply_precision, choose_precision
+from mlx_grpo.core.rng import key
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
 _QWEN2 = {
@@ -129,6 +131,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 def shape_config(shape: str, depth: int = 0) -> dict[str, Any]:
     """Configuration of a shape with so many blocks; 0 means as many as it has."""
     return SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+
+
+def move_lora(actor: nn.Module, size: float, seed: int) -> None:
+    """Let a fresh LoRA leave its starting point: B is drawn, A stays."""
+    drawn = {
+        n: size * mx.random.normal(v.shape, key=key(seed, n))
+        for n, v in lora_parameters(actor).items()
+        if n.endswith("lora_b")
+    }
+    set_parameters(actor, drawn)
 
 
 class NoTokenizer:

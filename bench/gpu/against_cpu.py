@@ -74,7 +74,7 @@ def gradient(actor: Decoder, group: TrainingGroup) -> Parameters:
 
 
 def cosine(a: Parameters, b: Parameters) -> float:
-    """Between two gradients."""
+    """Between two gradients of any size."""
     x, y = (mx.concatenate([v[n].reshape(-1) for n in sorted(v)]) for v in (a, b))
     x, y = x / mx.abs(x).max(), y / mx.abs(y).max()
     return ((x * y).sum() / mx.sqrt((x * x).sum() * (y * y).sum())).item()

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig, train_config
+from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.files.atomic import read_json, write_json
@@ -67,7 +67,7 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
     if file.exists():
         return list(read_json(file)["points"])
     seconds = [row["time/iteration"] for row in log.read(run / log.METRICS) if "kl" in row]
-    evaluator = load_evaluator(with_all_prompts(config), ui)
+    evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
     greedy = replace(evaluator.sampling, temperature=0.0)
     model = config.model
     actor = new_actor(
@@ -98,11 +98,6 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
             points.append({"iteration": done, "minutes": minutes, "score": score})
     write_json(file, {"points": points})
     return points
-
-
-def with_all_prompts(config: TrainConfig) -> TrainConfig:
-    """Evaluated on every held-out prompt."""
-    return replace(config, evaluation=replace(config.evaluation, limit=0))
 
 
 def minutes_to(points: list[dict[str, float]], score: float) -> float | None:

@@ -26,7 +26,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.utils import _get_classes
 
 from bench.families import FAMILIES, family_config
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, move_lora
 from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.kernels import use_fast_swiglu
 from mlx_grpo.core.rng import key
@@ -45,11 +45,7 @@ def random_actor(config: dict[str, Any]) -> nn.Module:
     mx.eval(model.parameters())
     model.freeze()
     actor = add_lora(model, rank=16, scale=2.0, seed=0)
-    moved = {
-        n: v if n.endswith("lora_a") else 0.02 * mx.random.normal(v.shape, key=key(1, n))
-        for n, v in lora_parameters(actor).items()
-    }
-    set_parameters(actor, moved)
+    move_lora(actor, 0.02, seed=1)
     mx.eval(actor.parameters())
     return actor
 

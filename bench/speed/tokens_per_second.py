@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from bench.shapes import SHAPES, NoTokenizer, random_model
+from bench.shapes import SHAPES, NoTokenizer, move_lora, random_model
 from bench.speed.staged_backward import update_settings
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
 from mlx_grpo.backend.precision import precision_for
@@ -39,7 +39,7 @@ from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.update import surrogate_gradients
 from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.decoder import WHOLE, Decoder
-from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import RewardModel
@@ -74,11 +74,7 @@ def make_bench(
 ) -> Bench:
     """Actor, reference and reward adapter on one model."""
     actor = add_lora(model, RANK, 2.0, seed=0)
-    moved = {
-        n: v if n.endswith("lora_a") else 0.01 * mx.random.normal(v.shape, key=key(1, n))
-        for n, v in lora_parameters(actor).items()
-    }
-    set_parameters(actor, moved)
+    move_lora(actor, 0.01, seed=1)
     mx.eval(actor.parameters())
     reference = Decoder(model)
     head_1D = mx.random.normal((1, reference.hidden_size), key=key(2, "head"))

@@ -17,9 +17,7 @@ def visible(text: str, keep: str = "") -> str:
     Args:
         keep: of these characters those that stay as they are.
     """
-    # what is kept is passed over in the pattern: a page has thousands of line ends
-    steering = re.compile(f"(?![{re.escape(keep)}]){STEERING.pattern}") if keep else STEERING
-    return steering.sub(lambda m: _spelled(m[0]), text)
+    return STEERING.sub(lambda m: m[0] if m[0] in keep else _spelled(m[0]), text)
 
 
 def _spelled(character: str) -> str:

@@ -12,6 +12,7 @@ from docs.generate import commands
 from mlx_grpo import __version__
 from mlx_grpo.cli import app, main
 from mlx_grpo.training import loop as trainer
+from tests.helpers.interrupted import interrupted_in
 
 
 @pytest.fixture
@@ -83,19 +84,9 @@ def test_resume_needs_no_more_than_the_run_directory(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs"
-    real, calls = trainer.iterate, []
-
-    def dies_in_iteration_two(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    every = ("--checkpoint-every", "1")
-    monkeypatch.setattr(trainer, "iterate", dies_in_iteration_two)
-    assert command(monkeypatch, "train", "--quiet", *flags, *every) == 130
+    with interrupted_in(2):
+        assert command(monkeypatch, "train", "--quiet", *flags, "--checkpoint-every", "1") == 130
     assert steps(run) == ["step-000001"]
-    monkeypatch.setattr(trainer, "iterate", real)
     assert command(monkeypatch, "train", "--quiet", "--resume", "--output", str(run)) == 0
     assert steps(run) == ["step-000001", "step-000002"]
     assert (run / "final" / "adapters.safetensors").is_file()

@@ -1,6 +1,7 @@
 """Tiny models in 4 bits with heads as wide as Gemma's, and a reward adapter for each."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,13 @@ def packed_judge(packed_model: Path, dtype: str, pair_file: Path) -> Path:
         )
     )
     return out
+
+
+@pytest.fixture
+def packed_run(
+    packed_model: Path, packed_judge: Path, dtype: str, train_arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Fields of a TrainConfig of a run in this way, on little."""
+    models = {"actor_model": str(packed_model), "rm_model": str(packed_judge)}
+    way = {"precision": dtype, "weights": "packed"}
+    return {**train_arguments, **models, **way, "batch_size": 2, "eval_limit": 1}

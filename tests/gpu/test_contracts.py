@@ -16,21 +16,14 @@ from mlx_grpo.models import decoder as decoder_module
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.training.loop import train
 
-FEW = {"num_iterations": 1, "batch_size": 2, "max_completion_length": 4, "eval_limit": 1}
 NO_METAL_KERNEL = {"Cholesky", "Eig", "Eigh", "Inverse", "LUF", "QRF", "SVD"}
 """Primitives for which MLX's Metal backend raises (mlx 0.32, backend/metal/primitives.cpp)."""
 
 
 @pytest.fixture
-def config(
-    packed_model: Path,
-    packed_judge: Path,
-    dtype: str,
-    train_arguments: dict[str, Any],
-) -> TrainConfig:
+def config(packed_run: dict[str, Any]) -> TrainConfig:
     """One iteration with its evaluations."""
-    own = {"actor_model": str(packed_model), "rm_model": str(packed_judge), "precision": dtype}
-    return train_config(**{**train_arguments, **own, "weights": "packed", **FEW})
+    return train_config(**{**packed_run, "num_iterations": 1, "max_completion_length": 4})
 
 
 def test_the_stream_between_blocks_has_the_dtype_asked_for_and_fp32_behind_the_last(

@@ -5,9 +5,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from bench.gpu.against_cpu import cosine
+from bench.shapes import move_lora
 from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.precision import DTYPES, Precision
-from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters, Prompt
 from mlx_grpo.grpo.logprob import logps_with_gradient, token_logps
 from mlx_grpo.grpo.rollout import Sampling, rollout
@@ -15,7 +16,7 @@ from mlx_grpo.models import backward
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import WHOLE, Decoder, Sizes, shift_right, unshift
-from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.lora import add_lora
 from tests.helpers.groups import group_of
 
 WEIGHTS = (1e-3, 1e-5, 1e-7, 6e-9)
@@ -27,11 +28,7 @@ NEAREST = {"bf16": 0.98 if device_name() == "cpu" else 0.999, "fp16": 0.99}
 def actor_on(directory: Path, precision: Precision, sizes: Sizes = WHOLE) -> Decoder:
     """A packed or dense model with a LoRA that has left its starting point."""
     actor = add_lora(load_backbone(directory, precision).model, rank=4, scale=2.0, seed=1)
-    moved = {
-        n: v if n.endswith("lora_a") else 0.05 * mx.random.normal(v.shape, key=key(2, n))
-        for n, v in lora_parameters(actor).items()
-    }
-    set_parameters(actor, moved)
+    move_lora(actor, 0.05, seed=2)
     return Decoder(actor, sizes)
 
 
@@ -55,13 +52,6 @@ def gradients_of(decoder: Decoder, weight: float) -> Parameters:
         return [unshift(wanted_KTD, h_prompt.shape[1])]
 
     return gradients(decoder, [Pass(mx.array([group.prompt_ids]), group.tokens_KT)], cotangents)
-
-
-def cosine(a: Parameters, b: Parameters) -> float:
-    """Between two gradients of any size."""
-    x, y = (mx.concatenate([v[n].reshape(-1) for n in sorted(v)]) for v in (a, b))
-    x, y = x / mx.abs(x).max(), y / mx.abs(y).max()
-    return ((x * y).sum() / mx.sqrt((x * x).sum() * (y * y).sum())).item()
 
 
 def length(gradient: Parameters) -> float:

@@ -16,35 +16,25 @@ from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
 from mlx_grpo.models.streamed_reward_model import open_streamed
-from mlx_grpo.training import loop
+from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
+from tests.helpers.interrupted import interrupted_in
 
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def config(
-    packed_model: Path,
-    packed_judge: Path,
-    dtype: str,
-    train_arguments: dict[str, Any],
-) -> TrainConfig:
+def config(packed_run: dict[str, Any]) -> TrainConfig:
     """A run of two iterations."""
-    own = {"actor_model": str(packed_model), "rm_model": str(packed_judge), "precision": dtype}
-    few = {"num_iterations": 2, "batch_size": 2, "minibatch_size": 1, "max_completion_length": 6}
-    often = {"eval_every": 1, "checkpoint_every": 1, "eval_limit": 1, "weights": "packed"}
-    return train_config(**{**train_arguments, **own, **few, **often})
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    few = {"num_iterations": 2, "minibatch_size": 1, "max_completion_length": 6}
+    return train_config(**{**packed_run, **few, "eval_every": 1, "checkpoint_every": 1})
 
 
 def test_a_run_learns_in_numbers_that_are_finite_and_samples_what_it_scores(
     config: TrainConfig, dtype: str
 ) -> None:
     assert train(config, QUIET)
-    found = rows(config.run_directory)
+    found = log.read(config.run_directory / log.METRICS)
     iterations = [row for row in found if "reward" in row]
     for row in iterations:
         assert row["grad_norm"] > 0 and row["policy/optimizer_steps"] > 0
@@ -56,21 +46,10 @@ def test_a_run_learns_in_numbers_that_are_finite_and_samples_what_it_scores(
     assert len(iterations) == 2 and found[-1]["eval_kl"] > 0
 
 
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(config: TrainConfig) -> None:
     assert train(config, QUIET)
     whole = config.run_directory.rename(config.run_directory.with_name("whole"))
-    real, calls = loop.iterate, []
-
-    def dies_in_the_second(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "iterate", dies_in_the_second)
+    with interrupted_in(2), pytest.raises(KeyboardInterrupt):
         train(config, QUIET)
     assert train(config, QUIET, resume=True)
     adapter = "final/adapters.safetensors"

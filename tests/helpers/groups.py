@@ -4,11 +4,12 @@ import math
 
 import mlx.core as mx
 
+from bench.shapes import move_lora
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import TrainingGroup
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.update import UpdateSettings, surrogate_gradients
-from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.lora import add_lora
 from tests.helpers.tiny import VOCABULARY, tiny_model
 
 PROMPT, LENGTHS = 11, (9, 4, 1)
@@ -17,11 +18,7 @@ PROMPT, LENGTHS = 11, (9, 4, 1)
 def actor_of(family: str):  # type: ignore[no-untyped-def]
     """A tiny model with a LoRA that has left its starting point."""
     actor = add_lora(tiny_model(family), rank=4, scale=2.0, seed=1)
-    moved = {
-        n: v if n.endswith("lora_a") else 0.1 * mx.random.normal(v.shape, key=key(2, n))
-        for n, v in lora_parameters(actor).items()
-    }
-    set_parameters(actor, moved)
+    move_lora(actor, 0.1, seed=2)
     return actor
 
 

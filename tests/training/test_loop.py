@@ -17,6 +17,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
 from mlx_grpo.run import log, provenance
 from mlx_grpo.training.loop import train
+from tests.helpers.interrupted import interrupted_in
 
 QUIET = Console(quiet=True)
 
@@ -66,23 +67,11 @@ def test_another_seed_gives_another_run(train_arguments: dict[str, Any], whole: 
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
-    from mlx_grpo.training import loop as trainer
-
-    real, calls = trainer.iterate, []
-
-    def dies_in_iteration_four(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "iterate", dies_in_iteration_four)
     config = train_config(**{**train_arguments, "output": str(tmp_path / "broken")})
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_in(4), pytest.raises(KeyboardInterrupt):
         train(config, QUIET)
-    monkeypatch.setattr(trainer, "iterate", real)
     assert rows(config.run_directory)[-1]["step"] == 3  # beyond the checkpoint at 2
     resumed = run_of(config, resume=True)
 
@@ -92,16 +81,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(
-    train_arguments: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_arguments: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
-    from mlx_grpo.training import loop as trainer
-
-    def dies(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
     config = train_config(**{**train_arguments, "output": str(tmp_path / "broken")})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "iterate", dies)
+    with interrupted_in(1), pytest.raises(KeyboardInterrupt):
         train(config, QUIET)
     assert len(rows(config.run_directory)) == 1  # the evaluation before the first iteration
     assert rows(run_of(config, resume=True)) == rows(whole)
