@@ -2,6 +2,7 @@
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 
+import json
 import os
 import shutil
 import sys
@@ -48,6 +49,18 @@ def _not_skipped_in_ci(report: Any) -> Any:
     if os.environ.get("CI") == "true" and report.skipped and FREE_TO_SKIP not in reason:
         report.outcome, report.longrepr = "failed", f"skipped under CI=true: {reason}"
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A line for each test in the file that `MLX_GRPO_TEST_LOG` names: what a run shows that had to
+    be stopped."""
+    log = os.environ.get("MLX_GRPO_TEST_LOG")
+    on_worker = "PYTEST_XDIST_WORKER" in os.environ  # the process in charge sees its reports too
+    if log and not on_worker and (report.when == "call" or report.failed):
+        why = report.longreprtext[-2000:] if report.failed else ""
+        line = {"test": report.nodeid, "outcome": report.outcome, "why": why}
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,8 +2,8 @@
 
 usage: bash bench/gpu.sh [FILE.json]
 
-A step that fails or takes too long is told, and the others run all the same. `--shape` and
-`--minutes` are for trying the command on a CPU.
+A step that fails or takes too long is told, and the others run all the same. `--only` names the
+steps to run; `--shape` and `--minutes` are for trying the command on a CPU.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +37,7 @@ class Step:
     """A part of the run and what came of it."""
 
     name: str
+    """`kernels`, `memory`, `speed`, `numbers`, `tests-bf16` or `tests-fp16`."""
     command: list[str]
     minutes: float
     environment: dict[str, str] = field(default_factory=dict)
@@ -59,15 +59,15 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
         return Step(name, command, share * minutes), lambda: json.loads(file.read_text())
 
     def tests(dtype: str, share: float) -> tuple[Step, Callable[[], Any]]:
-        report = place / f"tests-{dtype}.xml"
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        log = place / f"tests-{dtype}.jsonl"
+        options = ["-q", "-p", "no:cacheprovider"]
         if device_name() == "cuda" and find_spec("xdist"):  # each kernel is compiled at run time
             options += ["-n", "4"]
-        way = {"MLX_GRPO_TEST_DEVICE": "any", "MLX_GRPO_PRECISION": dtype}
-        way["MLX_GRPO_WEIGHTS"] = "packed"
+        way = {"MLX_GRPO_TEST_DEVICE": "any", "MLX_GRPO_TEST_LOG": str(log)}
+        way |= {"MLX_GRPO_PRECISION": dtype, "MLX_GRPO_WEIGHTS": "packed"}
         command = [python, "-m", "pytest", *options, *TESTS]
-        step = Step(f"tests, packed {dtype}", command, share * minutes, way)
-        return step, lambda: counted(report)
+        step = Step(f"tests-{dtype}", command, share * minutes, way)
+        return step, lambda: counted(log)
 
     tiny = shape == "tiny"
     length = "16" if tiny else "256"
@@ -91,16 +91,11 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
     ]
 
 
-def counted(report: Path) -> dict[str, Any]:
-    """Tests, failures and seconds of a JUnit report."""
-    suite = ElementTree.parse(report).getroot()[0]
-    failed = [
-        f"{case.get('classname')}.{case.get('name')}"
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ]
-    ran = int(suite.get("tests", 0)) - int(suite.get("skipped", 0))
-    return {"ran": ran, "failed": failed, "seconds": float(suite.get("time", 0))}
+def counted(log: Path) -> dict[str, Any]:
+    """How many tests ran, and what failed and why, also of a run that was stopped."""
+    ran = [json.loads(line) for line in log.read_text().splitlines()]
+    failed = {test["test"]: test["why"] for test in ran if test["outcome"] == "failed"}
+    return {"ran": len(ran), "failed": failed}
 
 
 def run(step: Step, figures: Callable[[], Any]) -> None:
@@ -123,7 +118,7 @@ def run(step: Step, figures: Callable[[], Any]) -> None:
     step.seconds = time.perf_counter() - start
     try:
         step.figures = figures()
-    except (OSError, ValueError, ElementTree.ParseError) as e:
+    except (OSError, ValueError) as e:
         step.figures = {"missing": str(e)}
     step.output = output[-6000:] if step.ended != "well" else ""
     print(f"  ended {step.ended}, {step.seconds:.0f} s", flush=True)
@@ -169,6 +164,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         figures = step["figures"] or {}
         if "failed" in figures:
             yield f"{step['name']}: {figures['ran']} ran, {len(figures['failed'])} failed"
+            yield from (f"  {test}" for test in figures["failed"])
         if "planned" in figures:
             yield "| stage | planned | measured |"
             yield "|---|---|---|"
@@ -195,6 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="gemma-2b", help="of bench/shapes.py")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all steps together")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="the steps to run")
     args = parser.parse_args()
     args.json.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**about(), "shape": args.shape, "steps": []}
@@ -202,7 +199,14 @@ def main() -> None:
     for lack in results["missing"]:
         print(f"not installed: {lack}")
     with tempfile.TemporaryDirectory() as place:
-        for step, figures in steps(args.shape, args.minutes, Path(place)):
+        planned = steps(args.shape, args.minutes, Path(place))
+        names = [step.name for step, _ in planned]
+        if wrong := set(args.only or ()) - set(names):
+            known = ", ".join(names)
+            parser.error(f"--only: no step {', '.join(sorted(wrong))}; there are {known}")
+        for step, figures in planned:
+            if step.name not in (args.only or names):
+                continue
             run(step, figures)
             kept = ("name", "seconds", "ended", "figures", "output")
             results["steps"].append({n: getattr(step, n) for n in kept})
