@@ -200,7 +200,7 @@ def streamed(
     with decoder.without_blocks():
         let_go(decoder.model)
     run_blocks(decoder, entered, precision)
-    return [(r.h_prompt, r.h_rows) for r in entered]
+    return [(r.states[0], r.states[1]) for r in entered]
 
 
 def without_blocks(model: nn.Module, precision: Precision) -> Decoder:

@@ -1,4 +1,4 @@
-"""Sample K answers per prompt; the only file that touches mlx-lm's generation caches.
+"""Sample K answers per prompt.
 
 Every prompt is prefilled once and its keys and values serve K rows. All rows decode together, as
 many at a time as `decode_rows` allows; rows that finish are dropped from the batch. A token is
@@ -19,7 +19,9 @@ from mlx_grpo.backend.kernels import exp_rows, worth_dropping
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
-from mlx_grpo.models.decoder import PREFILL_TOKENS, fp32_after_blocks, one_block_at_a_time
+from mlx_grpo.models.decoder import PREFILL_TOKENS
+from mlx_grpo.models.prompt_caches import rollout_caches
+from mlx_grpo.models.stand_ins import fp32_after_blocks, one_block_at_a_time
 
 SAMPLER_BLOCK = 256
 GROW_TOKENS = 64
@@ -178,15 +180,12 @@ def _prefill(
                 model(mx.array([part]), cache=caches)  # lazy: the head is never computed
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)
-    batch = []
+    each_k = [i for i in range(len(prompts)) for _ in range(sampling.k)]
+    batch = rollout_caches(per_prompt, each_k)
     # grown a few times, to what this rollout can need: most of that may never be touched
     step = -(-sampling.max_tokens // -(-sampling.max_tokens // GROW_TOKENS))
-    each_k = mx.array([i for i in range(len(prompts)) for _ in range(sampling.k)])
-    for layer in zip(*per_prompt, strict=True):
-        cache = type(layer[0]).merge(list(layer))
-        cache.filter(each_k)
+    for cache in batch:
         cache.step = step
-        batch.append(cache)
     return batch
 
 

@@ -15,6 +15,7 @@ from mlx_grpo.backend.precision import Precision, apply_precision, choose_precis
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import check_template, read_chat_tokenizer, stop_at_end_of_turn
 from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.models.block_calls import States
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import (
     Stamps,
@@ -97,7 +98,8 @@ def largest_state(backbone: Backbone) -> float:
     decoder = Decoder(backbone.model)
     tokens = mx.array([backbone.tokenizer.encode(PROBE)])
     e = decoder.embed(tokens[:, :1], tokens[:, 1:])
-    most, states = 0.0, (e.h_prompt, e.h_rows)
+    most = 0.0
+    states: States = (e.h_prompt, e.h_rows)
     for i in range(len(decoder.blocks)):
         states = decoder.run_block(e, i, *states)
         found = max(mx.abs(h).max().astype(mx.float32).item() for h in states)

@@ -29,13 +29,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.decoder import Decoder, Embedded
+from mlx_grpo.models.block_calls import Embedded, States
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import set_parameters
 from mlx_grpo.models.mlp_chunks import MLP, vjp_in_chunks
 
-States = tuple[mx.array, mx.array]
-"""Hidden states of a prompt, [1, S, D], and of its completions, [K, T, D]."""
-Cotangents = Callable[[list[States]], list[States]]
+Pair = tuple[mx.array, mx.array]
+"""Of a prompt, [1, S, D], and of its completions, [K, T, D]."""
+Cotangents = Callable[[list[Pair]], list[Pair]]
 """From the hidden states after the last block, of each pass, to the gradients of a loss there."""
 
 
@@ -106,13 +107,13 @@ class _LossScale:
             return wanted
         step = 2.0 ** math.floor(math.log2(TOP / most.item()))
         self.factor *= step
-        return [(g_prompt * step, g_rows * step) for g_prompt, g_rows in wanted]
+        return [tuple(g * step for g in gs) for gs in wanted]
 
 
 def _forward(decoder: Decoder, p: Pass, first: int, cut: int) -> _Trace:
     """Run the blocks below `cut`; keep the inputs of those from `first` on."""
     embedded = decoder.embed(p.prompt_1S, p.rows_KT)
-    states = embedded.h_prompt, embedded.h_rows
+    states: States = (embedded.h_prompt, embedded.h_rows)
     inputs = []
     for i in range(cut):
         if i >= first:
@@ -136,7 +137,7 @@ def _through_kept_blocks(
     that are filled once the forward has been evaluated, and nothing reads them earlier.
     """
     blocks, entering = decoder.blocks[cut:], [trace.states for trace in traces]
-    buffers = [tuple(mx.zeros(h.shape) for h in states) for states in entering]
+    buffers = [tuple(mx.zeros(h.shape[-3:]) for h in states[:2]) for states in entering]
     mx.eval(buffers)
 
     def surrogate(
@@ -181,21 +182,22 @@ def _block_vjp(
     tokens = decoder.sizes.mlp_tokens
     if MLP in block and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs):
 
-        def call(h_prompt: mx.array, h_rows: mx.array) -> States:
-            return decoder.call_block(trace.embedded, i, h_prompt, h_rows)
+        def call(*states: mx.array) -> States:
+            return decoder.call_block(trace.embedded, i, *states)
 
         return vjp_in_chunks(block, call, inputs, cotangents, tokens)
     current = _trainable(block)
 
-    def run(h_prompt: mx.array, h_rows: mx.array, *values: mx.array) -> list[mx.array]:
-        set_parameters(block, dict(zip(current, values, strict=True)))
-        return list(decoder.call_block(trace.embedded, i, h_prompt, h_rows))
+    def run(*values: mx.array) -> list[mx.array]:
+        states, own = values[: len(inputs)], values[len(inputs) :]
+        set_parameters(block, dict(zip(current, own, strict=True)))
+        return list(decoder.call_block(trace.embedded, i, *states))
 
     with _put_back([block]):
-        values = [*inputs, *current.values()]
-        _, (g_prompt, g_rows, *found) = mx.vjp(run, values, list(cotangents))
-    mx.eval(g_prompt, g_rows, found)
-    return (g_prompt, g_rows), dict(zip(current, found, strict=True))
+        _, found = mx.vjp(run, [*inputs, *current.values()], list(cotangents))
+    mx.eval(found)
+    g_states, g_values = found[: len(inputs)], found[len(inputs) :]
+    return tuple(g_states), dict(zip(current, g_values, strict=True))
 
 
 def _add(total: Parameters, prefix: str, found: Parameters, factor: float) -> None:

@@ -12,7 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlx_grpo.backend.precision import Precision, apply_precision
-from mlx_grpo.models.decoder import Decoder, Embedded
+from mlx_grpo.models.block_calls import Embedded, States
+from mlx_grpo.models.decoder import Decoder
 
 
 @dataclass
@@ -20,15 +21,15 @@ class Rows:
     """Rows behind one prompt, on their way through the blocks."""
 
     embedded: Embedded
-    h_prompt: mx.array
-    h_rows: mx.array
+    states: States
+    """Of the prompt, of the rows, and what else travels."""
 
 
 def embed_rows(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Rows:
     """The hidden states that enter the first block, evaluated."""
     e = decoder.embed(prompt_1S, rows_KT)
     mx.eval(e.h_prompt, e.h_rows)
-    return Rows(e, e.h_prompt, e.h_rows)
+    return Rows(e, (e.h_prompt, e.h_rows))
 
 
 def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> None:
@@ -36,8 +37,8 @@ def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> 
     for i, block in enumerate(decoder.blocks):
         apply_precision(block, precision)
         for r in rows:
-            r.h_prompt, r.h_rows = decoder.run_block(r.embedded, i, r.h_prompt, r.h_rows)
-            mx.eval(r.h_prompt, r.h_rows)
+            r.states = decoder.run_block(r.embedded, i, *r.states)
+            mx.eval(r.states)
         let_go(block)
 
 

@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 MLP = "mlp"
 """The attribute that holds a block's MLP in mlx-lm; a block without it is never cut."""
 
-Pair = tuple[mx.array, mx.array]
-"""Of the prompt, [1, S, D], and of its completions, [K, T, D]."""
+States = tuple[mx.array, ...]
+"""Of the prompt, [1, S, D], and of its completions, [K, T, D], then what else travels between
+blocks."""
 
 
 @contextmanager
@@ -76,11 +77,11 @@ class _Given:
 
 def vjp_in_chunks(
     block: nn.Module,
-    run: Callable[[mx.array, mx.array], Pair],
-    inputs: Pair,
-    cotangents: Pair,
+    run: Callable[..., States],
+    inputs: States,
+    cotangents: States,
     tokens: int,
-) -> tuple[Pair, dict[str, mx.array]]:
+) -> tuple[States, dict[str, mx.array]]:
     """As `mx.vjp` of `run`, a call of the block on prompt and completions, its MLP over `tokens`
     tokens at a time.
 
@@ -91,15 +92,15 @@ def vjp_in_chunks(
     current = dict(tree_flatten(block.trainable_parameters()))
     outside = {n: v for n, v in current.items() if not n.startswith(f"{MLP}.")}
 
-    def rest(outputs: Sequence[mx.array], *hs: mx.array) -> tuple[list[mx.array], Pair]:
+    def rest(outputs: Sequence[mx.array], *hs: mx.array) -> tuple[list[mx.array], States]:
         given = _Given(outputs)
         with _mlp_replaced(block, given):
             out = run(*hs)
         return given.inputs, out
 
-    read, _ = rest(inputs, *inputs)
+    read, _ = rest(inputs[:2], *inputs)
     mx.eval(read)
-    written = [mx.full(x.shape, mx.nan, dtype=x.dtype) for x in inputs]
+    written = [mx.full(x.shape, mx.nan, dtype=x.dtype) for x in inputs[:2]]
     wanted = _output_gradient(rest, inputs, written, cotangents)
     if any(mx.isnan(g).any().item() for g in wanted):  # a norm follows: the output itself matters
         with mlp_in_chunks(block, tokens):
@@ -109,26 +110,25 @@ def vjp_in_chunks(
     through, gradients = _mlp_vjp(mlp, read, wanted, tokens)
 
     def around(*values: Any) -> list[mx.array]:
-        block.update(tree_unflatten(list(zip(outside, values[2:], strict=True))))
-        seen, out = rest(written, *values[:2])
+        block.update(tree_unflatten(list(zip(outside, values[len(inputs) :], strict=True))))
+        seen, out = rest(written, *values[: len(inputs)])
         return [*seen, *out]
 
     try:
-        _, (g_prompt, g_rows, *found) = mx.vjp(
-            around, [*inputs, *outside.values()], [*through, *cotangents]
-        )
+        _, found = mx.vjp(around, [*inputs, *outside.values()], [*through, *cotangents])
     finally:
         block.update(tree_unflatten(list(outside.items())))  # out with the tracers
-    gradients |= dict(zip(outside, found, strict=True))
-    mx.eval(g_prompt, g_rows, gradients)
-    return (g_prompt, g_rows), {n: gradients[n] for n in current}
+    gradients |= dict(zip(outside, found[len(inputs) :], strict=True))
+    g_states = tuple(found[: len(inputs)])
+    mx.eval(g_states, gradients)
+    return g_states, {n: gradients[n] for n in current}
 
 
 def _output_gradient(
-    rest: Callable[..., tuple[list[mx.array], Pair]],
-    inputs: Pair,
+    rest: Callable[..., tuple[list[mx.array], States]],
+    inputs: States,
     written: list[mx.array],
-    cotangents: Pair,
+    cotangents: States,
 ) -> list[mx.array]:
     """Gradient with respect to what the MLP returns, for prompt and completions."""
     _, wanted = mx.vjp(lambda *m: list(rest(m, *inputs)[1]), written, list(cotangents))

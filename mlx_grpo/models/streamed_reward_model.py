@@ -80,7 +80,7 @@ class StreamedRewardModel:
         wave: list[_Bucket] = []
         for i, group in enumerate(groups):
             wave += self._embedded(i, group)
-            held = sum(b.rows.h_prompt.nbytes + b.rows.h_rows.nbytes for b in wave)
+            held = sum(h.nbytes for b in wave for h in b.rows.states)
             if 2 * held > self.hidden_bytes:
                 yield wave
                 wave = []
@@ -99,7 +99,7 @@ class StreamedRewardModel:
         decoder = self._open()
         run_blocks(decoder, [b.rows for b in buckets], self.precision)
         for b in buckets:
-            last_KD = b.rows.h_rows[mx.arange(len(b.lengths)), mx.array(b.lengths) - 1]
+            last_KD = b.rows.states[1][mx.arange(len(b.lengths)), mx.array(b.lengths) - 1]
             yield reward_head(decoder, last_KD, self.weight_1D, self.bias, self.first).tolist()
 
     def _open(self) -> Decoder:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_grpo.backend.precision import DTYPES
 from mlx_grpo.config.settings import TrainConfig, train_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.models import decoder as decoder_module
+from mlx_grpo.models import stand_ins
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.training.loop import train
 
@@ -30,7 +30,7 @@ def test_the_stream_between_blocks_has_the_dtype_asked_for_and_fp32_behind_the_l
     config: TrainConfig, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half, seen = DTYPES[dtype], set[tuple[str, mx.Dtype]]()
-    call_block, leave = Decoder.call_block, decoder_module._Fp32Exit.__call__
+    call_block, leave = Decoder.call_block, stand_ins._Fp32Exit.__call__
 
     def noted(self: Decoder, e: Any, i: int, *h: mx.array) -> Any:
         out = call_block(self, e, i, *h)
@@ -45,7 +45,7 @@ def test_the_stream_between_blocks_has_the_dtype_asked_for_and_fp32_behind_the_l
         return out
 
     monkeypatch.setattr(Decoder, "call_block", noted)
-    monkeypatch.setattr(decoder_module._Fp32Exit, "__call__", left)
+    monkeypatch.setattr(stand_ins._Fp32Exit, "__call__", left)
     assert train(config, Console(quiet=True))
     assert seen == {
         ("in", half),

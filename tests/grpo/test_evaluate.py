@@ -16,8 +16,9 @@ from mlx_grpo.grpo.evaluate import (
 )
 from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.models.decoder import Decoder, fp32_after_blocks
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.stand_ins import fp32_after_blocks
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
 

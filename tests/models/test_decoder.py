@@ -101,22 +101,27 @@ def test_roles_share_the_arrays_of_one_backbone() -> None:
     assert unique_bytes(model, twin, actor) == unique_bytes(model) + adapter_bytes
 
 
-def test_a_model_whose_blocks_take_other_arguments_is_refused() -> None:
-    from mlx_lm.models import mamba
+def test_a_model_that_runs_its_blocks_twice_is_refused() -> None:
+    from mlx_lm.models import nanbeige
 
-    model = mamba.Model(
-        mamba.ModelArgs(
-            model_type="mamba",
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            state_size=4,
-            num_hidden_layers=1,
-            conv_kernel=4,
-            use_bias=False,
-            use_conv_bias=True,
-            time_step_rank=2,
-        )
+    args = nanbeige.ModelArgs("nanbeige", 16, 1, 32, 2, 2, 1e-5, VOCABULARY, num_loops=2)
+    with pytest.raises(InputError, match="'nanbeige' is not supported: it calls a block 2 times"):
+        Decoder(nanbeige.Model(args))
+
+
+def test_a_mask_wider_than_the_cache_is_refused() -> None:
+    from mlx_lm.models import plamo3
+
+    args = plamo3.ModelArgs(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        window_size=8,
+        sliding_window_pattern=2,
+        intermediate_size=32,
+        vocab_size=VOCABULARY,
     )
-    with pytest.raises(InputError, match="mamba"):
-        Decoder(model)
+    with pytest.raises(InputError, match="'plamo3' .* 9 tokens, its caches keep 8"):
+        Decoder(plamo3.Model(args))

@@ -1,0 +1,91 @@
+"""The check at load: the decoder taken apart, and the caches of its rollouts, against the model.
+
+What `Decoder` knows of a model it has seen in one run of it. Whether that is the whole truth is
+found out here, on a few tokens, before any work: hidden states, final norm and logits behind a
+shared prompt, and the logits of a rollout, equal those of the model over whole sequences.
+"""
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_grpo.core.rng import key
+from mlx_grpo.models.decoder import Decoder, shift_right
+from mlx_grpo.models.prompt_caches import rollout_caches
+from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
+
+PROMPT, ROWS, COMPLETION = 5, 2, 3
+"""Tokens of the prompt, completions, and tokens of each."""
+BOUND = {mx.float32: 1e-3}
+BOUND_16 = 0.1
+"""Root mean square of the difference over that of the value. What is left out of a model, or done
+twice, makes it about 1; rounding in 16 bits makes it 0.01, more where it sends a token to another
+expert."""
+
+
+def check_decoder(decoder: Decoder) -> None:
+    """Compare a few random tokens on each way through the model.
+
+    Raises:
+        InputError: one of them differs or fails; names the model's family.
+    """
+    try:
+        differences = _differences(decoder)
+    except Exception as e:  # whatever a model's own code raises where it is not run as it expects
+        raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+    for what, difference in differences.items():
+        if difference > BOUND.get(decoder.dtype, BOUND_16):
+            raise refusal(
+                decoder.model, f"{what} differ by {difference:.2g} of their size from the model's"
+            )
+
+
+def _differences(decoder: Decoder) -> dict[str, float]:
+    """Of what the two ways give; nothing where the model's own values are not finite."""
+    shape = (ROWS, PROMPT + COMPLETION)
+    tokens_KL = mx.random.randint(0, decoder.vocabulary, shape, key=key(0, "check"))
+    tokens_KL[:, :PROMPT] = tokens_KL[:1, :PROMPT]
+    prompt_1S, rows_KT = tokens_KL[:1, :PROMPT], tokens_KL[:, PROMPT:]
+    read_KLD, logits_KLV = _whole(decoder, tokens_KL)
+    h_prompt, h_rows = decoder.forward(prompt_1S, rows_KT)
+    expected_KTV = logits_KLV[:, PROMPT - 1 : -1]
+    if not mx.isfinite(logits_KLV).all().item():
+        return {}
+    pairs = {
+        "logits of the model taken apart": (
+            decoder.head(shift_right(h_prompt, h_rows)),
+            expected_KTV,
+        ),
+        "logits of rollouts": (_of_rollout(decoder, prompt_1S, rows_KT), expected_KTV),
+    }
+    if read_KLD is not None:
+        pairs["hidden states"] = (h_rows, read_KLD[:, PROMPT:])
+    return {what: _difference(*pair) for what, pair in pairs.items()}
+
+
+def _whole(decoder: Decoder, tokens_KL: mx.array) -> tuple[mx.array | None, mx.array]:
+    """What the final norm reads, and the logits; by the model itself."""
+    with fp32_after_blocks(decoder.model):
+        if decoder.final_norm is None:
+            return None, decoder.model(tokens_KL)
+        with decoder.final_norm.noted() as read:
+            logits_KLV = decoder.model(tokens_KL)
+    return read[-1], logits_KLV
+
+
+def _of_rollout(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> mx.array:
+    """Logits as a rollout computes them, a token at a time, [K, T, V]."""
+    model, caches = decoder.model, make_prompt_cache(decoder.model)
+    model(prompt_1S[:, :-1], cache=caches)
+    batch = rollout_caches([caches], [0] * ROWS)
+    last_K1 = mx.broadcast_to(prompt_1S[:, -1:], (ROWS, 1))
+    inputs_KT = mx.concatenate([last_K1, rows_KT[:, :-1]], axis=1)
+    with fp32_after_blocks(model):
+        steps = [model(inputs_KT[:, t : t + 1], cache=batch) for t in range(COMPLETION)]
+    return mx.concatenate(steps, axis=1)
+
+
+def _difference(found: mx.array, expected: mx.array) -> float:
+    expected = expected.astype(mx.float32)
+    error = mx.square(found.astype(mx.float32) - expected).mean()
+    size = mx.square(expected - expected.mean(axis=-1, keepdims=True)).mean()
+    return float(mx.sqrt(error / mx.maximum(size, 1e-30)).item())

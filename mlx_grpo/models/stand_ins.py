@@ -1,0 +1,187 @@
+"""Stand-ins for the blocks of an mlx-lm model, to see and to steer what runs through it.
+
+A model finds its blocks in lists of its modules and calls each once. `replaced` puts other
+callables into these lists for a while.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_grpo.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Stands in for what a block returns beside hidden states, on its way to later blocks."""
+
+    block: int
+    output: int
+
+
+class StandIn:
+    """Calls the block it stands in for; models read attributes such as `use_sliding` off it and ask
+    for its class."""
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.__dict__["block"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.__dict__["block"][name]
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self.block(h, *args, **kwargs)
+
+
+class Probe(StandIn):
+    """Notes how often the block is called and how many values it returns beside hidden states."""
+
+    calls = 0
+    extra: int | None = None
+    """None: it returns an array and no tuple."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(h, *args, **kwargs)
+        self.calls += 1
+        self.extra = len(out) - 1 if isinstance(out, tuple) else None
+        return out
+
+
+class Recorder(StandIn):
+    """Notes the block's arguments and passes hidden states through."""
+
+    def __init__(self, block: nn.Module, index: int, extra: int | None):
+        super().__init__(block)
+        self.index, self.extra = index, extra
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        self.h, self.args, self.kwargs = h, args, kwargs
+        return self.returned(h)
+
+    def returned(self, h: mx.array) -> Any:
+        """Hidden states in the form in which the block returns them."""
+        if self.extra is None:
+            return h
+        return (h, *(Wire(self.index, k) for k in range(self.extra)))
+
+
+class Injector(Recorder):
+    """Returns given hidden states instead of its input."""
+
+    def __init__(self, block: nn.Module, index: int, extra: int | None, h: mx.array):
+        super().__init__(block, index, extra)
+        self.given = h
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self.returned(self.given)
+
+
+class _Fp32Exit(StandIn):
+    """Of the last block: what leaves it is fp32."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return _on_states(lambda x: x.astype(mx.float32), self.block(h, *args, **kwargs))
+
+
+class _Evaluated(StandIn):
+    """Of a block whose arrays are to be gone before the next one runs."""
+
+    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(h, *args, **kwargs)
+        mx.eval(out)
+        return out
+
+
+def _on_states(change: Any, out: Any) -> Any:
+    """What a block returns, its hidden states changed."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The lists in which a model finds its blocks."""
+
+    names: tuple[str, ...]
+    """Of the blocks, in the order in which they run."""
+    lists: tuple[tuple[nn.Module, str, tuple[int | None, ...]], ...]
+    """Module, attribute, and which block stands where (None: another module)."""
+
+
+def family(model: nn.Module) -> str:
+    """Name of mlx-lm's module, for messages."""
+    return type(model).__module__.rsplit(".", 1)[-1]
+
+
+def refusal(model: nn.Module, why: str) -> InputError:
+    """That a model cannot be trained here, in a line."""
+    return InputError(f"model type '{family(model)}' is not supported: {why}")
+
+
+def places_of(model: nn.Module) -> Places:
+    """Where the blocks are.
+
+    Raises:
+        InputError: a block is in no list of a module.
+    """
+    blocks = list(model.layers)
+    numbers = {id(block): i for i, block in enumerate(blocks)}
+    names: dict[int, str] = {}
+    lists, seen = [], set()
+    for name, module in model.named_modules():
+        for key, value in module.items():
+            if not isinstance(value, list) or id(value) in seen:
+                continue
+            where = tuple(numbers.get(id(item)) for item in value)
+            if any(i is not None for i in where):
+                seen.add(id(value))
+                lists.append((module, key, where))
+                prefix = f"{name}.{key}" if name else key
+                names |= {i: f"{prefix}.{j}" for j, i in enumerate(where) if i is not None}
+    if not blocks or len(names) < len(blocks):
+        raise refusal(model, "its blocks are in no list of its modules")
+    return Places(tuple(names[i] for i in range(len(blocks))), tuple(lists))
+
+
+@contextmanager
+def replaced(places: Places, stand_ins: Sequence[Any]) -> Iterator[None]:
+    """Within it a stand-in is called for each block; without any, the blocks are not there."""
+    originals = [(module, key, module[key]) for module, key, _ in places.lists]
+    for (module, key, where), (_, _, original) in zip(places.lists, originals, strict=True):
+        pairs = list(zip(where, original, strict=True))
+        if stand_ins:
+            module[key] = [own if i is None else stand_ins[i] for i, own in pairs]
+        else:
+            module[key] = [own for i, own in pairs if i is None]
+    try:
+        yield
+    finally:
+        for module, key, original in originals:
+            module[key] = original
+
+
+@contextmanager
+def fp32_after_blocks(model: nn.Module) -> Iterator[None]:
+    """Within it the final norm and the head of an mlx-lm model see fp32 states."""
+    *others, last = model.layers
+    with replaced(places_of(model), [*others, _Fp32Exit(last)]):
+        yield
+
+
+@contextmanager
+def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Within it each block of an mlx-lm model is evaluated before the next: a GPU would have the
+    arrays of many alive."""
+    blocks = list(model.layers)
+    with replaced(places_of(model), [_Evaluated(block) for block in blocks]):
+        yield
