@@ -1,0 +1,36 @@
+"""The table of model families: complete, and each kind of result told as it is."""
+
+import pytest
+
+from bench.decoders import CONFIGS
+from bench.families_table import MARKER, PAGE, Outcome, outcome, outcomes, rows
+
+
+def test_every_configuration_stands_in_the_page_once() -> None:
+    table = PAGE.read_text(encoding="utf-8").split(MARKER)[1]
+    named = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[4:]]
+    assert named == list(CONFIGS), "run: python -m bench.families_table"
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2", "gemma4 shared"])
+def test_a_family_works_as_actor_as_reward_model_and_in_4_bits(name: str) -> None:
+    found = outcome(name)
+    assert found.works and not found.packed and found.coverage > 0.9
+
+
+def test_a_family_that_cannot_be_taken_apart_is_refused_in_a_line() -> None:
+    found = outcome("nanbeige loops")
+    assert "'nanbeige' is not supported" in found.refusal and "\n" not in found.refusal
+    assert not found.works
+
+
+def test_a_configuration_that_ends_its_process_does_not_end_the_table() -> None:
+    found = list(outcomes(["no such decoder", "nanbeige loops"]))
+    assert found[0].actor == "ends the process, status 1" and not found[0].works
+    assert found[1].refusal
+
+
+def test_a_fault_stands_in_its_own_column() -> None:
+    text = rows([Outcome("a"), Outcome("b", reward="score off by 1"), Outcome("c", packed="x|y")])
+    assert "2 of 3 configurations work, 1 of them in 4 bits as well." in text
+    assert "| b | yes | score off by 1 | yes | 0% |" in text and "| c | yes | yes | x/y |" in text
