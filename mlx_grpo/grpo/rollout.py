@@ -181,7 +181,7 @@ def _prefill(
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)
     each_k = [i for i in range(len(prompts)) for _ in range(sampling.k)]
-    batch = rollout_caches(per_prompt, each_k)
+    batch = rollout_caches(model, per_prompt, each_k)
     # grown a few times, to what this rollout can need: most of that may never be touched
     step = -(-sampling.max_tokens // -(-sampling.max_tokens // GROW_TOKENS))
     for cache in batch:

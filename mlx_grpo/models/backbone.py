@@ -16,6 +16,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import check_template, read_chat_tokenizer, stop_at_end_of_turn
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.block_calls import States
+from mlx_grpo.models.check import check_decoder
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import (
     Stamps,
@@ -63,8 +64,8 @@ def load_backbone(path: Path, precision: Precision | None = None, date: str = ""
         date: what the chat template sees as today, YYYY-MM-DD; empty means the clock.
 
     Raises:
-        InputError: no such directory, damaged or unreadable weights, or a tokenizer without a chat
-            template.
+        InputError: no such directory, damaged or unreadable weights, a tokenizer without a chat
+            template, or a model that does not compute the same when it is taken apart.
     """
     verify_manifest(path)
     stamps = weight_stamps(path)
@@ -76,6 +77,7 @@ def load_backbone(path: Path, precision: Precision | None = None, date: str = ""
         _in_form(model, precision)
         tokenizer = reading.result()
     check_template(path, tokenizer)
+    check_decoder(Decoder(model))
     try:
         note = stop_at_end_of_turn(tokenizer)
     except InputError as e:
@@ -89,6 +91,7 @@ def load_alone(path: Path, precision: Precision | None = None) -> nn.Module:
     verify_manifest(path)
     model, _ = load_lazily(path)
     _in_form(model, precision or choose_precision(parameter_count(path)))
+    check_decoder(Decoder(model))
     return model
 
 

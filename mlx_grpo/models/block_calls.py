@@ -8,7 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_grpo.models.stand_ins import Recorder, Wire
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.models.stand_ins import CacheWire, Recorder, Wire
 
 States = tuple[mx.array, ...]
 """Hidden states of a prompt, [1, S, D], and of its completions, [K, T, D], then the arrays of what
@@ -32,6 +33,8 @@ class BlockCall:
     """The placeholder among the arguments."""
     number: int | None
     """Which of the model's caches it stands for; None: the block takes none."""
+    caches: tuple[Any, ...]
+    """All placeholders."""
 
     @classmethod
     def of(cls, recorder: Recorder, caches: Sequence[Any]) -> "BlockCall":
@@ -40,20 +43,27 @@ class BlockCall:
         found = [n for n, c in enumerate(caches) if any(c is a for a in given)]
         number = found[0] if found else None
         cache = None if number is None else caches[number]
-        return cls(recorder.args, recorder.kwargs, cache, number)
+        return cls(tuple(recorder.args), recorder.kwargs, cache, number, tuple(caches))
 
     def reads(self) -> list[Kept]:
         """Outputs of earlier blocks, and its cache."""
         given = [*self.args, *self.kwargs.values()]
-        outputs: list[Kept] = [("output", a.block, a.output) for a in given if isinstance(a, Wire)]
-        return outputs + ([] if self.number is None else [("cache", self.number, 0)])
+        wired = [self._kept(a) for a in given if isinstance(a, Wire | CacheWire)]
+        return wired + ([] if self.number is None else [("cache", self.number, 0)])
+
+    def _kept(self, wire: Wire | CacheWire) -> Kept:
+        if isinstance(wire, Wire):
+            return "output", wire.block, wire.output
+        return "cache", next(n for n, c in enumerate(self.caches) if c is wire.cache), 0
 
     def run(self, block: nn.Module, h: mx.array, cache: Any, values: dict[Kept, Any]) -> list[Any]:
         """Everything that the block returns, hidden states first."""
 
         def real(a: Any) -> Any:
             if isinstance(a, Wire):
-                return values["output", a.block, a.output]
+                return values[self._kept(a)]
+            if isinstance(a, CacheWire):
+                return values[self._kept(a)][a.part]
             return cache if self.number is not None and a is self.cache else a
 
         kwargs = {name: real(a) for name, a in self.kwargs.items()}
@@ -111,4 +121,6 @@ class Embedded:
 
 
 def _has_gradient(value: Any) -> bool:
+    if not isinstance(value, mx.array | str | int | float | None):
+        raise InputError(f"its blocks hand on a {type(value).__name__}")
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)

@@ -13,7 +13,7 @@ from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.prompt_caches import rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
 
-PROMPT, ROWS, COMPLETION = 5, 2, 3
+PROMPT, ROWS, COMPLETION = 6, 3, 3
 """Tokens of the prompt, completions, and tokens of each."""
 BOUND = {mx.float32: 1e-3}
 BOUND_16 = 0.1
@@ -50,12 +50,10 @@ def _differences(decoder: Decoder) -> dict[str, float]:
     expected_KTV = logits_KLV[:, PROMPT - 1 : -1]
     if not mx.isfinite(logits_KLV).all().item():
         return {}
+    apart_KTV = decoder.head(shift_right(h_prompt, h_rows))
     pairs = {
-        "logits of the model taken apart": (
-            decoder.head(shift_right(h_prompt, h_rows)),
-            expected_KTV,
-        ),
-        "logits of rollouts": (_of_rollout(decoder, prompt_1S, rows_KT), expected_KTV),
+        "logits of the model taken apart": (apart_KTV, expected_KTV),
+        "logits of a rollout": _of_rollout(decoder, tokens_KL, logits_KLV),
     }
     if read_KLD is not None:
         pairs["hidden states"] = (h_rows, read_KLD[:, PROMPT:])
@@ -72,16 +70,26 @@ def _whole(decoder: Decoder, tokens_KL: mx.array) -> tuple[mx.array | None, mx.a
     return read[-1], logits_KLV
 
 
-def _of_rollout(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> mx.array:
-    """Logits as a rollout computes them, a token at a time, [K, T, V]."""
-    model, caches = decoder.model, make_prompt_cache(decoder.model)
-    model(prompt_1S[:, :-1], cache=caches)
-    batch = rollout_caches([caches], [0] * ROWS)
-    last_K1 = mx.broadcast_to(prompt_1S[:, -1:], (ROWS, 1))
-    inputs_KT = mx.concatenate([last_K1, rows_KT[:, :-1]], axis=1)
+def _of_rollout(
+    decoder: Decoder, tokens_KL: mx.array, logits_KLV: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Logits as a rollout computes them, a token at a time, and those that are expected, [K, V].
+
+    The last row has a prompt half as long, so that rows are padded.
+    """
+    model, lengths = decoder.model, [PROMPT] * (ROWS - 1) + [PROMPT // 2]
+    per_row = []
+    for row, length in enumerate(lengths):
+        caches = make_prompt_cache(model)
+        model(tokens_KL[row : row + 1, :length], cache=caches)
+        per_row.append(caches)
+    batch, places = rollout_caches(model, per_row, list(range(ROWS))), mx.array(lengths)
+    rows = mx.arange(ROWS)
     with fp32_after_blocks(model):
-        steps = [model(inputs_KT[:, t : t + 1], cache=batch) for t in range(COMPLETION)]
-    return mx.concatenate(steps, axis=1)
+        for _ in range(COMPLETION):
+            found_KV = model(tokens_KL[rows, places][:, None], cache=batch)[:, -1]
+            places = places + 1
+    return found_KV, logits_KLV[rows, places - 1]
 
 
 def _difference(found: mx.array, expected: mx.array) -> float:

@@ -33,7 +33,13 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.block_calls import BlockCall, Embedded, States, travelling
 from mlx_grpo.models.final_norm import FinalNorm, final_norm
 from mlx_grpo.models.mlp_chunks import mlp_in_chunks
-from mlx_grpo.models.prompt_caches import completion_cache, contents, filled, prompt_cache
+from mlx_grpo.models.prompt_caches import (
+    completion_cache,
+    contents,
+    filled,
+    holds_state,
+    prompt_cache,
+)
 from mlx_grpo.models.stand_ins import Injector, Probe, Recorder, places_of, refusal, replaced
 
 
@@ -109,10 +115,13 @@ class Decoder:
     def embed(self, prompt_1S: mx.array, rows_KT: mx.array) -> Embedded:
         """Embed a prompt, int [1, S], and its completions, int [K, T], padded on the right."""
         length, rows = prompt_1S.shape[1], rows_KT.shape[0]
-        h_prompt, prompt_calls = self._record(prompt_1S, [prompt_cache(k) for k in self._kinds])
-        h_rows, row_calls = self._record(
-            rows_KT, [completion_cache(k, length, rows) for k in self._kinds]
-        )
+        firsts = [prompt_cache(kind) for kind in self._kinds]
+        h_prompt, prompt_calls = self._record(prompt_1S, firsts)
+        seconds = [  # no block has run: what is in one is left by the embedding
+            completion_cache(kind, length, rows, first if holds_state(first) else None)
+            for kind, first in zip(self._kinds, firsts, strict=True)
+        ]
+        h_rows, row_calls = self._record(rows_KT, seconds)
         return Embedded(h_prompt, h_rows, prompt_calls, row_calls, self._travelling)
 
     def run_block(self, e: Embedded, i: int, *states: mx.array) -> States:

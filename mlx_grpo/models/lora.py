@@ -113,12 +113,17 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
         directory / "adapters.safetensors",
         {n: v.astype(dtype) if dtype else v for n, v in lora_parameters(model).items()},
     )
-    places = [name.split(".layers.", 1)[1].split(".", 1) for name, _ in modules]
+    places = [
+        (i, name)
+        for i, block in enumerate(model.layers)
+        for name, module in block.named_modules()
+        if isinstance(module, LoRALinear)
+    ]
     write_json(
         directory / "adapter_config.json",
         {
             "fine_tune_type": "lora",
-            "num_layers": len({block for block, _ in places}),
+            "num_layers": len(model.layers) - min(i for i, _ in places),
             "lora_parameters": {
                 "rank": rank,
                 "scale": modules[0][1].scale,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -19,6 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.models.families import gemma2
+from mlx_grpo.models.stand_ins import CacheWire, family
 
 
 class _Prefix:
@@ -28,8 +31,17 @@ class _Prefix:
         max_size: how many tokens the cache of mlx-lm keeps; None means all.
     """
 
+    keys: Any = None
+    values: Any = None
+
     def __init__(self, max_size: int | None = None, offset: int = 0):
         self.max_size, self.offset = max_size, offset
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What a block has left here, of the prompt first; stand-ins for it where none has run."""
+        if self.keys is None:
+            return CacheWire(self, 0), CacheWire(self, 1)
+        return self.keys, self.values
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         if self.max_size is not None and (window_size or 0) > self.max_size:
@@ -45,10 +57,6 @@ class PromptCache(_Prefix):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = keys, values
         return keys, values
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What a block before this one has left here."""
-        return self.keys, self.values
 
 
 class CompletionCache(_Prefix):
@@ -68,10 +76,6 @@ class CompletionCache(_Prefix):
             )
 
         self.keys, self.values = join(self.prompt.keys, keys), join(self.prompt.values, values)
-        return self.keys, self.values
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What a block before this one has left here, the prompt's first."""
         return self.keys, self.values
 
 
@@ -116,6 +120,11 @@ def completion_cache(kind: Any, prompt_length: int, rows: int, prompt: Any = Non
     return CompletionCache(getattr(kind, "max_size", None), prompt_length, prompt)
 
 
+def holds_state(cache: Any) -> bool:
+    """Whether something has been left in a `StateCache`."""
+    return isinstance(cache, StateCache) and not cache.empty()
+
+
 def contents(cache: Any) -> tuple[mx.array, mx.array]:
     """Keys and values that later blocks read."""
     return cache.keys, cache.values
@@ -127,8 +136,10 @@ def filled(cache: Any, kept: tuple[mx.array, mx.array]) -> Any:
     return cache
 
 
-def rollout_caches(per_prompt: Sequence[Sequence[Any]], rows: Sequence[int]) -> list[Any]:
-    """mlx-lm's own caches for a batch, one for each block.
+def rollout_caches(
+    model: nn.Module, per_prompt: Sequence[Sequence[Any]], rows: Sequence[int]
+) -> list[Any]:
+    """mlx-lm's own caches for a batch.
 
     Args:
         per_prompt: the caches that hold each prompt.
@@ -138,5 +149,7 @@ def rollout_caches(per_prompt: Sequence[Sequence[Any]], rows: Sequence[int]) -> 
     for layer in zip(*per_prompt, strict=True):
         cache = type(layer[0]).merge(list(layer))
         cache.filter(mx.array(rows))
+        if family(model) == "gemma2":
+            gemma2.add_group_axis_to_masks(cache)
         batch.append(cache)
     return batch

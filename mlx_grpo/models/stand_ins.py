@@ -23,6 +23,14 @@ class Wire:
     output: int
 
 
+@dataclass(frozen=True)
+class CacheWire:
+    """Stands in for keys (part 0) or values (1) read from a cache for later blocks."""
+
+    cache: Any
+    part: int
+
+
 class StandIn:
     """Calls the block it stands in for; models read attributes such as `use_sliding` off it and ask
     for its class."""
@@ -40,72 +48,82 @@ class StandIn:
     def __getitem__(self, name: str) -> Any:
         return self.__dict__["block"][name]
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return self.block(h, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+Extra = tuple[bool, ...] | None
+"""Whether each value that a block returns beside hidden states is one; None: it returns an array
+and no tuple."""
 
 
 class Probe(StandIn):
-    """Notes how often the block is called and how many values it returns beside hidden states."""
+    """Notes how often the block is called and what it returns beside hidden states."""
 
     calls = 0
-    extra: int | None = None
-    """None: it returns an array and no tuple."""
+    extra: Extra = None
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(h, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
         self.calls += 1
-        self.extra = len(out) - 1 if isinstance(out, tuple) else None
+        if isinstance(out, tuple):
+            self.extra = tuple(value is not None for value in out[1:])
         return out
 
 
 class Recorder(StandIn):
     """Notes the block's arguments and passes hidden states through."""
 
-    def __init__(self, block: nn.Module, index: int, extra: int | None):
+    def __init__(self, block: nn.Module, index: int, extra: Extra):
         super().__init__(block)
         self.index, self.extra = index, extra
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self.h, self.args, self.kwargs = h, args, kwargs
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:  # hidden states by name
+            name = next(iter(kwargs))
+            args = (kwargs.pop(name),)
+        h, *self.args = args
+        self.h, self.kwargs = mx.array(h), kwargs  # a model may write into what it gets back
         return self.returned(h)
 
     def returned(self, h: mx.array) -> Any:
         """Hidden states in the form in which the block returns them."""
         if self.extra is None:
             return h
-        return (h, *(Wire(self.index, k) for k in range(self.extra)))
+        return (
+            h,
+            *(Wire(self.index, k) if is_one else None for k, is_one in enumerate(self.extra)),
+        )
 
 
 class Injector(Recorder):
     """Returns given hidden states instead of its input."""
 
-    def __init__(self, block: nn.Module, index: int, extra: int | None, h: mx.array):
+    def __init__(self, block: nn.Module, index: int, extra: Extra, h: mx.array):
         super().__init__(block, index, extra)
         self.given = h
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.returned(self.given)
 
 
 class _Fp32Exit(StandIn):
     """Of the last block: what leaves it is fp32."""
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return _on_states(lambda x: x.astype(mx.float32), self.block(h, *args, **kwargs))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
+        if isinstance(out, tuple):
+            return out[0].astype(mx.float32), *out[1:]
+        return out.astype(mx.float32)
 
 
 class _Evaluated(StandIn):
     """Of a block whose arrays are to be gone before the next one runs."""
 
-    def __call__(self, h: mx.array, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(h, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.block(*args, **kwargs)
         mx.eval(out)
         return out
-
-
-def _on_states(change: Any, out: Any) -> Any:
-    """What a block returns, its hidden states changed."""
-    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
 
 
 @dataclass(frozen=True)

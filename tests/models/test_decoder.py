@@ -123,5 +123,5 @@ def test_a_mask_wider_than_the_cache_is_refused() -> None:
         intermediate_size=32,
         vocab_size=VOCABULARY,
     )
-    with pytest.raises(InputError, match="'plamo3' .* 9 tokens, its caches keep 8"):
+    with pytest.raises(InputError, match=r"'plamo3' .* 9 tokens, its caches keep 8"):
         Decoder(plamo3.Model(args))

@@ -1,0 +1,1 @@
+"""What single model families need, a file each."""
