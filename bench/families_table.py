@@ -140,8 +140,8 @@ def agreement_with_head(decoder: Decoder) -> float:
     return max(_correlation(read_KD @ m.T, logits_KV) for m in outside if m.shape == shape)
 
 
-def _correlation(a: mx.array, b: mx.array) -> float:
-    a, b = a - a.mean(), b - b.mean()
+def _correlation(a_KV: mx.array, b_KV: mx.array) -> float:
+    a, b = (x - x.mean(axis=0) for x in (a_KV, b_KV))  # without the bias that a head may have
     return float(((a * b).sum() / mx.sqrt((a * a).sum() * (b * b).sum())).item())
 
 
@@ -169,7 +169,8 @@ def outcomes(names: Sequence[str]) -> Iterator[Outcome]:
                     yield Outcome(**json.loads(line))
                     left.pop(0)
         if left:
-            yield Outcome(left.pop(0), actor=f"ends the process, status {child.returncode}")
+            ends = f"ends the process, status {child.returncode}"
+            yield Outcome(left.pop(0), actor=ends, reward="not tried", packed="not tried")
 
 
 def rows(found: Sequence[Outcome]) -> str:

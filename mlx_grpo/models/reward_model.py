@@ -218,12 +218,23 @@ def load_reward_model(
         if backbone is None:
             raise InputError(f"{path}: an adapter; name the model it was made for: --actor-model")
         check_fingerprint(path / REWARD_CONFIG, config, backbone.path)
-        decoder = Decoder(load_adapter(backbone.model, path), sizes)
+        decoder = reward_decoder(load_adapter(backbone.model, path), sizes)
     else:
-        decoder = Decoder(load_alone(path, precision), sizes)
+        decoder = reward_decoder(load_alone(path, precision), sizes)
     tokenizer = input_tokenizer(path, config, date)
     weight_1D, bias, first = load_head(path / REWARD_HEAD, decoder.hidden_size)
     return RewardModel(decoder, weight_1D, bias, tokenizer, TextForm.of(config), first)
+
+
+def reward_decoder(model: nn.Module, sizes: Sizes = WHOLE) -> Decoder:
+    """The decoder that a reward head reads.
+
+    Raises:
+        InputError: it cannot be taken apart, or has no final norm for a head to read.
+    """
+    decoder = Decoder(model, sizes)
+    decoder.norm(mx.zeros((1, 1, decoder.hidden_size)))  # lazy: nothing is computed
+    return decoder
 
 
 def input_tokenizer(path: Path, config: dict[str, Any], date: str = "") -> Any | None:

@@ -27,6 +27,7 @@ from mlx_grpo.models.reward_model import (
     input_tokenizer,
     load_head,
     reward_config,
+    reward_decoder,
     reward_head,
     reward_inputs,
 )
@@ -122,11 +123,11 @@ def open_streamed(
     """A reward model of kind `full` that stays on disk; its files are checked here, once.
 
     Raises:
-        InputError: missing or damaged files.
+        InputError: missing or damaged files, or a model without a final norm for a head to read.
     """
     config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
-    hidden = Decoder(load_lazily(path)[0]).hidden_size
+    hidden = reward_decoder(load_lazily(path)[0]).hidden_size
     weight_1D, bias, first = load_head(path / REWARD_HEAD, hidden)
     return StreamedRewardModel(
         path=path,

@@ -51,6 +51,7 @@ from mlx_grpo.models.reward_model import (
     REWARD_CONFIG,
     REWARD_HEAD,
     RewardModel,
+    reward_decoder,
     reward_head,
 )
 from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, pair_loss, quality, ranking
@@ -199,7 +200,7 @@ def _fit(
         backbone.model, config.lora_rank, config.lora_scale, config.seed, config.lora_blocks
     )
     adapted.train()
-    decoder = Decoder(adapted)
+    decoder = reward_decoder(adapted)
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
     weights = {**lora_parameters(adapted), HEAD: mx.zeros((1, decoder.hidden_size))}
     best, lowest, best_step = weights, math.inf, 0

@@ -5,15 +5,23 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
+from bench.decoders import decoder_config
 from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.models.backbone import load_backbone
-from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.models.reward_model import REWARD_CONFIG, REWARD_HEAD, load_reward_model
+from mlx_grpo.models.decoder import Decoder, Sizes
+from mlx_grpo.models.reward_model import (
+    REWARD_CONFIG,
+    REWARD_HEAD,
+    load_reward_model,
+    reward_decoder,
+)
 from mlx_grpo.models.streamed_reward_model import open_streamed
+from tests.helpers.decoders import small_decoder
 from tests.helpers.tiny import write_model
 
 DENSE = Precision("cpu", dense=True, dtype=mx.float32)
@@ -23,7 +31,11 @@ PACKED = Precision("cpu", dense=False, dtype=mx.float32)
 @pytest.fixture(params=["llama", "gemma", "qwen2"])
 def judge(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny reward model of its own, not quantized."""
-    path = write_model(tmp_path / "rm", request.param, seed=5)
+    return as_reward_model(write_model(tmp_path / "rm", request.param, seed=5))
+
+
+def as_reward_model(path: Path) -> Path:
+    """The directory of a model, now with a head beside it."""
     (path / REWARD_CONFIG).write_text(json.dumps({"kind": "full", "input": "policy_token_ids"}))
     head = mx.random.normal((1, 32), key=key(1, "head"))
     mx.save_safetensors(str(path / REWARD_HEAD), {"weight": head})
@@ -56,6 +68,38 @@ def test_scores_are_those_of_a_resident_model(
     for found in (streamed.score_groups(groups()), [streamed.score(g) for g in groups()]):
         for a, b in zip(expected, found, strict=True):
             assert b == pytest.approx(a, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "gemma4_text shared", "mamba2"])
+def test_blocks_that_share_more_than_hidden_states_score_as_in_a_resident_model(
+    name: str, tmp_path: Path
+) -> None:
+    judge = tmp_path / "rm"
+    judge.mkdir()
+    weights = dict(tree_flatten(small_decoder(name).parameters()))
+    mx.save_safetensors(str(judge / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (judge / "config.json").write_text(json.dumps(decoder_config(name)))
+    as_reward_model(judge)
+    resident = load_reward_model(judge, None, precision=DENSE)
+    streamed = open_streamed(judge, DENSE, Sizes(), 1 << 20)
+    for group, found in zip(groups(), streamed.score_groups(groups()), strict=True):
+        assert found == pytest.approx(resident.score(group), abs=1e-5)
+
+
+def test_a_model_whose_final_norm_is_not_found_is_refused_as_it_is_opened(
+    judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_norm(self: Decoder, h_BTD: mx.array) -> mx.array:
+        raise InputError("it has no final norm")
+
+    monkeypatch.setattr(Decoder, "norm", no_norm)
+    for opened in (
+        lambda: load_reward_model(judge, None, precision=DENSE),
+        lambda: open_streamed(judge, DENSE, Sizes(), 0),
+        lambda: reward_decoder(small_decoder("llama")),
+    ):
+        with pytest.raises(InputError, match="no final norm"):
+            opened()
 
 
 def test_a_head_of_two_layers_scores_as_in_a_resident_model(judge: Path, sft: Path) -> None:
