@@ -137,7 +137,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": SLIDING_FULL, "is_moe_layer": [False, True]},
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64, "num_hidden_layers": 2},
-    "gear": {"layer_types": ["conv", "full_attention"]},
+    "gear": {"layer_types": ["conv_mixer", "full_attention"]},
     "gemma": {},
     "gemma2": {},
     "gemma3": text({"model_type": "gemma3_text", "num_hidden_layers": 7}),
@@ -194,6 +194,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_k3": text(
         KIMI_LINEAR
         | {"hidden_act": "situ", "activation_situ_beta": 1.0, "activation_situ_linear_beta": 1.0}
+        | {"attn_res_block_size": 2}
     ),
     "kimi_linear": KIMI_LINEAR,
     "kimi_vl": text(MLA_MOE),
@@ -266,6 +267,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 1.0},
     "phi3small": {
         **{"dense_attention_every_n_layers": 1, "ff_intermediate_size": 48, "gegelu_limit": 20.0},
+        **{"vocab_size": 100352, "hidden_size": 16},  # it has tokens of its own up to 100,351
     },
     "phimoe": {
         "rope_scaling": {
@@ -307,7 +309,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "seed_oss": {},
     "smollm3": {"num_hidden_layers": 4},
     "solar_open": {},
-    "spark2_5": {"layer_types": SLIDING_FULL, "rope_parameters": ROPE_BY_TYPE},
+    "spark2_5": {"layer_types": SLIDING_FULL, "rope_parameters": ROPE_BY_TYPE}
+    | {"hidden_act": "gelu"},
     "stablelm": {"use_qkv_bias": True},
     "stablelm parallel": {"use_qkv_bias": False, "use_parallel_residual": True}
     | {"qk_layernorm": True},

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.models.stand_ins import CacheWire, Recorder, Wire
+from mlx_grpo.models.stand_ins import HIDDEN, CacheWire, Recorder, Wire
 
 States = tuple[mx.array, ...]
 """Hidden states of a prompt, [1, S, D], and of its completions, [K, T, D], then the arrays of what
@@ -24,8 +24,8 @@ _ARRAY = object()
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is given beside hidden states, with stand-ins among it that are exchanged for
-    real caches and values."""
+    """What a block is given, with stand-ins among it that are exchanged for hidden states, caches
+    and values."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -60,6 +60,8 @@ class BlockCall:
         """Everything that the block returns, hidden states first."""
 
         def real(a: Any) -> Any:
+            if a is HIDDEN:
+                return h
             if isinstance(a, Wire):
                 return values[self._kept(a)]
             if isinstance(a, CacheWire):
@@ -67,7 +69,7 @@ class BlockCall:
             return cache if self.number is not None and a is self.cache else a
 
         kwargs = {name: real(a) for name, a in self.kwargs.items()}
-        out = block(h, *map(real, self.args), **kwargs)
+        out = block(*map(real, self.args), **kwargs)
         return list(out) if isinstance(out, tuple) else [out]
 
 

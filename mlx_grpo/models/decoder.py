@@ -40,7 +40,15 @@ from mlx_grpo.models.prompt_caches import (
     holds_state,
     prompt_cache,
 )
-from mlx_grpo.models.stand_ins import Injector, Probe, Recorder, places_of, refusal, replaced
+from mlx_grpo.models.stand_ins import (
+    Injector,
+    Probe,
+    Recorder,
+    forms_of,
+    places_of,
+    refusal,
+    replaced,
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,7 @@ class Decoder:
             self._look_inside()
         except InputError as e:
             raise refusal(model, str(e)) from None
-        except (
-            Exception
-        ) as e:  # whatever a model's own code raises where it is not run as it expects
+        except Exception as e:  # whatever a model's own code raises
             raise refusal(model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
 
     def _look_inside(self) -> None:
@@ -101,9 +107,9 @@ class Decoder:
         with replaced(self._places, probes):
             self.vocabulary: int = self.model(mx.zeros((1, 2), mx.int32)).shape[-1]
         for probe in probes:
-            if probe.calls != 1:
-                raise InputError(f"it calls a block {probe.calls} times instead of once")
-        self._extra = [probe.extra for probe in probes]
+            if len(probe.given) != 1:
+                raise InputError(f"it calls a block {len(probe.given)} times instead of once")
+        self._forms = forms_of(probes)
         caches = [prompt_cache(kind) for kind in self._kinds]
         h, calls = self._record(mx.zeros((1, 1), mx.int32), caches)
         self.hidden_size: int = h.shape[-1]
@@ -181,9 +187,13 @@ class Decoder:
         Raises:
             InputError: it has none.
         """
-        if self.final_norm is None:
+        if self.final_norm is not None:
+            return self.final_norm.module(h_BTD)
+        owner = self._places.lists[0][0]
+        if owner is self.model:
             raise refusal(self.model, "it has no final norm for a reward head to read")
-        return self.final_norm.module(h_BTD)
+        with replaced(self._places, self._recorders(h_BTD)):  # a function is no module to find
+            return owner(mx.zeros(h_BTD.shape[:2], mx.int32))
 
     def head(self, h_BTD: mx.array) -> mx.array:
         """The model's final norm and head: logits [B, T, V]."""
@@ -206,10 +216,10 @@ class Decoder:
 
     def _recorders(self, leaving: mx.array | None = None) -> list[Recorder]:
         """Stand-ins that pass everything through; the last lets the given states leave instead."""
-        recorders = [Recorder(b, i, self._extra[i]) for i, b in enumerate(self.blocks)]
+        recorders = [Recorder(b, i, self._forms[i]) for i, b in enumerate(self.blocks)]
         if leaving is not None:
             last = len(self.blocks) - 1
-            recorders[last] = Injector(self.blocks[last], last, self._extra[last], leaving)
+            recorders[last] = Injector(self.blocks[last], last, self._forms[last], leaving)
         return recorders
 
     def _record(self, tokens: mx.array, caches: list[Any]) -> tuple[mx.array, list[BlockCall]]:

@@ -7,6 +7,7 @@ callables into these lists for a while.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -58,49 +59,84 @@ and no tuple."""
 
 
 class Probe(StandIn):
-    """Notes how often the block is called and what it returns beside hidden states."""
+    """Notes the arguments of the block's calls and what it returns."""
 
-    calls = 0
-    extra: Extra = None
+    def __init__(self, block: nn.Module):
+        super().__init__(block)
+        self.given: list[dict[int | str, Any]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(*args, **kwargs)
-        self.calls += 1
-        if isinstance(out, tuple):
-            self.extra = tuple(value is not None for value in out[1:])
-        return out
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update(kwargs.items())
+        self.given.append(given)
+        self.returned = super().__call__(*args, **kwargs)
+        return self.returned
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a block is called and what it returns."""
+
+    place: int | str
+    """Of hidden states among its arguments, by position or name."""
+    extra: Extra
+
+
+def forms_of(probes: Sequence[Probe]) -> list[Form]:
+    """From one run of a model with probes. Hidden states are what the block before has returned;
+    the first block is called like the second."""
+    places: list[int | str] = []
+    for before, probe in pairwise(probes):
+        h = before.returned[0] if isinstance(before.returned, tuple) else before.returned
+        given = probe.given[0]
+        places.append(next((p for p, a in given.items() if a is h), next(iter(given))))
+    places.insert(0, places[0] if places else next(iter(probes[0].given[0])))
+    extras = [_extra(probe.returned) for probe in probes]
+    return [Form(place, extra) for place, extra in zip(places, extras, strict=True)]
+
+
+def _extra(returned: Any) -> Extra:
+    if not isinstance(returned, tuple):
+        return None
+    return tuple(value is not None for value in returned[1:])
+
+
+HIDDEN = object()
+"""Stands for hidden states among recorded arguments."""
 
 
 class Recorder(StandIn):
     """Notes the block's arguments and passes hidden states through."""
 
-    def __init__(self, block: nn.Module, index: int, extra: Extra):
+    def __init__(self, block: nn.Module, index: int, form: Form):
         super().__init__(block)
-        self.index, self.extra = index, extra
+        self.index, self.form = index, form
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not args:  # hidden states by name
-            name = next(iter(kwargs))
-            args = (kwargs.pop(name),)
-        h, *self.args = args
-        self.h, self.kwargs = mx.array(h), kwargs  # a model may write into what it gets back
-        return self.returned(h)
+        place, given = self.form.place, list(args)
+        if isinstance(place, int):
+            self.h, given[place] = given[place], HIDDEN
+        else:
+            self.h, kwargs[place] = kwargs[place], HIDDEN
+        self.args, self.kwargs = tuple(given), kwargs
+        self.h = mx.array(self.h)  # a model may write into what it gets back
+        return self.returned(self.h)
 
     def returned(self, h: mx.array) -> Any:
         """Hidden states in the form in which the block returns them."""
-        if self.extra is None:
+        if self.form.extra is None:
             return h
         return (
             h,
-            *(Wire(self.index, k) if is_one else None for k, is_one in enumerate(self.extra)),
+            *(Wire(self.index, k) if is_one else None for k, is_one in enumerate(self.form.extra)),
         )
 
 
 class Injector(Recorder):
     """Returns given hidden states instead of its input."""
 
-    def __init__(self, block: nn.Module, index: int, extra: Extra, h: mx.array):
-        super().__init__(block, index, extra)
+    def __init__(self, block: nn.Module, index: int, form: Form, h: mx.array):
+        super().__init__(block, index, form)
         self.given = h
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,9 +147,9 @@ class _Fp32Exit(StandIn):
     """Of the last block: what leaves it is fp32."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(*args, **kwargs)
+        out = super().__call__(*args, **kwargs)
         if isinstance(out, tuple):
-            return out[0].astype(mx.float32), *out[1:]
+            return (out[0].astype(mx.float32), *out[1:])
         return out.astype(mx.float32)
 
 
@@ -121,7 +157,7 @@ class _Evaluated(StandIn):
     """Of a block whose arrays are to be gone before the next one runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.block(*args, **kwargs)
+        out = super().__call__(*args, **kwargs)
         mx.eval(out)
         return out
 
