@@ -180,7 +180,12 @@ def _block_vjp(
     """Gradients of a block's inputs and of its trainable parameters by name within the block."""
     block, inputs = decoder.blocks[i], trace.inputs.pop()
     tokens = decoder.sizes.mlp_tokens
-    if MLP in block and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs):
+    one_stream = inputs[0].ndim == 3
+    if (
+        MLP in block
+        and one_stream
+        and 0 < tokens < sum(h.shape[0] * h.shape[1] for h in inputs[:2])
+    ):
 
         def call(*states: mx.array) -> States:
             return decoder.call_block(trace.embedded, i, *states)

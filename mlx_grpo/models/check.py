@@ -10,7 +10,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_grpo.core.rng import key
 from mlx_grpo.models.decoder import Decoder, shift_right
-from mlx_grpo.models.prompt_caches import rollout_caches
+from mlx_grpo.models.prompt_caches import caches_of_whole_sequences, rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
 
 PROMPT, ROWS, COMPLETION = 6, 3, 3
@@ -62,11 +62,12 @@ def _differences(decoder: Decoder) -> dict[str, float]:
 
 def _whole(decoder: Decoder, tokens_KL: mx.array) -> tuple[mx.array | None, mx.array]:
     """What the final norm reads, and the logits; by the model itself."""
+    caches = caches_of_whole_sequences(decoder.model)
     with fp32_after_blocks(decoder.model):
         if decoder.final_norm is None:
-            return None, decoder.model(tokens_KL)
+            return None, decoder.model(tokens_KL, cache=caches)
         with decoder.final_norm.noted() as read:
-            logits_KLV = decoder.model(tokens_KL)
+            logits_KLV = decoder.model(tokens_KL, cache=caches)
     return read[-1], logits_KLV
 
 

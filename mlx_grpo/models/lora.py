@@ -22,6 +22,7 @@ from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import share
+from mlx_grpo.models.families import gemma3n
 
 
 class AddmmLoRALinear(LoRALinear):
@@ -70,6 +71,7 @@ def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any])
             for layer in adapted.layers
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear | nn.QuantizedLinear)
+            and name not in gemma3n.WITHOUT_LORA
         }
     )
     linear_to_lora_layers(adapted, blocks, {**parameters, "keys": keys})

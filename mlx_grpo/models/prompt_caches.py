@@ -17,6 +17,7 @@ from mlx_lm.models.cache import (
     KVCache,
     RotatingKVCache,
     create_attention_mask,
+    make_prompt_cache,
 )
 
 from mlx_grpo.core.errors import InputError
@@ -134,6 +135,11 @@ def filled(cache: Any, kept: tuple[mx.array, mx.array]) -> Any:
     """The cache with what an earlier block has left in it."""
     cache.keys, cache.values = kept
     return cache
+
+
+def caches_of_whole_sequences(model: nn.Module) -> list[Any] | None:
+    """What a model needs beside whole sequences to compute what it is meant to: most need none."""
+    return make_prompt_cache(model) if family(model) == "gemma3n" else None
 
 
 def rollout_caches(

@@ -23,6 +23,7 @@ from mlx_grpo.models.lora import (
     save_adapter,
     set_parameters,
 )
+from mlx_grpo.models.prompt_caches import caches_of_whole_sequences
 from mlx_grpo.models.reward_model import RewardModel
 from tests.helpers.groups import LENGTHS, PROMPT, group_of, staged_gradients
 
@@ -65,7 +66,8 @@ def whole_logits(model: nn.Module, prompt: list[int], rows_KT: mx.array) -> mx.a
     """Logits that predict each completion token, of whole sequences, [K, T, V]."""
     prompts = mx.broadcast_to(mx.array([prompt]), (rows_KT.shape[0], len(prompt)))
     rows = mx.concatenate([prompts, rows_KT], axis=1)
-    return model(rows[:, :-1])[:, len(prompt) - 1 :].astype(mx.float32)
+    caches = caches_of_whole_sequences(model)
+    return model(rows[:, :-1], cache=caches)[:, len(prompt) - 1 :].astype(mx.float32)
 
 
 def forward_gap(model: nn.Module) -> float:
@@ -107,10 +109,11 @@ def gradient_gap(actor: nn.Module, kept: int = 0) -> float:
 
 
 def greedy(model: nn.Module, prompt: tuple[int, ...], stop: frozenset[int], most: int) -> list[int]:
-    """The likeliest tokens, each from the whole text: no cache."""
+    """The likeliest tokens, each from the whole text: no cache is kept."""
     ids = list(prompt)
     for _ in range(most):
-        ids.append(int(model(mx.array([ids]))[0, -1].argmax().item()))
+        caches = caches_of_whole_sequences(model)
+        ids.append(int(model(mx.array([ids]), cache=caches)[0, -1].argmax().item()))
         if ids[-1] in stop:
             break
     return ids[len(prompt) :]
@@ -118,7 +121,7 @@ def greedy(model: nn.Module, prompt: tuple[int, ...], stop: frozenset[int], most
 
 def rollouts_agree(model: nn.Module, most: int = 12) -> bool:
     """Whether greedy rollouts of three prompts of different length, finished rows dropped, are
-    those of a loop without a cache."""
+    those of a loop that keeps no cache."""
     prompts = [
         Prompt(f"p{n}", (), tuple(mx.random.randint(0, 250, (n,), key=key(5, n)).tolist()))
         for n in (PROMPT, 4, 1)
