@@ -21,7 +21,7 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
 from mlx_grpo.models.decoder import PREFILL_TOKENS
 from mlx_grpo.models.prompt_caches import rollout_caches
-from mlx_grpo.models.stand_ins import fp32_after_blocks, one_block_at_a_time
+from mlx_grpo.models.stand_ins import fp32_after_blocks, in_eval_mode, one_block_at_a_time
 
 SAMPLER_BLOCK = 256
 GROW_TOKENS = 64
@@ -78,7 +78,7 @@ def rollout(
             on_token(before + rows // sampling.k, len(numbered), token)
             safe_point()
 
-        with fp32_after_blocks(model):
+        with fp32_after_blocks(model), in_eval_mode(model):
             drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token)
         completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
         groups += [

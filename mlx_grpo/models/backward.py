@@ -137,7 +137,13 @@ def _through_kept_blocks(
     that are filled once the forward has been evaluated, and nothing reads them earlier.
     """
     blocks, entering = decoder.blocks[cut:], [trace.states for trace in traces]
-    buffers = [tuple(mx.zeros(h.shape[-3:]) for h in states[:2]) for states in entering]
+    buffers = [
+        tuple(
+            mx.zeros((h.shape[-3], length, h.shape[-1]))
+            for h, length in zip(trace.states, trace.embedded.lengths, strict=False)
+        )
+        for trace in traces
+    ]
     mx.eval(buffers)
 
     def surrogate(

@@ -90,6 +90,8 @@ class Embedded:
 
     h_prompt: mx.array
     h_rows: mx.array
+    lengths: tuple[int, int]
+    """Tokens of the prompt and of the completions."""
     prompt_calls: list[BlockCall]
     row_calls: list[BlockCall]
     travelling: list[tuple[Kept, ...]]

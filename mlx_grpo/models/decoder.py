@@ -26,7 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_grpo.backend.kernels import whole_tiles
 from mlx_grpo.core.errors import InputError
@@ -120,15 +120,17 @@ class Decoder:
 
     def embed(self, prompt_1S: mx.array, rows_KT: mx.array) -> Embedded:
         """Embed a prompt, int [1, S], and its completions, int [K, T], padded on the right."""
-        length, rows = prompt_1S.shape[1], rows_KT.shape[0]
+        lengths, rows = (prompt_1S.shape[1], rows_KT.shape[1]), rows_KT.shape[0]
+        if lengths[1] == 1 and any(isinstance(kind, ArraysCache) for kind in self._kinds):
+            rows_KT = mx.pad(rows_KT, [(0, 0), (0, 1)])  # Metal's step of a state has no gradient
         firsts = [prompt_cache(kind) for kind in self._kinds]
         h_prompt, prompt_calls = self._record(prompt_1S, firsts)
         seconds = [  # no block has run: what is in one is left by the embedding
-            completion_cache(kind, length, rows, first if holds_state(first) else None)
+            completion_cache(kind, lengths[0], rows, first if holds_state(first) else None)
             for kind, first in zip(self._kinds, firsts, strict=True)
         ]
         h_rows, row_calls = self._record(rows_KT, seconds)
-        return Embedded(h_prompt, h_rows, prompt_calls, row_calls, self._travelling)
+        return Embedded(h_prompt, h_rows, lengths, prompt_calls, row_calls, self._travelling)
 
     def run_block(self, e: Embedded, i: int, *states: mx.array) -> States:
         """Block `i` over the prompt, [1, S, D], then over the completions behind it, [K, T, D]; its
@@ -157,7 +159,10 @@ class Decoder:
             self.blocks[i], h_rows, second, {kept: pair[1] for kept, pair in values.items()}
         )
         if i + 1 == len(self.blocks):
-            return self._leave(of_prompt[0]), self._leave(of_rows[0])
+            h_rows = of_rows[0]
+            if h_rows.shape[-2] > e.lengths[1]:
+                h_rows = h_rows[..., : e.lengths[1], :]
+            return self._leave(of_prompt[0]), self._leave(h_rows)
         for kept in set(e.travelling[i + 1]) - set(values):
             if kept[0] == "cache":
                 values[kept] = contents(first), contents(second)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import WHOLE, Decoder, Sizes
+from mlx_grpo.models.families.kernels import check_gradient
 from mlx_grpo.models.lora import add_lora
 
 
@@ -31,7 +32,11 @@ def new_actor(
 
     Args:
         layers: how many of the last blocks get one; 0 means all.
+
+    Raises:
+        InputError: nothing of this model can be trained on this device.
     """
+    check_gradient(backbone.model)
     actor = add_lora(backbone.model, rank, scale, seed, layers)
     actor.train()  # some model families have kernels without a gradient in eval mode
     return Decoder(actor, sizes)

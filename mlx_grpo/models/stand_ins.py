@@ -239,3 +239,14 @@ def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
     blocks = list(model.layers)
     with replaced(places_of(model), [_Evaluated(block) for block in blocks]):
         yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it some families take kernels of a GPU that are fast and have no gradient."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

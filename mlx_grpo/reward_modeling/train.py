@@ -44,6 +44,7 @@ from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import fingerprint, parameter_count
+from mlx_grpo.models.families.kernels import check_gradient
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
 from mlx_grpo.models.optimizer import adamw_step, new_optimizer
 from mlx_grpo.models.reward_model import (
@@ -196,6 +197,7 @@ def _fit(
     config: RewardTrainConfig, backbone: Backbone, split: Split, say: Callable[[str], None]
 ) -> tuple[RewardModel, list[CurvePoint]]:
     """The model with the lowest loss on `split.valid` (without any: the last), and the curve."""
+    check_gradient(backbone.model)
     adapted = add_lora(
         backbone.model, config.lora_rank, config.lora_scale, config.seed, config.lora_blocks
     )
