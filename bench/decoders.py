@@ -204,6 +204,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": LFM2,
     "lille-130m": {"block_size": 512, "n_kv_heads": 2, "n_embd": 256, "n_head": 4},
     "llama": {},
+    "llama sliding": {"layer_types": SLIDING_FULL},
     "llama tied": {"tie_word_embeddings": True},
     "llama4": text(LLAMA4),
     "llama4_text": {"intermediate_size_mlp": 48, "no_rope_layers": [1, 0]},
@@ -237,6 +238,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral4": {**MLA_MOE, "rope_parameters": YARN, "rope_scaling": YARN},
     "mixtral": {},
     "muse_glimmer": {},
+    "muse_spark": text(
+        {"layer_types": SLIDING_FULL, "layer_rope_theta": [10000.0, 0.0], "num_shared_experts": 0}
+        | {"rope_parameters": {"rope_theta": 10000.0}, "final_logit_softcapping": 30.0}
+        | {"post_norm_eps": 1e-5, "output_multiplier": 1.0, "moe_hidden_size": 32}
+    ),
     "nanbeige": {},
     "nanbeige loops": {"num_loops": 2},
     "nanochat": {},

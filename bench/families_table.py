@@ -46,6 +46,7 @@ READS = 0.999
 """Least correlation of a model's logits with the product of its norm and its head."""
 GROUP = 32
 """Values that share a scale in 4 bits; narrower layers stay as they are."""
+COMMAND = [sys.executable, "-m", "bench.families_table", "--json"]
 KEPT = 2
 """Last blocks whose arrays a second update keeps."""
 
@@ -72,7 +73,10 @@ class Outcome:
 
 def outcome(name: str) -> Outcome:
     """Try a configuration."""
-    model = small_decoder(name)
+    try:
+        model = small_decoder(name)
+    except Exception as e:  # as a run finds it where it loads the model
+        return Outcome(name, refusal=f"cannot load the model: {e}".splitlines()[0])
     try:
         check_decoder(Decoder(model))
     except InputError as e:
@@ -161,8 +165,7 @@ def outcomes(names: Sequence[str]) -> Iterator[Outcome]:
     """Of each, from processes that may end before they should."""
     left = list(names)
     while left:
-        command = [sys.executable, "-m", "bench.families_table", "--json", *left]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen([*COMMAND, *left], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("{"):

@@ -8,6 +8,7 @@ shared prompt, and the logits of a rollout, equal those of the model over whole 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.prompt_caches import caches_of_whole_sequences, rollout_caches
@@ -26,14 +27,16 @@ def check_decoder(decoder: Decoder) -> None:
     """Compare a few random tokens on each way through the model.
 
     Raises:
-        InputError: one of them differs or fails; names the model's family.
+        InputError: one of them differs, fails or is not finite; names the model's family.
     """
     try:
         differences = _differences(decoder)
+    except InputError as e:
+        raise refusal(decoder.model, str(e)) from None
     except Exception as e:  # whatever a model's own code raises where it is not run as it expects
         raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
     for what, difference in differences.items():
-        if difference > BOUND.get(decoder.dtype, BOUND_16):
+        if not difference <= BOUND.get(decoder.dtype, BOUND_16):  # NaN is a difference too
             raise refusal(
                 decoder.model, f"{what} differ by {difference:.2g} of their size from the model's"
             )
@@ -46,10 +49,13 @@ def _differences(decoder: Decoder) -> dict[str, float]:
     tokens_KL[:, :PROMPT] = tokens_KL[:1, :PROMPT]
     prompt_1S, rows_KT = tokens_KL[:1, :PROMPT], tokens_KL[:, PROMPT:]
     read_KLD, logits_KLV = _whole(decoder, tokens_KL)
+    infinite = mx.isinf(logits_KLV).any().item()
     h_prompt, h_rows = decoder.forward(prompt_1S, rows_KT)
     expected_KTV = logits_KLV[:, PROMPT - 1 : -1]
-    if not mx.isfinite(logits_KLV).all().item():
-        return {}
+    if mx.isnan(logits_KLV).any().item() or decoder.dtype == mx.float16 and infinite:
+        return {}  # damaged weights, or fp16: others say so with the remedy
+    if infinite:
+        raise InputError("some of its logits are infinite")
     apart_KTV = decoder.head(shift_right(h_prompt, h_rows))
     pairs = {
         "logits of the model taken apart": (apart_KTV, expected_KTV),

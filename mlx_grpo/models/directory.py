@@ -47,6 +47,7 @@ def load_lazily(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             found: tuple[nn.Module, dict[str, Any]] = load_model(
                 plain, lazy=True, model_config=renamed, trust_remote_code=False
             )
+        found[0].freeze()  # here, because a class of mlx-lm is no whole module
     except Exception as e:  # the model code of mlx-lm asserts and raises what it likes
         raise InputError(f"{path}: cannot load the model: {one_line(e)}") from e
     return found

@@ -1,9 +1,20 @@
 """The table of model families: complete, and each kind of result told as it is."""
 
+import sys
+
 import pytest
 
+from bench import families_table
 from bench.decoders import CONFIGS
 from bench.families_table import MARKER, PAGE, Outcome, outcome, outcomes, rows
+
+DIES_AT_THE_SECOND = """
+import json, sys
+for name in sys.argv[1:]:
+    if name == "b":
+        sys.exit(3)
+    print(json.dumps({"name": name}), flush=True)
+"""
 
 
 def test_every_configuration_stands_in_the_page_once() -> None:
@@ -24,10 +35,14 @@ def test_a_family_that_cannot_be_taken_apart_is_refused_in_a_line() -> None:
     assert not found.works
 
 
-def test_a_configuration_that_ends_its_process_does_not_end_the_table() -> None:
-    found = list(outcomes(["no such decoder", "nanbeige loops"]))
-    assert found[0].actor == "ends the process, status 1" and not found[0].works
-    assert found[1].refusal
+def test_a_configuration_that_ends_its_process_does_not_end_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(families_table, "COMMAND", [sys.executable, "-c", DIES_AT_THE_SECOND])
+    found = list(outcomes(["a", "b", "c"]))
+    assert [o.name for o in found] == ["a", "b", "c"]
+    assert [o.actor for o in found] == ["", "ends the process, status 3", ""]
+    assert not found[1].works
 
 
 def test_a_fault_stands_in_its_own_column() -> None:

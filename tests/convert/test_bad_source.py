@@ -29,7 +29,6 @@ from tests.helpers.damage import (
     pickled,
     put,
     shard_twice,
-    state_space,
     tensor,
     value,
     without,
@@ -141,11 +140,6 @@ CASES: dict[str, tuple[str, Damage, str]] = {
         "sft",
         fields(model_type="unheard_of", architectures=["X"]),
         r"/config\.json: .*unheard_of not supported",
-    ),
-    "a state-space model": (
-        "sft",
-        state_space,
-        r": (this architecture cannot be trained here|model type '\S*mamba' is not supported)",
     ),
     "no model_type": (
         "sft",

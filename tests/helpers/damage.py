@@ -9,7 +9,6 @@ import mlx.core as mx
 import torch
 
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
-from tests.helpers.hf_models import write_hf
 
 WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -123,11 +122,6 @@ def outside(source: Path) -> None:
     about = json.loads(file.read_text())
     about["weight_map"][UP] = "../sft/model.safetensors"
     file.write_text(json.dumps(about))
-
-
-def state_space(source: Path) -> None:
-    """A mamba model, whole."""
-    write_hf(source, "MambaForCausalLM", intermediate_size=64)
 
 
 class Evil:

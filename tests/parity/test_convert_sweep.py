@@ -47,11 +47,6 @@ REFUSALS = {
     "this architecture cannot be trained here": (
         "gemma2 no softcap",
         "gemma3_text layer_types",
-        "gpt_neox",
-        "gpt_neox theta",
-        "gptj",
-        "ministral3",
-        "mamba",
     ),
     "mlx-lm does not compute final_logit_softcapping 5.0 for": ("gemma3_text softcap",),
     "mlx-lm does not compute use_bidirectional_attention True for": ("gemma3_text bidirectional",),
