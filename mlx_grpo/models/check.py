@@ -14,7 +14,7 @@ from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.prompt_caches import caches_of_whole_sequences, rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
 
-PROMPT, ROWS, COMPLETION = 6, 3, 3
+PROMPT, ROWS, COMPLETION = 6, 3, 2
 """Tokens of the prompt, completions, and tokens of each."""
 BOUND = {mx.float32: 1e-3}
 BOUND_16 = 0.1
@@ -82,15 +82,15 @@ def _of_rollout(
 ) -> tuple[mx.array, mx.array]:
     """Logits as a rollout computes them, a token at a time, and those that are expected, [K, V].
 
-    The last row has a prompt half as long, so that rows are padded.
+    The last row has a prompt half as long, so that it is padded.
     """
-    model, lengths = decoder.model, [PROMPT] * (ROWS - 1) + [PROMPT // 2]
-    per_row = []
-    for row, length in enumerate(lengths):
+    model, per_prompt = decoder.model, []
+    for length in (PROMPT, PROMPT // 2):
         caches = make_prompt_cache(model)
-        model(tokens_KL[row : row + 1, :length], cache=caches)
-        per_row.append(caches)
-    batch, places = rollout_caches(model, per_row, list(range(ROWS))), mx.array(lengths)
+        model(tokens_KL[:1, :length], cache=caches)
+        per_prompt.append(caches)
+    batch = rollout_caches(model, per_prompt, [0] * (ROWS - 1) + [1])
+    places = mx.array([PROMPT] * (ROWS - 1) + [PROMPT // 2])
     rows = mx.arange(ROWS)
     with fp32_after_blocks(model):
         for _ in range(COMPLETION):
