@@ -31,12 +31,16 @@ def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A tiny random mlx-lm model in fp32 whose tokens all have their own probability."""
-    config = tiny_config(family, **changes)
+    return model_of(tiny_config(family, **changes), seed)
+
+
+def model_of(config: dict[str, Any], seed: int = 0) -> Any:
+    """A random mlx-lm model of a configuration, in fp32 and frozen."""
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     drawn = []
     for name, value in tree_flatten(model.parameters()):
-        noise = mx.random.normal(value.shape, key=key(seed, "tiny", family, name))
+        noise = mx.random.normal(value.shape, key=key(seed, "tiny", config["model_type"], name))
         # matrices wholly from the key (their own initialisation is not seeded), norms around theirs
         drawn.append((name, 0.15 * noise if value.ndim > 1 else value + 0.05 * noise))
     model.update(tree_unflatten(drawn))
