@@ -12,7 +12,7 @@ whatever the blocks compute in (`models/decoder.py`): what is sampled is what is
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -24,6 +24,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_grpo.backend.device import device_name, has_bf16, physical_memory
 from mlx_grpo.backend.fp32_head import hold_head_in_fp32
 from mlx_grpo.backend.kernels import use_fast_swiglu
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.core.errors import InputError
 
 EXPANDED_BYTES = 32 << 20
@@ -190,9 +191,14 @@ def can_expand(module: nn.Module) -> bool:
     return type(module) in QUANTIZED and module.get("global_scale") is None
 
 
-def apply_precision(model: nn.Module, precision: Precision) -> None:
+def apply_precision(
+    model: nn.Module, precision: Precision, castable: Callable[[str], bool] | None = None
+) -> None:
     """Bring a freshly loaded model, or one of its blocks, into the form of `precision`, in place,
-    module by module.
+    module by module. What its family keeps in its own dtype stays in it, and is fp32 where all is.
+
+    Args:
+        castable: which parameters a block's model casts (`may_cast`); None asks `model` itself.
 
     Raises:
         InputError: a weight or scale leaves the range of fp16.
@@ -201,6 +207,9 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
         use_fast_swiglu(model)
         _expand(model, precision.dtype)
     held = hold_head_in_fp32(model, precision.dtype)
+    if precision.dtype != mx.float32:
+        castable = castable or may_cast(model)
+        held |= {n for n, _ in tree_flatten(model.parameters()) if not castable(n)}
     parameters = dict(tree_flatten(model.parameters()))
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.models.decoder import Decoder, Embedded
 
@@ -33,8 +34,9 @@ def embed_rows(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Rows
 
 def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> None:
     """Move all rows behind the last block."""
+    castable = may_cast(decoder.model)
     for i, block in enumerate(decoder.blocks):
-        apply_precision(block, precision)
+        apply_precision(block, precision, castable)
         for r in rows:
             r.h_prompt, r.h_rows = decoder.run_block(r.embedded, i, r.h_prompt, r.h_rows)
             mx.eval(r.h_prompt, r.h_rows)

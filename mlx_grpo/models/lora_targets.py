@@ -54,10 +54,14 @@ class Coverage:
         parts = [
             f"on {self.share(expert_rank):.0%} of the blocks' weights",
             experts if self.experts else "",
-            f"{self.router_layers} routers frozen" if self.router_layers else "",
-            f"{self.latent_layers} latent projections frozen" if self.latent_layers else "",
+            _frozen(self.router_layers, "router"),
+            _frozen(self.latent_layers, "latent projection"),
         ]
         return ", ".join(filter(None, parts))
+
+
+def _frozen(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)} frozen" if count else ""
 
 
 def lora_keys(model: nn.Module, experts: bool = True) -> list[str]:

@@ -77,10 +77,15 @@ def write_tokenizer(
 
 def write_model(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A tiny model directory in mlx-lm's format."""
+    return write_model_of(directory, tiny_config(family, **changes), seed)
+
+
+def write_model_of(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A directory with the model of a configuration."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = dict(tree_flatten(tiny_model(family, seed, **changes).parameters()))
+    weights = dict(tree_flatten(model_of(config, seed).parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(tiny_config(family, **changes)))
+    (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
     return directory
 
