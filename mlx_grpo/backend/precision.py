@@ -174,13 +174,13 @@ def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 
 def dense_twin(module: nn.Module) -> nn.Module:
-    """A layer without quantization for each kind that `can_expand`; its arrays are still to be
-    set."""
-    if isinstance(module, nn.QuantizedEmbedding):
+    """A layer of the kind of another, not quantized, for each that `can_expand`; its arrays are
+    still to be set."""
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return nn.Embedding(1, 1)
-    if isinstance(module, QuantizedSwitchLinear):
+    if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
         return SwitchLinear(1, 1, 1, bias=False)
-    if isinstance(module, QuantizedMultiLinear):
+    if isinstance(module, MultiLinear | QuantizedMultiLinear):
         return MultiLinear(1, 1, 1)
     return nn.Linear(1, 1, bias=False)
 
