@@ -53,7 +53,7 @@ def quantized_config(
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized"):
             continue
-        choice = _choice(predicate(path, module) if predicate else True, module, target)
+        choice = how_quantized(predicate(path, module) if predicate else True, module, target)
         if choice is True and module.weight.shape[-1] % target.group_size:
             raise InputError(
                 f"{opened.source.path}: layer '{path}' is {module.weight.shape[-1]} wide, which "
@@ -64,7 +64,7 @@ def quantized_config(
     return {**config, "quantization": quantization, "quantization_config": quantization}
 
 
-def _choice(
+def how_quantized(
     wanted: bool | dict[str, Any], module: nn.Module, target: Quantization
 ) -> bool | dict[str, Any]:
     """How a layer is quantized: as the target says (True), in its own way, or not at all.
