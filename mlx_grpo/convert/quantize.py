@@ -120,7 +120,9 @@ def _quantized(path: str, module: nn.Module, quantization: dict[str, Any] | None
     choice = quantization.get(path, quantization)
     if choice is False or module.weight.shape[-1] % choice["group_size"]:
         return module  # the second only where another model's settings are tried on this one
-    return module.to_quantized(choice["group_size"], choice["bits"], choice.get("mode", "affine"))
+    mode = choice.get("mode", "affine")
+    named = {} if mode == "affine" else {"mode": mode}  # a layer of a family's own may not know it
+    return module.to_quantized(choice["group_size"], choice["bits"], **named)
 
 
 def write_weights(directory: Path, parameters: Iterable[tuple[str, mx.array]]) -> None:

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_grpo.backend.kernels import gathered_dtype
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters
@@ -43,18 +44,19 @@ class AddmmLoRALinear(LoRALinear):
 
 
 class GatherLoRA(LoRASwitchLinear):
-    """mlx-lm's LoRA on experts, in the dtype of what it reads."""
+    """mlx-lm's LoRA on experts, where the device can in the dtype of what it reads."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y, z = self.linear(x, indices, sorted_indices=sorted_indices), x
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = x.astype(gathered_dtype(x.dtype))
         for factor in (self.lora_a, self.lora_b):
             z = mx.gather_mm(
                 z,
-                factor.astype(x.dtype).swapaxes(-1, -2),
+                factor.astype(z.dtype).swapaxes(-1, -2),
                 rhs_indices=indices,
                 sorted_indices=sorted_indices,
             )
-        return y + self.scale * z
+        return y + (self.scale * z).astype(y.dtype)
 
 
 OWN_RANKS = ("linear_rank", "expert_rank")

@@ -31,6 +31,7 @@ from mlx_grpo.models.merging import merged
 from tests.helpers.mixtures import EXPERTS, MIXTURES, tiny_mixture
 
 RANK, EXPERT_RANK = 4, 2
+EXPERT = "model.layers.1.mlp.switch_mlp.up_proj"
 PROMPT = mx.array([[257, 60, 61, 62, 63]])
 ROWS = mx.array([[70, 71, 72, 73, 74, 75], [80, 81, 82, 83, 84, 85], [90, 91, 92, 93, 94, 95]])
 
@@ -172,3 +173,17 @@ def test_keys_are_names_within_a_block() -> None:
     assert lora_keys(tiny_mixture("mixtral"), experts=False) == [
         f"self_attn.{n}_proj" for n in "koqv"
     ]
+
+
+def test_experts_in_16_bits_get_a_lora_where_gather_mm_takes_fp32_alone() -> None:
+    exact = quantized(tiny_mixture("qwen3_moe"))
+    half = share(exact)
+    apply_precision(half, Precision("cpu", dense=False, dtype=mx.bfloat16))
+    wanted, found = (moved(model)(ROWS).astype(mx.float32) for model in (exact, half))
+    assert mx.abs(found - wanted).max().item() < 0.1 * mx.abs(wanted).max().item()
+    assert (
+        dict(lora_modules(moved(half)))[EXPERT](
+            mx.ones((3, 1, 1, 64), mx.bfloat16), mx.array([[0, 1], [2, 3], [1, 0]])
+        ).dtype
+        == mx.bfloat16
+    )
