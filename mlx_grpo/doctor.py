@@ -21,14 +21,17 @@ from mlx_grpo.backend.device import (
     physical_memory,
 )
 from mlx_grpo.backend.precision import choose_precision
+from mlx_grpo.config.settings import ModelSettings
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.demo import INSTALL_MODEL, smollm2_gguf
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import verify_manifest
-from mlx_grpo.models.directory import parameter_count, weight_files
+from mlx_grpo.models.directory import load_lazily, parameter_count, weight_files
 from mlx_grpo.models.reward_model import REWARD_CONFIG, check_fingerprint
+from mlx_grpo.models.trainable import family
 from mlx_grpo.plan.devices import seconds_of
+from mlx_grpo.plan.footprint import footprint_of
 
 SHOWN = ("mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "safetensors", "typer")
 SLOW_GFLOPS = 10.0
@@ -62,6 +65,21 @@ def examine(weights: Path) -> Iterator[Check]:
     yield _disk()
     yield _demo_model()
     yield from _models(weights)
+
+
+def trains(directory: Path) -> Check:
+    """Whether the model in a directory will train, and what of it gets a LoRA; no weight is
+    read."""
+    try:
+        if not (directory / "config.json").is_file() and (directory / REWARD_CONFIG).is_file():
+            return _reward_adapter(directory, "trains with that model")
+        model, _ = load_lazily(directory)
+        found = footprint_of(model, parameter_count(directory)).coverage
+    except InputError as e:
+        return Check("problem", str(directory), f"does not train: {e}")
+    rank = ModelSettings().expert_lora_rank
+    adapted = found.describe(rank) if found else ""
+    return Check("ok", str(directory), f"{family(model)}: trains, with a LoRA {adapted}")
 
 
 def _versions() -> Iterator[Check]:

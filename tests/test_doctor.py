@@ -16,6 +16,8 @@ from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.doctor import Check, examine
 from mlx_grpo.doctor import matmul_gflops as measured
+from tests.helpers.mixtures import mixture_config
+from tests.helpers.tiny import write_model_of
 
 
 @pytest.fixture
@@ -130,3 +132,20 @@ def test_no_weights_yet_is_no_problem(tmp_path: Path) -> None:
 
 def test_the_speed_of_a_matmul_is_measured() -> None:
     assert measured(64) > 0
+
+
+def test_a_model_that_trains_and_one_that_does_not_each_get_a_line(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mixture = write_model_of(tmp_path / "mixture", mixture_config("qwen3_moe"))
+    assert command(monkeypatch, "--model", str(mixture)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "qwen3_moe: trains, with a LoRA on 99% of the blocks' weights" in line
+    assert line.endswith("experts at rank 2, 2 routers frozen")
+    (mixture / "model.safetensors").unlink()
+    assert command(monkeypatch, "--model", str(mixture)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"does not train: {mixture}: " in line and "safetensors" in line

@@ -71,7 +71,12 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
     greedy = replace(evaluator.sampling, temperature=0.0)
     model = config.model
     actor = new_actor(
-        evaluator.backbone, model.lora_rank, model.lora_scale, 0, layers=model.lora_layers
+        evaluator.backbone,
+        model.lora_rank,
+        model.lora_scale,
+        0,
+        layers=model.lora_layers,
+        expert_rank=model.expert_lora_rank,
     )
     points = []
     saved = sorted(checkpoint.step_directories(run / "checkpoints"))

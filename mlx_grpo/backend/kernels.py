@@ -88,3 +88,8 @@ def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
     np.subtract(values, top, out=values)
     np.exp(values, out=values)
     return z_NV, mx.array(top)
+
+
+def gathered_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """What `mx.gather_mm` is to compute in: MLX's CPU backend has it for fp32 alone."""
+    return mx.float32 if device_name() == "cpu" else dtype

@@ -10,20 +10,31 @@ A user can ask for any other combination, on any device. Behind the last block e
 whatever the blocks compute in (`models/decoder.py`): what is sampled is what is scored.
 """
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_grpo.backend.device import device_name, has_bf16, physical_memory
 from mlx_grpo.backend.fp32_head import hold_head_in_fp32
 from mlx_grpo.backend.kernels import use_fast_swiglu
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.core.errors import InputError
 
 EXPANDED_BYTES = 32 << 20
 """Of fp32 values that are unpacked at a time."""
+QUANTIZED = (
+    nn.QuantizedLinear,
+    nn.QuantizedEmbedding,
+    QuantizedSwitchLinear,
+    QuantizedMultiLinear,
+)
 DTYPES = {"fp32": mx.float32, "bf16": mx.bfloat16, "fp16": mx.float16}
 ALLOWED = {
     "MLX_GRPO_PRECISION": ("auto", *DTYPES),
@@ -139,31 +150,55 @@ def expand_into(weight: mx.array, module: nn.Module) -> None:
     Some rows at a time, since dequantizing takes several times the memory of its result. Whoever
     holds the same array object sees the new values.
     """
-    step = max(1, EXPANDED_BYTES // (4 * weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in in_parts(weight):
         weight[rows] = dense_weight(module, rows).astype(weight.dtype)
         mx.eval(weight)
 
 
+def in_parts(weight: mx.array) -> Iterator[slice]:
+    """Rows of a weight, or experts, of which so many are worked on at a time."""
+    step = max(1, EXPANDED_BYTES // (4 * math.prod(weight.shape[1:])))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
+
+
 def _expanded(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """The dense twin of a quantized Linear or Embedding."""
-    count, packed = module.weight.shape
-    weight = mx.zeros((count, packed * 32 // module.bits), dtype)
-    expand_into(weight, module)
-    if isinstance(module, nn.QuantizedEmbedding):
-        dense = nn.Embedding(1, 1)
-    else:
-        dense = nn.Linear(1, 1, bias="bias" in module)
-        if "bias" in module:
-            dense.bias = module.bias.astype(dtype)
-    dense.weight = weight
+    """The dense twin of a quantized layer."""
+    *count, packed = module.weight.shape
+    dense = dense_twin(module)
+    dense.weight = mx.zeros((*count, packed * 32 // module.bits), dtype)
+    expand_into(dense.weight, module)
+    if "bias" in module:
+        dense.bias = module.bias.astype(dtype)
     return dense
 
 
-def apply_precision(model: nn.Module, precision: Precision) -> None:
+def dense_twin(module: nn.Module) -> nn.Module:
+    """A layer of the kind of another, not quantized, for each that `can_expand`; its arrays are
+    still to be set."""
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return nn.Embedding(1, 1)
+    if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+        return SwitchLinear(1, 1, 1, bias=False)
+    if isinstance(module, MultiLinear | QuantizedMultiLinear):
+        return MultiLinear(1, 1, 1)
+    return nn.Linear(1, 1, bias=False)
+
+
+def can_expand(module: nn.Module) -> bool:
+    """Whether a module is a quantized layer of a known kind; a family may have its own, and experts
+    of nvfp4 a scale each, and those stay packed."""
+    return type(module) in QUANTIZED and module.get("global_scale") is None
+
+
+def apply_precision(
+    model: nn.Module, precision: Precision, castable: Callable[[str], bool] | None = None
+) -> None:
     """Bring a freshly loaded model, or one of its blocks, into the form of `precision`, in place,
-    module by module.
+    module by module. What its family keeps in its own dtype stays in it, and is fp32 where all is.
+
+    Args:
+        castable: which parameters a block's model casts (`may_cast`); None asks `model` itself.
 
     Raises:
         InputError: a weight or scale leaves the range of fp16.
@@ -172,6 +207,9 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
         use_fast_swiglu(model)
         _expand(model, precision.dtype)
     held = hold_head_in_fp32(model, precision.dtype)
+    if precision.dtype != mx.float32:
+        castable = castable or may_cast(model)
+        held |= {n for n, _ in tree_flatten(model.parameters()) if not castable(n)}
     parameters = dict(tree_flatten(model.parameters()))
     while parameters:  # one by one: no two copies of more than one array
         name, value = parameters.popitem()
@@ -182,11 +220,7 @@ def apply_precision(model: nn.Module, precision: Precision) -> None:
 
 
 def _expand(model: nn.Module, dtype: mx.Dtype) -> None:
-    quantized = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    ]
+    quantized = [(name, module) for name, module in model.named_modules() if can_expand(module)]
     while quantized:
         name, module = quantized.pop()
         dense = _expanded(module, dtype)

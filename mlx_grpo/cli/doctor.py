@@ -18,22 +18,28 @@ def doctor(
     weights: Annotated[Path, typer.Option(help="Directory of the converted models.")] = Path(
         "weights"
     ),
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Look at this model alone: whether it trains, and what of it gets a LoRA."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The findings as a JSON list.")] = False,
     quiet: Quiet = False,
 ) -> int:
     """Examine this machine; for each problem what to type. Exit code 1 if there is one."""
-    from mlx_grpo.doctor import examine
+    from mlx_grpo.doctor import examine, trains
 
     ui = Console(quiet and not as_json)
     findings = []
-    for finding in examine(weights):
+    for finding in [trains(model)] if model else examine(weights):
         findings.append(finding)
         if not as_json:
             _show(ui, finding)
     if as_json:
         ui.say(json.dumps([asdict(f) for f in findings], indent=2))
     problems = sum(f.level == "problem" for f in findings)
-    if not as_json:
+    if not as_json and not model:
         ui.say(f"{problems} problem{'s' * (problems != 1)} found")
     return int(problems > 0)
 

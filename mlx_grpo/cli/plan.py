@@ -45,7 +45,7 @@ def plan(
     found = planner.plan()
     if found.fits:
         machine = machine_of(device, found, planner.config)
-        show(found, ui)
+        show(planner, found, ui)
         show_time(planner.times(found, machine), settings.run.num_iterations, machine, ui)
         show_savings(planner.savings(machine), ui)
         if ranks > 1:

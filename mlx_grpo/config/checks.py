@@ -25,6 +25,7 @@ AT_LEAST_ZERO = {
     "eval_limit",
     "weight_decay",
     "kl_stop_factor",
+    "expert_lora_rank",
     "lora_blocks",
     "lora_layers",
     "update_rows",

@@ -54,6 +54,9 @@ class ModelSettings:
     run starts, and the run keeps it."""
     lora_rank: int = 16
     """Rank of the LoRA on the linear layers of the blocks."""
+    expert_lora_rank: int = 2
+    """Rank of the LoRA on each expert of a mixture of experts; its parameters grow with the number
+    of experts. 0 leaves the experts frozen. Routers always are."""
     lora_scale: float = 2.0
     """Factor of the LoRA (absolute: what other libraries write as alpha / rank)."""
     lora_layers: int = 0
@@ -346,6 +349,9 @@ class RewardTrainConfig:
     """Global norm the gradient is clipped to."""
     lora_rank: int = 8
     """Rank of the LoRA."""
+    expert_lora_rank: int = 1
+    """Rank of the LoRA on each expert of a mixture of experts; 0 leaves the experts frozen. Routers
+    always are."""
     lora_scale: float = 2.0
     """Factor of the LoRA (absolute)."""
     lora_blocks: int = 0

@@ -15,11 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend.precision import dense_weight, float_dtype
+from mlx_grpo.backend.precision import can_expand, dense_twin, dense_weight, float_dtype
 from mlx_grpo.convert.heads import split_head
 from mlx_grpo.convert.tensors import check_values, read_tensors, tensor_files
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.lora import lora_modules, set_parameters, with_lora_modules
+from mlx_grpo.models.lora_targets import EXPERTS, LINEAR
 
 PEFT_PREFIX = "base_model.model."
 CHANGES_THE_BASE = {"pissa", "olora", "corda", "loftq", "lora"}
@@ -31,11 +32,32 @@ MERGE = "merge it with peft's merge_and_unload() and convert the result"
 
 @dataclass(frozen=True)
 class LoRA:
-    """The update of one linear layer: W + scale * (a b)^T; a [in, rank], b [rank, out]."""
+    """The update of one linear layer: W + scale * (a b)^T; a [in, rank], b [rank, out]; or of
+    experts: W + scale * b a; a [experts, rank, in], b [experts, out, rank]."""
 
     a: mx.array
     b: mx.array
     scale: float
+
+    @property
+    def experts(self) -> bool:
+        """Whether it is of experts."""
+        return self.a.ndim == 3
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight it belongs to, [out, in] or [experts, out, in]."""
+        if self.experts:
+            return (*self.b.shape[:2], self.a.shape[2])
+        return (self.b.shape[1], self.a.shape[0])
+
+    def update(self) -> mx.array:
+        """What is added to the weight."""
+        return self.scale * (self.b @ self.a if self.experts else (self.a @ self.b).T)
 
 
 @dataclass(frozen=True)
@@ -120,7 +142,7 @@ def read_mlx_adapter(directory: Path, config: dict[str, Any], scratch: Path) -> 
     tensors, file = read_tensors(files), files[0].source
     found, head, _ = split_head(tensors.arrays)
     _check({**found, **head}, tensors.files, directory)
-    pairs = _pairs(found, ".lora_a", ".lora_b", file)
+    pairs = _pairs(found, ".lora_a", ".lora_b", file, experts=True)
     return Adapter({module: LoRA(a, b, float(scale)) for module, (a, b) in pairs.items()}, head)
 
 
@@ -130,16 +152,23 @@ def _check(arrays: dict[str, mx.array], files: dict[str, Path], directory: Path)
 
 
 def _pairs(
-    arrays: dict[str, mx.array], first: str, second: str, file: Path
+    arrays: dict[str, mx.array], first: str, second: str, file: Path, experts: bool = False
 ) -> dict[str, tuple[mx.array, mx.array]]:
-    """Module name to its two matrices; every tensor must be one of a pair."""
+    """Module name to its two matrices; every tensor must be one of a pair.
+
+    Args:
+        experts: whether some may be those of experts, with three axes.
+    """
     for name in arrays:
         twin = {first: second, second: first}
         end = next((e for e in twin if name.endswith(e)), None)
-        if end is None or arrays[name].ndim != 2:
+        if end is None or arrays[name].ndim not in ((2, 3) if experts else (2,)):
             raise InputError(f"{file}: tensor '{name}' is not a LoRA matrix; {MERGE}")
-        if name.removesuffix(end) + twin[end] not in arrays:
-            raise InputError(f"{file}: tensor '{name.removesuffix(end)}{twin[end]}' is missing")
+        other = name.removesuffix(end) + twin[end]
+        if other not in arrays:
+            raise InputError(f"{file}: tensor '{other}' is missing")
+        if arrays[other].ndim != arrays[name].ndim:
+            raise InputError(f"{file}: tensor '{other}' does not fit '{name}'")
     modules = [name.removesuffix(first) for name in arrays if name.endswith(first)]
     return {
         m: (arrays[m + first].astype(mx.float32), arrays[m + second].astype(mx.float32))
@@ -176,9 +205,9 @@ def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path, exact: bo
     replaced = []
     for name, lora in loras.items():
         module = _linear(modules, name, lora, directory)
-        dense = dense_weight(module) + lora.scale * (lora.a @ lora.b).T
-        linear = nn.Linear(1, 1, bias=False)
-        packed = isinstance(module, nn.QuantizedLinear)
+        dense = dense_weight(module) + lora.update()
+        linear = dense_twin(module)
+        packed = "scales" in module
         dtype = float_dtype(module) if packed else module.weight.dtype
         linear.weight = dense if exact else dense.astype(dtype)
         if "bias" in module:
@@ -191,15 +220,17 @@ def fuse(model: nn.Module, loras: Mapping[str, LoRA], directory: Path, exact: bo
 
 def _linear(modules: dict[str, nn.Module], name: str, lora: LoRA, directory: Path) -> nn.Module:
     module = modules.get(name)
-    if not isinstance(module, nn.Linear | nn.QuantizedLinear):
+    if not isinstance(module, (*LINEAR, *EXPERTS)):
         raise InputError(f"{directory}: the base model has no linear layer '{name}'")
-    rows, columns = module.weight.shape
-    if isinstance(module, nn.QuantizedLinear):
+    if "scales" in module and not can_expand(module):
+        raise InputError(f"{directory}: '{name}' is packed in a form that no LoRA is added to")
+    *rows, columns = module.weight.shape
+    if "scales" in module:
         columns = columns * 32 // module.bits
-    if lora.a.shape != (columns, lora.b.shape[0]) or lora.b.shape[1] != rows:
+    if lora.shape != (*rows, columns) or lora.rank != lora.b.shape[-1 if lora.experts else 0]:
         raise InputError(
             f"{directory}: LoRA of '{name}' has shapes {list(lora.a.shape)} and "
-            f"{list(lora.b.shape)}, the base's layer is [{rows}, {columns}]"
+            f"{list(lora.b.shape)}, the base's layer is {[*rows, columns]}"
         )
     return module
 
@@ -222,8 +253,11 @@ def attach(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> nn.M
     found = [(int(p[1]), p[2]) for p in places.values() if p]
     scales = {lora.scale for lora in loras.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    rank = max((lora.b.shape[0] for lora in loras.values()), default=1)
+    rank = max((lora.rank for lora in loras.values()), default=1)
     parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": 0.0}
+    for name, experts in (("linear_rank", False), ("expert_rank", True)):
+        own = [lora.rank for lora in loras.values() if lora.experts == experts]
+        parameters[name] = max(own, default=rank)
     if found:
         parameters["keys"] = sorted({key for _, key in found})
     last = blocks - min((block for block, _ in found), default=blocks - 1)
@@ -233,8 +267,8 @@ def attach(model: nn.Module, loras: Mapping[str, LoRA], directory: Path) -> nn.M
         a, b = mx.zeros(module.lora_a.shape), mx.zeros(module.lora_b.shape)
         if name in loras:
             lora = loras[name]
-            own = lora.b.shape[0]
-            a[:, :own], b[:own] = lora.a, lora.b * (lora.scale / scale)
+            b_of_rank = (..., slice(lora.rank)) if lora.experts else slice(lora.rank)
+            a[:, : lora.rank], b[b_of_rank] = lora.a, lora.b * (lora.scale / scale)
         values |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     set_parameters(adapted, values)
     return adapted

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.convert.adapters import attach
 from mlx_grpo.convert.card import model_card
 from mlx_grpo.convert.cost import QuantizationCost
@@ -63,8 +64,9 @@ def keeps_values(opened: OpenedSource, target: Quantization) -> bool:
     """Whether no value changes: quantized already, or 16 bits wanted and there."""
     if opened.loras:
         return False
-    wide = (mx.float32, mx.float64)
-    in_16_bits = all(v.dtype not in wide for v in opened.tensors().arrays.values())
+    wide, castable = (mx.float32, mx.float64), may_cast(opened.backbone())
+    arrays = opened.tensors().arrays.items()
+    in_16_bits = all(v.dtype not in wide or not castable(n) for n, v in arrays)
     return opened.quantized or (target.bits == 16 and in_16_bits)
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.convert.reader import OpenedSource
 from mlx_grpo.convert.tensors import check_values
 from mlx_grpo.core.errors import InputError
@@ -18,6 +19,8 @@ from mlx_grpo.files.atomic import write_json
 from mlx_grpo.files.safetensors import save_arrays
 from mlx_grpo.models.directory import weight_files
 
+GROUP_SIZES = (32, 64, 128)
+"""That MLX's affine quantization knows."""
 SHARD_BYTES = 1 << 30
 """Of a file of weights: no more than this waits in memory to be written."""
 
@@ -50,34 +53,47 @@ def quantized_config(
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized"):
             continue
-        choice = predicate(path, module) if predicate else True
+        choice = how_quantized(predicate(path, module) if predicate else True, module, target)
+        if choice is True and module.weight.shape[-1] % target.group_size:
+            raise InputError(
+                f"{opened.source.path}: layer '{path}' is {module.weight.shape[-1]} wide, which "
+                f"--group-size {target.group_size} does not divide; choose a smaller one"
+            )
         if choice is not True:  # a family may keep a layer finer, or whole
             quantization[path] = choice
-        width = module.weight.shape[-1]
-        own = choice if isinstance(choice, dict) else {}
-        group = own.get("group_size", target.group_size)
-        if choice and width % group:
-            remedy = "use --bits 16" if own else "choose a smaller one"
-            whose = "mlx-lm's group size for it," if own else "--group-size"
-            raise InputError(
-                f"{opened.source.path}: layer '{path}' is {width} wide, which {whose} {group} does "
-                f"not divide; {remedy}"
-            )
     return {**config, "quantization": quantization, "quantization_config": quantization}
+
+
+def how_quantized(
+    wanted: bool | dict[str, Any], module: nn.Module, target: Quantization
+) -> bool | dict[str, Any]:
+    """How a layer is quantized: as the target says (True), in its own way, or not at all.
+
+    A family's own way may leave out the bits or the group size, and its group may not divide this
+    layer: then a smaller one does, or the layer stays whole, as where no group divides it.
+    """
+    width = module.weight.shape[-1]
+    if not wanted or all(width % group for group in GROUP_SIZES):
+        return False
+    if wanted is True:
+        return True
+    own = {"group_size": target.group_size, "bits": target.bits, **wanted}
+    group = max(g for g in GROUP_SIZES if width % g == 0)
+    return {**own, "group_size": own["group_size"] if width % own["group_size"] == 0 else group}
 
 
 def stream(
     model: nn.Module, config: dict[str, Any], opened: OpenedSource
 ) -> Iterator[tuple[str, mx.array]]:
-    """(name, array) of each parameter as `config` wants it: floats in 16 bits, linear layers and
-    embeddings quantized.
+    """(name, array) of each parameter as `config` wants it: linear layers and embeddings quantized,
+    other floats in 16 bits but for those that the family keeps in fp32.
 
     Raises:
         InputError: a tensor holds values that no weight can have; file and tensor are named.
     """
     files = opened.tensors().files
     dtype = mx.float16 if config.get("dtype") == "float16" else mx.bfloat16
-    modules = dict(model.named_modules())
+    modules, castable = dict(model.named_modules()), may_cast(model)
     leaves: dict[str, list[str]] = {}
     for name, _ in tree_flatten(model.parameters()):
         path, _, leaf = name.rpartition(".")
@@ -87,7 +103,7 @@ def stream(
         for leaf in names:
             value = module[leaf]
             if not opened.quantized and value.dtype in (mx.float32, mx.float64):
-                value = value.astype(dtype)
+                value = value.astype(dtype if castable(prefix + leaf) else mx.float32)
             check_values(prefix + leaf, value, files.get(prefix + leaf, opened.base.path))
             module[leaf] = value
         packed = _quantized(path, module, config.get("quantization"))
@@ -104,7 +120,9 @@ def _quantized(path: str, module: nn.Module, quantization: dict[str, Any] | None
     choice = quantization.get(path, quantization)
     if choice is False or module.weight.shape[-1] % choice["group_size"]:
         return module  # the second only where another model's settings are tried on this one
-    return module.to_quantized(choice["group_size"], choice["bits"], choice.get("mode", "affine"))
+    mode = choice.get("mode", "affine")
+    named = {} if mode == "affine" else {"mode": mode}  # a layer of a family's own may not know it
+    return module.to_quantized(choice["group_size"], choice["bits"], **named)
 
 
 def write_weights(directory: Path, parameters: Iterable[tuple[str, mx.array]]) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_grpo.backend.precision import dense_weight, float_dtype
+from mlx_grpo.backend.precision import can_expand, dense_twin, dense_weight, float_dtype
 from mlx_grpo.convert.adapters import PEFT_PREFIX, fuse
 from mlx_grpo.convert.quantize import Quantization, quantized_config, stream, write_weights
 from mlx_grpo.convert.reader import open_source
 from mlx_grpo.convert.source import locate
 from mlx_grpo.convert.tokenizer import copy_tokenizer
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 
@@ -42,18 +43,18 @@ def write_fused(directory: Path, adapter: Path, sft: Path, dequantize: bool, scr
 
 def _unpack(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """Put lazy 16-bit twins in the place of quantized modules; returns config.json for them."""
-    dense = [
-        (name, _dense_twin(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    ]
-    model.update_modules(tree_unflatten(dense))
+    packed = [(name, module) for name, module in model.named_modules() if "scales" in module]
+    for name, module in packed:
+        if not can_expand(module):
+            raise InputError(
+                f"'{name}' is packed in a form that is not unpacked; leave --dequantize out"
+            )
+    model.update_modules(tree_unflatten([(name, _unpacked(module)) for name, module in packed]))
     return {n: v for n, v in config.items() if n not in ("quantization", "quantization_config")}
 
 
-def _dense_twin(module: nn.Module) -> nn.Module:
-    embedding = isinstance(module, nn.QuantizedEmbedding)
-    twin = nn.Embedding(1, 1) if embedding else nn.Linear(1, 1, bias=False)
+def _unpacked(module: nn.Module) -> nn.Module:
+    twin = dense_twin(module)
     twin.weight = dense_weight(module).astype(float_dtype(module))
     if "bias" in module:
         twin.bias = module.bias
@@ -71,6 +72,11 @@ def write_peft(directory: Path, adapter: Path, sft: Path, base: str | None) -> N
     arrays = {}
     for name, value in load_arrays(adapter / "adapters.safetensors").items():
         module, _, leaf = name.rpartition(".")
+        if value.ndim != 2:
+            raise InputError(
+                f"{adapter}: '{module}' are experts, and a PEFT adapter has no place for their "
+                "LoRA; use --fuse"
+            )
         arrays[f"{PEFT_PREFIX}{module}.{leaves[leaf]}"] = value.T
     save_arrays(directory / "adapter_model.safetensors", arrays)
     copy_tokenizer(sft, directory)

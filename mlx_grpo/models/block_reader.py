@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_map_with_path
 
+from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.models.block_calls import Embedded, States
 from mlx_grpo.models.decoder import Decoder
@@ -34,8 +35,9 @@ def embed_rows(decoder: Decoder, prompt_1S: mx.array, rows_KT: mx.array) -> Rows
 
 def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> None:
     """Move all rows behind the last block."""
+    castable = may_cast(decoder.model)
     for i, block in enumerate(decoder.blocks):
-        apply_precision(block, precision)
+        apply_precision(block, precision, castable)
         for r in rows:
             r.states = decoder.run_block(r.embedded, i, *r.states)
             mx.eval(r.states)
@@ -46,11 +48,14 @@ def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> None:
     """Let embedding, final norm and head compute in a dtype. What looks tokens up stays packed; its
     scales decide what a looked-up row is rounded to."""
 
-    def cast(value: mx.array) -> mx.array:
-        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+    castable = may_cast(decoder.model) if dtype != mx.float32 else None
+
+    def cast(name: str, value: mx.array) -> mx.array:
+        wanted = mx.issubdtype(value.dtype, mx.floating) and (not castable or castable(name))
+        return value.astype(dtype) if wanted else value
 
     with decoder.without_blocks():
-        decoder.model.update(tree_map(cast, decoder.model.parameters()))
+        decoder.model.update(tree_map_with_path(cast, decoder.model.parameters()))
 
 
 def let_go(module: nn.Module) -> None:

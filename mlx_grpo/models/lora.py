@@ -3,6 +3,11 @@
 y = W x + scale * B^T A^T x with A [in, rank] and B [rank, out]; B starts at zero, so the adapted
 model starts as the backbone itself. `scale` is absolute: what other libraries write as alpha /
 rank.
+
+Each expert of a mixture has a LoRA of its own, as mlx-lm writes it: A [experts, rank, in] and
+B [experts, out, rank]. Its parameters grow with the number of experts, hence a rank of its own.
+mlx-lm's files know one rank for all layers: a saved adapter is filled up with zeros to the larger
+one, which adds nothing, and `expert_rank` beside `rank` says what is real.
 """
 
 import math
@@ -12,9 +17,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_grpo.backend.kernels import gathered_dtype
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters
@@ -22,7 +28,9 @@ from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import share
-from mlx_grpo.models.families import gemma3n
+from mlx_grpo.models.lora_targets import EXPERTS, lora_keys
+
+LORA_LAYERS = (LoRALinear, LoRASwitchLinear)
 
 
 class AddmmLoRALinear(LoRALinear):
@@ -35,23 +43,54 @@ class AddmmLoRALinear(LoRALinear):
         return mx.addmm(y, x @ a, b, alpha=self.scale)
 
 
-def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:
+class GatherLoRA(LoRASwitchLinear):
+    """mlx-lm's LoRA on experts, where the device can in the dtype of what it reads."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        z = x.astype(gathered_dtype(x.dtype))
+        for factor in (self.lora_a, self.lora_b):
+            z = mx.gather_mm(
+                z,
+                factor.astype(z.dtype).swapaxes(-1, -2),
+                rhs_indices=indices,
+                sorted_indices=sorted_indices,
+            )
+        return y + (self.scale * z).astype(y.dtype)
+
+
+OWN_RANKS = ("linear_rank", "expert_rank")
+OWN_LAYERS = {LoRALinear: AddmmLoRALinear, LoRASwitchLinear: GatherLoRA}
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    scale: float,
+    seed: int,
+    blocks: int = 0,
+    expert_rank: int = 0,
+) -> nn.Module:
     """A tree that shares the arrays of `model` and has fresh fp32 LoRA layers; the draw depends on
     seed and layer name.
 
     Args:
         blocks: how many of the last blocks get a LoRA; 0 means all.
+        expert_rank: of the LoRA on each expert of a mixture; 0 leaves experts without.
     """
-    count = blocks or len(model.layers)
-    adapted = with_lora_modules(model, count, {"rank": rank, "scale": scale, "dropout": 0.0})
+    parameters = {"rank": rank, "expert_rank": expert_rank, "scale": scale, "dropout": 0.0}
+    adapted = with_lora_modules(model, blocks or len(model.layers), parameters)
     fresh: Parameters = {}
     for name, module in lora_modules(adapted):
-        inputs, r = module.lora_a.shape
-        bound = 1 / math.sqrt(inputs)
-        fresh[f"{name}.lora_a"] = mx.random.uniform(
-            -bound, bound, (inputs, r), key=key(seed, "lora", name)
-        )
-        fresh[f"{name}.lora_b"] = mx.zeros((r, module.lora_b.shape[1]))
+        for leaf, value in tree_flatten(module.trainable_parameters()):
+            kind, *part = leaf.split(".")  # some families have several in one layer
+            bound = 1 / math.sqrt(value.shape[0 if value.ndim == 2 else -1])
+            draw = key(seed, "lora", name, *part)
+            fresh[f"{name}.{leaf}"] = (
+                mx.random.uniform(-bound, bound, value.shape, key=draw)
+                if kind == "lora_a"
+                else mx.zeros(value.shape)
+            )
     set_parameters(adapted, fresh)
     return adapted
 
@@ -61,28 +100,27 @@ def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any])
 
     Args:
         blocks: how many of the last blocks, at least 1.
-        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer.
+        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer, and experts where
+            `expert_rank` is not 0. It and `linear_rank` are those of `rank` where they are missing.
     """
     adapted = share(model)
     adapted.freeze()
-    keys = parameters.get("keys") or sorted(
-        {
-            name
-            for layer in adapted.layers
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear | nn.QuantizedLinear)
-            and name not in gemma3n.WITHOUT_LORA
-        }
-    )
-    linear_to_lora_layers(adapted, blocks, {**parameters, "keys": keys})
+    linear_rank, expert_rank = (parameters.get(n, parameters["rank"]) for n in OWN_RANKS)
+    keys = parameters.get("keys") or lora_keys(adapted, experts=expert_rank > 0)
+    modules = [m for block in adapted.layers for m in block.named_modules()]
+    experts = {name for name, module in modules if isinstance(module, EXPERTS)}
+    for rank, own in ((linear_rank, set(keys) - experts), (expert_rank, set(keys) & experts)):
+        if own:
+            linear_to_lora_layers(adapted, blocks, {**parameters, "rank": rank, "keys": own})
     for _, module in lora_modules(adapted):
-        module.__class__ = AddmmLoRALinear
+        if type(module) in OWN_LAYERS:
+            module.__class__ = OWN_LAYERS[type(module)]
     return adapted
 
 
 def lora_modules(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     """Name and module of every LoRA layer, sorted by name."""
-    return sorted((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+    return sorted((n, m) for n, m in model.named_modules() if isinstance(m, LORA_LAYERS))
 
 
 def lora_parameters(model: nn.Module) -> Parameters:
@@ -97,7 +135,7 @@ def set_parameters(model: nn.Module, parameters: Parameters) -> None:
 
 def scale_adapter(model: nn.Module, factor: float) -> None:
     """Scale what the adapter adds to the backbone, in place."""
-    scaled = {n: factor * v for n, v in lora_parameters(model).items() if n.endswith(".lora_b")}
+    scaled = {n: factor * v for n, v in lora_parameters(model).items() if _leaf(n) == "lora_b"}
     mx.eval(scaled)
     set_parameters(model, scaled)
 
@@ -109,17 +147,16 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
     Each file is written beside its place and then moved there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    modules = lora_modules(model)
-    rank = modules[0][1].lora_a.shape[1]
+    ranks = _ranks(model)
     save_arrays(
         directory / "adapters.safetensors",
-        {n: v.astype(dtype) if dtype else v for n, v in lora_parameters(model).items()},
+        {n: v.astype(dtype) if dtype else v for n, v in saved_parameters(model).items()},
     )
     places = [
         (i, name)
         for i, block in enumerate(model.layers)
         for name, module in block.named_modules()
-        if isinstance(module, LoRALinear)
+        if isinstance(module, LORA_LAYERS)
     ]
     write_json(
         directory / "adapter_config.json",
@@ -127,13 +164,54 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
             "fine_tune_type": "lora",
             "num_layers": len(model.layers) - min(i for i, _ in places),
             "lora_parameters": {
-                "rank": rank,
-                "scale": modules[0][1].scale,
+                "rank": max(ranks.values()),
+                **(ranks if len(set(ranks.values())) > 1 else {}),
+                "scale": lora_modules(model)[0][1].scale,
                 "dropout": 0.0,
-                "keys": sorted({key for _, key in places}),
+                "keys": sorted({name for _, name in places}),
             },
         },
     )
+
+
+def saved_parameters(model: nn.Module) -> Parameters:
+    """The adapter's arrays as `save_adapter` writes them, lazy: each of the largest rank."""
+    rank = max(_ranks(model).values())
+    return {n: _filled_up(v, rank, n) for n, v in lora_parameters(model).items()}
+
+
+def _ranks(model: nn.Module) -> dict[str, int]:
+    """Ranks of the linear layers and of the experts, of those that have a LoRA."""
+    found = {}
+    for name, value in lora_parameters(model).items():
+        found[OWN_RANKS[value.ndim == 3]] = value.shape[_rank_axis(name, value)]
+    return found
+
+
+def _leaf(name: str) -> str:
+    """`lora_a` or `lora_b`; some families number several of them in one layer."""
+    return next(part for part in reversed(name.split(".")) if part.startswith("lora_"))
+
+
+def _rank_axis(name: str, value: mx.array) -> int:
+    if _leaf(name) == "lora_a":
+        return 1
+    return 0 if value.ndim == 2 else 2
+
+
+def _filled_up(value: mx.array, rank: int, name: str) -> mx.array:
+    """With zeros up to a rank."""
+    axis = _rank_axis(name, value)
+    widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(value.shape)]
+    return mx.pad(value, widths) if widths[axis][1] else value
+
+
+def _without_filling(value: mx.array, rank: int, name: str) -> mx.array:
+    """What `_filled_up` made of an array of this rank; anything else as it is."""
+    axis, full = _rank_axis(name, value), value
+    place = tuple(slice(rank if i == axis else None) for i in range(value.ndim))
+    same = mx.array_equal(_filled_up(value[place], full.shape[axis], name), full)
+    return value[place] if same.item() else value
 
 
 def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
@@ -157,6 +235,10 @@ def load_adapter(model: nn.Module, directory: Path) -> nn.Module:
     file = directory / "adapters.safetensors"
     arrays = {name: value.astype(mx.float32) for name, value in load_arrays(file).items()}
     expected = lora_parameters(adapted)
+    for name in expected.keys() & arrays.keys() if "expert_rank" in parameters else ():
+        rank = expected[name].shape[_rank_axis(name, expected[name])]
+        if arrays[name].ndim == expected[name].ndim:
+            arrays[name] = _without_filling(arrays[name], rank, name)
     for name in sorted(expected.keys() | arrays.keys()):
         if name not in arrays:
             raise InputError(f"{file}: tensor '{name}' is missing")

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_grpo.backend.precision import expand_into
+from mlx_grpo.backend.precision import expand_into, in_parts
 from mlx_grpo.models.backbone import Backbone, share
-from mlx_grpo.models.lora import lora_modules
+from mlx_grpo.models.lora import OWN_LAYERS, lora_modules
 
 
 @contextmanager
@@ -45,17 +46,34 @@ def merged(policy: nn.Module, packed: nn.Module) -> Iterator[nn.Module]:
             from, and keeps its LoRA beside it.
     """
     stored = dict(packed.named_modules())
-    layers = [(n, m) for n, m in lora_modules(policy) if isinstance(stored[n], nn.QuantizedLinear)]
+    layers = [(n, m) for n, m in lora_modules(policy) if _can_merge(m, stored[n])]
     sources = [stored[name] for name, _ in layers]
     mx.eval([source.parameters() for source in sources])  # what can fail, before anything changes
     model = share(policy)
     model.update_modules(tree_unflatten([(name, layer.linear) for name, layer in layers]))
     try:
         for _, layer in layers:
-            weight = layer.linear.weight
-            weight += ((layer.scale * layer.lora_b.T) @ layer.lora_a.T).astype(weight.dtype)
-            mx.eval(weight)
+            _add_to(layer.linear.weight, layer)
         yield model
     finally:
         for (_, layer), source in zip(layers, sources, strict=True):
             expand_into(layer.linear.weight, source)
+
+
+def _can_merge(layer: LoRALinear, stored: nn.Module) -> bool:
+    """Whether the layer is dense, can be expanded again, and is a plain sum."""
+    return (
+        "scales" in stored and "scales" not in layer.linear and type(layer) in OWN_LAYERS.values()
+    )
+
+
+def _add_to(weight: mx.array, layer: LoRALinear) -> None:
+    """Put the LoRA into a weight, [out, in] or [experts, out, in]; some experts at a time."""
+    if weight.ndim == 2:
+        weight += ((layer.scale * layer.lora_b.T) @ layer.lora_a.T).astype(weight.dtype)
+        mx.eval(weight)
+        return
+    for some in in_parts(weight):
+        update = (layer.scale * layer.lora_b[some]) @ layer.lora_a[some]
+        weight[some] = weight[some] + update.astype(weight.dtype)
+        mx.eval(weight)

@@ -27,16 +27,18 @@ def new_actor(
     seed: int,
     sizes: Sizes = WHOLE,
     layers: int = 0,
+    expert_rank: int = 0,
 ) -> Decoder:
     """The backbone with a fresh LoRA, which starts as the backbone itself.
 
     Args:
         layers: how many of the last blocks get one; 0 means all.
+        expert_rank: of the LoRA on each expert of a mixture; 0 leaves experts without.
 
     Raises:
         InputError: nothing of this model can be trained on this device.
     """
     check_gradient(backbone.model)
-    actor = add_lora(backbone.model, rank, scale, seed, layers)
+    actor = add_lora(backbone.model, rank, scale, seed, layers, expert_rank)
     actor.train()  # some model families have kernels without a gradient in eval mode
     return Decoder(actor, sizes)

@@ -7,14 +7,27 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.safetensors import safetensors_header
 from mlx_grpo.models.directory import load_lazily, parameter_count
+from mlx_grpo.models.lora_targets import (
+    EXPERTS,
+    LATENT,
+    LINEAR,
+    Coverage,
+    adapted_layers,
+    coverage,
+    experts_per_token,
+    weight_count,
+)
 from mlx_grpo.models.mlp_chunks import MLP
+from mlx_grpo.models.trainable import check_trainable
 
 SCALES = (".scales", ".biases")
+MLPS = (MLP, "feed_forward", "block_sparse_moe", "ffn", "moe", "shared_mlp", "experts", "router")
+"""Parts of a block that hold its MLP, as the families of mlx-lm call them."""
+HEADS = ("num_attention_heads", "n_heads", "num_heads", "n_head", "attention_heads")
 
 
 @dataclass(frozen=True)
@@ -45,15 +58,31 @@ class Footprint:
     embedding_bytes: int
     """Of the embedding as it is stored."""
     packed_block_bytes: int = 0
-    """Of the quantized linear layers of all blocks."""
+    """Of the quantized linear layers and experts of all blocks."""
+    expert_lora_width: int = 0
+    """Values per rank of a LoRA on each expert of all blocks."""
+    active_experts: float = 0.0
+    """Share of the experts that work on a token."""
+    state_values: int = 0
+    """Of a row's states in all blocks that do not grow with its tokens: windows, recurrences."""
+    scan_values: int = 0
+    """Of the largest recurrent state of a block."""
+    coverage: Coverage | None = None
+    """What a LoRA reaches."""
 
     def trained_blocks(self, layers: int) -> int:
         """Blocks with a LoRA, where the last `layers` get one; 0 means all."""
         return min(layers or self.blocks, self.blocks)
 
-    def lora_bytes(self, rank: int, layers: int = 0) -> int:
-        """A LoRA on every linear layer of the last `layers` blocks (0: all), fp32."""
-        return 4 * rank * self.lora_width * self.trained_blocks(layers) // self.blocks
+    def lora_bytes(self, rank: int, layers: int = 0, expert_rank: int = 0) -> int:
+        """A LoRA on every linear layer and expert of the last `layers` blocks (0: all), fp32."""
+        values = rank * self.lora_width + expert_rank * self.expert_lora_width
+        return 4 * values * self.trained_blocks(layers) // self.blocks
+
+    def lora_values(self, rank: int, expert_rank: int) -> float:
+        """Values of a LoRA on all blocks that work on a token."""
+        experts = expert_rank * self.active_experts * self.expert_lora_width
+        return rank * self.lora_width + experts
 
 
 def footprint(path: Path) -> Footprint:
@@ -69,26 +98,17 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
     """Of a model whose weights need not be evaluated: shapes cost no arithmetic.
 
     Raises:
-        InputError: its blocks keep something else than keys and values of each token.
+        InputError: it cannot be trained.
     """
-    caches = make_prompt_cache(model)
-    if not all(isinstance(cache, KVCache | RotatingKVCache) for cache in caches):
-        kind = type(model).__module__.rsplit(".", 1)[-1]
-        raise InputError(
-            f"model type '{kind}' is not supported: its blocks do not keep keys and values alone"
-        )
-    block = model.layers[0]
-    linears = {n: _shape(m) for n, m in block.named_modules() if _is_linear(m)}
+    check_trainable(model)
     arrays = dict(tree_flatten(model.parameters()))
-    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
-    kv_shapes = [v.shape for c in caches for v in (c.keys, c.values)]
-    mlp = [w for n, w in linears.items() if n.split(".")[0] == MLP]
-    attention = [w for n, w in linears.items() if n.split(".")[0] != MLP]
-    outward = sum(outputs for _, outputs in attention)
+    states = _states(model)
+    chosen = experts_per_token(model)
+    widths = [_widths(block, chosen) for block in model.layers]
     hidden, embedding_bytes = _embedding(model)
-    head_dim = kv_shapes[0][-1]
-    last = attention[-1] if attention else (hidden, hidden)
-    heads = getattr(getattr(model, "args", None), "num_attention_heads", last[0] // head_dim)
+    linears = [m for block in model.layers for m in _of_kind(block, (*LINEAR, *LATENT))]
+    experts = [m for block in model.layers for m in _of_kind(block, EXPERTS)]
+    active = chosen / max((m.num_experts for m in experts), default=1)
     return Footprint(
         parameters=parameters,
         packed_bytes=sum(v.nbytes for v in arrays.values()),
@@ -96,15 +116,21 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         all_scale_values=sum(v.size for n, v in arrays.items() if n.endswith(SCALES)),
         blocks=len(model.layers),
         hidden=hidden,
-        mlp=max((max(w) for w in mlp), default=0),
-        attention=outward - hidden if attention else 0,
-        heads=heads,
-        vocabulary=logits.shape[-1],
-        block_weights=sum(i * o for layer in model.layers for i, o in _linear_shapes(layer)),
-        lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
-        cache_values=sum(s[1] * s[3] for s in kv_shapes),
+        mlp=max(mlp for mlp, _ in widths),
+        attention=max(0, max(outward for _, outward in widths) - hidden),
+        heads=_heads(model) if states.per_token else 0,
+        vocabulary=states.vocabulary,
+        block_weights=sum(map(weight_count, linears))
+        + int(active * sum(map(weight_count, experts))),
+        lora_width=sum(sum(_shape(m)) for m in adapted_layers(model) if isinstance(m, LINEAR)),
+        cache_values=states.per_token,
         embedding_bytes=embedding_bytes,
-        packed_block_bytes=sum(_packed_bytes(layer) for layer in model.layers),
+        packed_block_bytes=sum(map(_packed_bytes, [*linears, *experts])),
+        expert_lora_width=sum(m.num_experts * sum(_shape(m)) for m in experts),
+        active_experts=active,
+        state_values=states.fixed,
+        scan_values=states.scan,
+        coverage=coverage(model),
     )
 
 
@@ -114,22 +140,67 @@ def adapter_bytes(directory: Path) -> int:
     return sum(4 * math.prod(info["shape"]) for info in header.values())
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.QuantizedLinear)
+def _of_kind(block: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
+    return [m for _, m in block.named_modules() if isinstance(m, kinds)]
 
 
-def _linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
-    return [_shape(m) for _, m in block.named_modules() if _is_linear(m)]
+def _widths(block: nn.Module, chosen: int) -> tuple[int, int]:
+    """(width of what an MLP holds of a token, outputs of all other linear layers).
+
+    A mixture holds for each chosen expert what it reads and writes beside what is between: three
+    arrays stand for the MLP of a block elsewhere.
+    """
+    linears = {n: _shape(m) for n, m in block.named_modules() if isinstance(m, LINEAR)}
+    mlp = [max(w) for n, w in linears.items() if n.split(".")[0] in MLPS]
+    outward = sum(w[1] for n, w in linears.items() if n.split(".")[0] not in MLPS)
+    experts = [sum(_shape(m)) for m in _of_kind(block, EXPERTS)]
+    return max(mlp, default=0) + chosen * sum(experts) // 3, outward
 
 
-def _packed_bytes(block: nn.Module) -> int:
-    packed = [m for _, m in block.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    return sum(v.nbytes for m in packed for _, v in tree_flatten(m.parameters()))
+@dataclass(frozen=True)
+class _States:
+    """Values that a row leaves in the caches of all blocks."""
+
+    per_token: int
+    fixed: int
+    scan: int
+    vocabulary: int
+
+
+def _states(model: nn.Module) -> _States:
+    """From the shapes after two tokens."""
+    caches = make_prompt_cache(model)
+    logits = model(mx.zeros((1, 2), mx.int32), cache=caches)
+    parts = [part for cache in caches for part in getattr(cache, "caches", [cache])]
+    grow = [v for c in parts if hasattr(c, "keys") for v in (c.keys, c.values)]
+    stay = [v for c in parts if not hasattr(c, "keys") for _, v in tree_flatten(c.state)]
+    stay = [v for v in stay if isinstance(v, mx.array)]
+    return _States(
+        per_token=sum(v.shape[1] * v.shape[3] for v in grow if v is not None),
+        fixed=sum(v.size for v in stay),
+        scan=max((v.size for v in stay if v.ndim == 4), default=0),
+        vocabulary=logits.shape[-1],
+    )
+
+
+def _heads(model: nn.Module) -> int:
+    """Of attention, by the configuration, whatever a family calls them."""
+    args = getattr(model, "args", None)
+    inner = getattr(args, "text_config", None)
+    inner = inner if isinstance(inner, dict) else vars(args) if args else {}
+    found = (inner.get(n, getattr(args, n, None)) for n in HEADS)
+    return next((n for n in found if isinstance(n, int)), 1)
+
+
+def _packed_bytes(module: nn.Module) -> int:
+    if "scales" not in module:
+        return 0
+    return sum(v.nbytes for _, v in tree_flatten(module.parameters()))
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear layer or (rows last) an embedding, quantized or not."""
-    outputs, columns = module.weight.shape
+    outputs, columns = module.weight.shape[-2:]
     return (columns * 32 // module.bits if "scales" in module else columns), outputs
 
 

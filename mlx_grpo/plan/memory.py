@@ -27,6 +27,8 @@ HALF = 0.9
 GPU_MARGIN = 1.1
 """The factors were found where MLX holds about 100 operations in flight; Metal holds more and frees
 their inputs later."""
+STATES_PER_TOKEN = 4.2
+"""Of a gated-delta block, fp32, that its backward keeps; on the safe side for other recurrences."""
 STREAMED_HIDDEN = 128 << 20
 """Of hidden states that a reward model which is swapped in works on between two of its blocks."""
 
@@ -48,6 +50,8 @@ class Workload:
     """Completions per prompt that the update learns from; 0 means all."""
     lora_layers: int = 0
     """Last blocks with a LoRA; 0 means all."""
+    expert_rank: int = 0
+    """Of the LoRA on each expert; 0 means none."""
     kl_share: float = 1.0
     """Share of the completions on which the KL is measured."""
 
@@ -126,7 +130,7 @@ def predict(
     kept = reward.adapter_bytes
     if reward.model and not choice.swap:
         kept += weight_bytes(reward.model, choice)
-    adapter = model.lora_bytes(work.lora_rank, work.lora_layers)
+    adapter = model.lora_bytes(work.lora_rank, work.lora_layers, work.expert_rank)
     base = weights + kept + 3 * adapter
     # gradients; and from the first step on adapter and moments as they were, to go back to
     backward = (
@@ -245,7 +249,8 @@ def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tup
         attention = 15.6 * states + 6.4 * projected + 1.8 * scores
         backward = min(backward, max(18.0 * chunk * width + 6.0 * states, attention))
     part = 1.0 if choice.value_bytes == 4 else HALF
-    return part * forward, part * backward
+    scanned = 4.0 * STATES_PER_TOKEN * tokens * model.scan_values
+    return part * forward, part * backward + scanned
 
 
 def _head(model: Footprint, work: Workload, choice: Choice) -> float:
@@ -260,7 +265,8 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     tokens = work.prompt_tokens + work.completion_tokens
     rows = max(work.k, min(choice.decode_rows, work.prompts * work.k))  # never less than a group
     grown = 1 if choice.dense else 2  # a GPU has all layers' old caches alive while they grow
-    cached = grown * rows * tokens * model.cache_values * choice.value_bytes
+    held = tokens * model.cache_values + model.state_values
+    cached = grown * rows * held * choice.value_bytes
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
     undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
     return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
@@ -300,4 +306,5 @@ def _kept(model: Footprint, work: Workload, choice: Choice) -> float:
     tokens = _pass_tokens(work, choice)
     values = 3.0 * model.mlp + 5.0 * model.hidden + 1.0 * model.attention
     part = 1.0 if choice.value_bytes == 4 else HALF
-    return part * 4.0 * tokens * values + _scores(model, work, choice)
+    scanned = 4.0 * STATES_PER_TOKEN * tokens * model.scan_values
+    return part * 4.0 * tokens * values + _scores(model, work, choice) + scanned

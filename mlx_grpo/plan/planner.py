@@ -38,6 +38,7 @@ class Planner:
             prompt_tokens=config.data.max_prompt_length,
             completion_tokens=config.rollout.max_completion_length,
             lora_rank=config.model.lora_rank,
+            expert_rank=config.model.expert_lora_rank,
             steps=-(-config.data.batch_size // config.optimizer.minibatch_size)
             * config.optimizer.epochs,
             epochs=config.optimizer.epochs,

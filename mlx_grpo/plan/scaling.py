@@ -65,7 +65,8 @@ def exchange(
     if ranks == 1:
         return 0.0, 0.0
     others = (ranks - 1) / ranks
-    gradients = whole.steps * 2 * others * model.lora_bytes(whole.lora_rank, whole.lora_layers)
+    adapter = model.lora_bytes(whole.lora_rank, whole.lora_layers, whole.expert_rank)
+    gradients = whole.steps * 2 * others * adapter
     answers = others * whole.prompts * whole.k * whole.completion_tokens * TOKEN_BYTES
     hops = (ranks - 1) * (2 * EXCHANGES + 4 * whole.steps)  # a step: figures, and a sum of two ways
     traffic = gradients + answers

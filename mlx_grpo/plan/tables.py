@@ -79,7 +79,7 @@ def check_fits(planner: Planner, plan: Plan, ui: Console) -> None:
         if planner.here and held.slow:
             ui.warn(f"{held} weights: MLX's 4-bit and 16-bit kernels are very slow on a CPU")
         return
-    show(plan, ui)
+    show(planner, plan, ui)
     raise InputError(
         f"{planner.config.model.actor}: needs {gigabytes(plan.peak)} of memory and may take "
         f"{gigabytes(plan.limit)}; {way_out(planner)}"
@@ -102,14 +102,16 @@ def summary(plan: Plan) -> str:
     )
 
 
-def show(plan: Plan, ui: Console) -> None:
+def show(planner: Planner, plan: Plan, ui: Console) -> None:
     """The table: what stays, and the peak of each stage."""
     dense = "fp32" if plan.choice.value_bytes == 4 else "16 bits"
     form = dense if plan.choice.dense else "as stored"
+    found = planner.model.coverage
+    adapted = found.describe(planner.work.expert_rank) if found else ""
     rows = [
         (f"weights, {form}", plan.weights, ""),
         ("reward model", plan.reward_model, "read anew each time" if plan.choice.swap else ""),
-        ("LoRA and AdamW's moments", plan.adapter, ""),
+        ("LoRA and AdamW's moments", plan.adapter, adapted),
         *((f"peak: {name}", size, _how(name, plan)) for name, size in plan.stages.items()),
         ("allowed", plan.limit, ""),
     ]

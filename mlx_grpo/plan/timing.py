@@ -49,7 +49,7 @@ def stage_costs(
     rows = work.prompts * work.k
     answered = rows * work.completion_tokens
     passes, seen = _passes(work, choice)
-    adapter = work.lora_rank * model.lora_width
+    adapter = model.lora_values(work.lora_rank, work.expert_rank)
     weights = weight_bytes(model, choice)
     head = 2.0 * model.vocabulary * model.hidden
 
@@ -99,7 +99,7 @@ def _update_cost(model: Footprint, work: Workload, choice: Choice) -> StageCost:
     again = max(0.0, learn - choice.sizes.kept_blocks / model.blocks)
     before = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps
     runs = work.epochs * (1 + again + learn) + before
-    adapter = work.lora_rank * model.lora_width * learn
+    adapter = model.lora_values(work.lora_rank, work.expert_rank) * learn
     head = 2.0 * model.vocabulary * model.hidden * answered
     return StageCost(
         runs * passes * weights,

@@ -199,7 +199,12 @@ def _fit(
     """The model with the lowest loss on `split.valid` (without any: the last), and the curve."""
     check_gradient(backbone.model)
     adapted = add_lora(
-        backbone.model, config.lora_rank, config.lora_scale, config.seed, config.lora_blocks
+        backbone.model,
+        config.lora_rank,
+        config.lora_scale,
+        config.seed,
+        config.lora_blocks,
+        config.expert_lora_rank,
     )
     adapted.train()
     decoder = reward_decoder(adapted)

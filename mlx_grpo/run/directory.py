@@ -27,7 +27,12 @@ from mlx_grpo.files.lock import mine
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.state import Best, RunState
-from mlx_grpo.models.lora import lora_parameters, save_adapter, set_parameters
+from mlx_grpo.models.lora import (
+    lora_parameters,
+    save_adapter,
+    saved_parameters,
+    set_parameters,
+)
 from mlx_grpo.models.optimizer import optimizer_arrays, set_optimizer_arrays
 from mlx_grpo.run import checkpoint, log, provenance
 from mlx_grpo.run.fields import check_not_newer, check_state
@@ -157,16 +162,17 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
     Raises:
         InputError: with the bytes free and needed.
     """
-    adapter = _adapter_bytes(actor)
+    adapter = sum(v.nbytes for v in lora_parameters(actor).values())
     # while a checkpoint is written the oldest is still there; best/ and final/ are one adapter each
-    arrays = 3 * adapter * (config.run.keep + 1) + 2 * adapter
+    arrays = 3 * adapter * (config.run.keep + 1) + 2 * _adapter_bytes(actor)
     completions = config.run.num_iterations * config.data.batch_size * config.rollout.K
     logs = LOG_BYTES_PER_TOKEN * completions * config.rollout.max_completion_length
     need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
 
 
 def _adapter_bytes(actor: nn.Module) -> int:
-    return sum(v.nbytes for v in lora_parameters(actor).values())
+    """Of `best/` or `final/`."""
+    return sum(v.nbytes for v in saved_parameters(actor).values())
 
 
 def save(
@@ -284,8 +290,8 @@ def _check_shapes(run: Path, adapter: Parameters, actor: nn.Module) -> None:
     shapes = {n: v.shape for n, v in lora_parameters(actor).items()}
     if {n: v.shape for n, v in adapter.items()} != shapes:
         raise InputError(
-            f"{run}: its adapter does not fit --actor-model and --lora-rank; they cannot change "
-            "within a run"
+            f"{run}: its adapter does not fit --actor-model, --lora-rank and --expert-lora-rank; "
+            "they cannot change within a run"
         )
 
 

@@ -138,6 +138,7 @@ def load_learner(
         config.run.seed,
         plan.choice.sizes,
         config.model.lora_layers,
+        config.model.expert_lora_rank,
     )
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)

@@ -31,12 +31,16 @@ def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A tiny random mlx-lm model in fp32 whose tokens all have their own probability."""
-    config = tiny_config(family, **changes)
+    return model_of(tiny_config(family, **changes), seed)
+
+
+def model_of(config: dict[str, Any], seed: int = 0) -> Any:
+    """A random mlx-lm model of a configuration, in fp32 and frozen."""
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))
     drawn = []
     for name, value in tree_flatten(model.parameters()):
-        noise = mx.random.normal(value.shape, key=key(seed, "tiny", family, name))
+        noise = mx.random.normal(value.shape, key=key(seed, "tiny", config["model_type"], name))
         # matrices wholly from the key (their own initialisation is not seeded), norms around theirs
         drawn.append((name, 0.15 * noise if value.ndim > 1 else value + 0.05 * noise))
     model.update(tree_unflatten(drawn))
@@ -73,10 +77,15 @@ def write_tokenizer(
 
 def write_model(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """A tiny model directory in mlx-lm's format."""
+    return write_model_of(directory, tiny_config(family, **changes), seed)
+
+
+def write_model_of(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A directory with the model of a configuration."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = dict(tree_flatten(tiny_model(family, seed, **changes).parameters()))
+    weights = dict(tree_flatten(model_of(config, seed).parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (directory / "config.json").write_text(json.dumps(tiny_config(family, **changes)))
+    (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer(directory)
     return directory
 

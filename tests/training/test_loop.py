@@ -253,7 +253,7 @@ def test_a_change_that_is_wanted_is_told_and_takes_effect(
 
 
 def test_an_adapter_of_another_rank_is_never_resumed(finished: TrainConfig) -> None:
-    with pytest.raises(InputError, match="does not fit --actor-model and --lora-rank"):
+    with pytest.raises(InputError, match="does not fit --actor-model, --lora-rank"):
         train(with_settings(finished, lora_rank=2), QUIET, resume=True, allow_change=True)
 
 
