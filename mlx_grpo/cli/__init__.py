@@ -17,6 +17,8 @@ from mlx_grpo.cli import (
     export,
     plan,
     report,
+    runs,
+    samples,
     train,
     train_rm,
 )
@@ -47,6 +49,8 @@ _add("train-rm", with_models(train_rm.train_reward_model))
 _add("eval", with_models(evaluate.evaluate))
 _add("eval-rm", with_models(eval_rm.evaluate_reward_model))
 _add("report", report.report)
+_add("runs", runs.runs)
+_add("samples", samples.samples)
 _add("export", with_models(export.export))
 _add("doctor", doctor.doctor)
 

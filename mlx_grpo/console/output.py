@@ -13,6 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.console.columns import Piece, side_by_side
 from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing, duration
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.stream import Stream
@@ -265,7 +266,9 @@ class Console:
         if needed > self.out.width and self.out.is_terminal:
             self._list(title, columns, rows)
             return
-        table = Table(title=_text(title), title_justify="left", show_lines=lines)
+        # a file has no width, but rich prints nothing wider than what it takes that to be
+        width = needed if needed > self.out.width else None
+        table = Table(title=_text(title), title_justify="left", show_lines=lines, width=width)
         for i, column in enumerate(columns):
             table.add_column(
                 _text(column),
@@ -275,9 +278,20 @@ class Console:
             )
         for row in rows:
             table.add_row(*map(Text, row))
-        # a file has no width
-        width = max(self.out.width, needed)
-        self._print(self.out, table, soft_wrap=False, width=width, crop=False)
+        self._print(self.out, table, soft_wrap=False, crop=False)
+
+    def side_by_side(self, title: str, pieces: Sequence[Piece]) -> None:
+        """Texts under their labels, beside one another on a terminal that has room for it; in a
+        file one after the other."""
+        self._print(self.out, Text(_fitted(self.out, _hanging, single_line(title)), "cyan"))
+        if self.out.is_terminal:
+            for table in side_by_side(pieces, self.out.width):
+                self._print(self.out, table, soft_wrap=False)
+        else:  # a file has no width
+            for label, text in pieces:
+                shown = visible(text.strip(), keep="\n")
+                self._print(self.out, Text(f"{single_line(label)}\n{shown}"))
+        self._print(self.out, Text())
 
     def _list(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._print(self.out, Text(single_line(title), style="table.title"))

@@ -18,7 +18,7 @@ from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import visible
-from mlx_grpo.core.stats import WinRate
+from mlx_grpo.core.stats import WinRate, evenly
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
 from mlx_grpo.report.health import Row
@@ -277,8 +277,7 @@ def examples(r: Record) -> list[tuple[Row, Row]]:
     pairs = [(before[i], after[i]) for i in before if i in after]
     pairs = [p for p in pairs if None not in (p[0]["reward"], p[1]["reward"])]
     pairs.sort(key=lambda p: p[0]["reward"] - p[1]["reward"])
-    count = min(EXAMPLES, len(pairs))
-    return [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
+    return evenly(pairs, EXAMPLES)
 
 
 def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:
