@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +24,21 @@ def side_by_side(pieces: Sequence[Piece], width: int) -> list[Table]:
     rows = -(-len(pieces) // fitting)
     a_row = -(-len(pieces) // rows)  # four texts where three fit: two and two
     return [_row(pieces[i : i + a_row], a_row) for i in range(0, len(pieces), a_row)]
+
+
+class Growing:
+    """The picture of texts to which something is added all the time."""
+
+    def __init__(self, labels: Sequence[str], texts: Sequence[str]):
+        self._labels, self._texts = labels, texts
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """As they are now."""
+        return list(zip(self._labels, self._texts, strict=True))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from side_by_side(self.pieces, options.max_width)
 
 
 def _row(pieces: Sequence[Piece], columns: int) -> Table:

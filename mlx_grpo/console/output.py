@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mlx_grpo.console.columns import Piece, side_by_side
+from mlx_grpo.console.columns import Growing, Piece, side_by_side
 from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing, duration
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.stream import Stream
@@ -22,6 +22,8 @@ from mlx_grpo.core.errors import single_line, visible
 from mlx_grpo.core.types import Group
 
 REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
+REDRAWN_TEXTS = 8
+"""Times a second, where people read along."""
 SAMPLES = 3
 LONGEST_CELL = 160
 HANGING = 2
@@ -141,12 +143,14 @@ class Console:
             self.out.print()
 
     @contextmanager
-    def _drawing(self, picture: RenderableType, transient: bool = False) -> Iterator[None]:
+    def _drawing(
+        self, picture: RenderableType, transient: bool = False, per_second: int | None = None
+    ) -> Iterator[None]:
         """Keep the picture below all that is printed while the block runs."""
         self._live = Live(
             picture,
             console=self.out,
-            refresh_per_second=REFRESHES_PER_SECOND,
+            refresh_per_second=per_second or REFRESHES_PER_SECOND,
             transient=transient,
             redirect_stderr=self.err.is_terminal,  # an error log in a file stays there
         )
@@ -283,7 +287,8 @@ class Console:
     def side_by_side(self, title: str, pieces: Sequence[Piece]) -> None:
         """Texts under their labels, beside one another on a terminal that has room for it; in a
         file one after the other."""
-        self._print(self.out, Text(_fitted(self.out, _hanging, single_line(title)), "cyan"))
+        if title:
+            self._print(self.out, Text(_fitted(self.out, _hanging, single_line(title)), "cyan"))
         if self.out.is_terminal:
             for table in side_by_side(pieces, self.out.width):
                 self._print(self.out, table, soft_wrap=False)
@@ -292,6 +297,20 @@ class Console:
                 shown = visible(text.strip(), keep="\n")
                 self._print(self.out, Text(f"{single_line(label)}\n{shown}"))
         self._print(self.out, Text())
+
+    @contextmanager
+    def growing(self, title: str, labels: Sequence[str]) -> Iterator[list[str]]:
+        """Texts that the block adds to, drawn side by side meanwhile where that is possible; in the
+        end they are printed, if there is anything."""
+        texts = [""] * len(labels)
+        picture = Growing(labels, texts)
+        try:
+            drawing = self._drawing(picture, True, REDRAWN_TEXTS) if self._draws else nullcontext()
+            with drawing:
+                yield texts
+        finally:
+            if any(texts):
+                self.side_by_side(title, picture.pieces)
 
     def _list(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._print(self.out, Text(single_line(title), style="table.title"))
