@@ -73,6 +73,10 @@ class Console:
         if total > 1:
             self.say(f"run {position} of {total}: {name}")
 
+    def ring(self) -> None:
+        """The terminal's bell; nothing elsewhere."""
+        self.out.bell()
+
     def once(self, what: str) -> bool:
         """True the first time it is asked."""
         new = what not in self._said

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from mlx_grpo.backend.awake import kept_awake
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.doing import duration
@@ -100,7 +101,10 @@ def training(
     with locked(run) if ranks.leads and not dry_run else nullcontext():
         if ranks.leads and not dry_run:
             check_vacant(run, resume)
-        with _loaded(config, ui, load, ranks, functions) as learner:
+        with (
+            _awake(config, ui, not dry_run),
+            _loaded(config, ui, load, ranks, functions) as learner,
+        ):
             if dry_run:
                 return _dry_run(learner, ui)
             about, state = provenance_of(learner), first_state(config)
@@ -110,6 +114,14 @@ def training(
             state = share_state(ranks, state, learner.roles.actor.model, learner.optimizer)
             with writer.writing(state), stop_signals(lambda: ui.reader_gone) as safe_point:
                 return (yield from _loop(learner, state, writer, ui, ranks.watching(safe_point)))
+
+
+@contextmanager
+def _awake(config: TrainConfig, ui: Console, wanted: bool) -> Iterator[None]:
+    with kept_awake(wanted and config.run.keep_awake == "auto") as awake:
+        if awake:
+            ui.say("this Mac stays awake during the run (caffeinate); see --keep-awake")
+        yield
 
 
 @contextmanager
