@@ -10,17 +10,17 @@ from mlx_grpo.backend import device as device
 from mlx_grpo.backend.open_files import allow_few
 
 if TYPE_CHECKING:
-    from mlx_grpo.api import GRPOConfig, Run, train
+    from mlx_grpo.api import GRPOConfig, Run, iterate, train
 
 allow_few()
 
-__all__ = ["GRPOConfig", "Run", "__version__", "train"]
+__all__ = ["GRPOConfig", "Run", "__version__", "iterate", "train"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     """The Python interface, imported when it is used: mlx-lm takes two seconds."""
-    if name in ("GRPOConfig", "Run", "train"):
+    if name in ("GRPOConfig", "Run", "iterate", "train"):
         from mlx_grpo import api
 
         return getattr(api, name)

@@ -1,9 +1,9 @@
-"""Training from Python: `from mlx_grpo import GRPOConfig, train`.
+"""Training from Python: `from mlx_grpo import GRPOConfig, iterate, train`.
 
 The settings are those of `mlx-grpo train`, by the names of its flags.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.distributed.launch import launched
 from mlx_grpo.rewards.functions import PYTHON, UserFunction, named
 from mlx_grpo.run import log
+from mlx_grpo.training.loop import OnLog, ignore, training
 from mlx_grpo.training.loop import train as train_run
 
-__all__ = ["GRPOConfig", "Run", "train"]
+__all__ = ["GRPOConfig", "Run", "iterate", "train"]
 
 
 def GRPOConfig(**settings: Any) -> TrainConfig:
@@ -60,6 +61,18 @@ class Run:
         """The rows of metrics.jsonl: iterations, and evaluations (`eval_reward` and so on)."""
         return log.read(self.directory / log.METRICS)
 
+    def dataframe(self) -> Any:
+        """`metrics()` as a pandas DataFrame, a column for each figure.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("dataframe() needs pandas; type: pip install pandas") from None
+        return pandas.DataFrame(self.metrics())
+
     def _adapter(self, name: str) -> Path | None:
         return self.directory / name if (self.directory / name).is_dir() else None
 
@@ -70,6 +83,7 @@ def train(
     rewards: Sequence[UserFunction] = (),
     resume: bool = False,
     quiet: bool = False,
+    on_log: OnLog = ignore,
 ) -> Run:
     """Train; the run directory is `--output`, or runs/seed-SEED.
 
@@ -79,19 +93,60 @@ def train(
         rewards: reward functions beside those of the `reward` setting, called in this process, so
             that --reward-timeout does not end them. `reward_weights` has the weights of all, in
             this order. Give them again with `resume`.
+        on_log: called with each row of metrics.jsonl once it is written: an iteration (`reward`,
+            `kl` and so on) or an evaluation (`eval_reward` and so on). If it raises, the run is
+            saved first.
 
     Raises:
         InputError: a setting or a file that cannot work, or a value of a wrong type, in one line;
             it is a ValueError.
     """
+    config, ui, functions = _checked(config, rewards, resume, quiet)
+    if not callable(on_log):
+        raise InputError(f"on_log: must be a function, not {type(on_log).__name__}")
+    with launched(ui) as ranks:
+        finished = train_run(config, ui, resume, ranks=ranks, functions=functions, on_log=on_log)
+    return Run(config.run_directory, finished, ranks.leads)
+
+
+def iterate(
+    config: TrainConfig,
+    *,
+    rewards: Sequence[UserFunction] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Train as `train` does, and give each row of metrics.jsonl once it is written.
+
+    `break` stops the run as Ctrl-C does: it is saved, and `resume=True` goes on. Nothing is
+    computed while the body of the loop runs.
+
+    Args:
+        rewards: as for `train`.
+
+    Raises:
+        InputError: as `train`.
+    """
+    return _rows(*_checked(config, rewards, resume, quiet), resume)
+
+
+def _rows(
+    config: TrainConfig, ui: Console, functions: Mapping[str, UserFunction], resume: bool
+) -> Iterator[dict[str, Any]]:
+    with launched(ui) as ranks:
+        yield from training(config, ui, resume, ranks=ranks, functions=functions)
+
+
+def _checked(
+    config: TrainConfig, rewards: Sequence[UserFunction], resume: bool, quiet: bool
+) -> tuple[TrainConfig, Console, dict[str, UserFunction]]:
+    """The settings with the rewards that were given, where to speak, and these rewards by name."""
     if not isinstance(config, TrainConfig):
         raise InputError(f"config: must be a GRPOConfig, not {type(config).__name__}")
     for name, value in (("resume", resume), ("quiet", quiet)):
         if not isinstance(value, bool):  # a text such as "no" would count as yes
             raise InputError(f"{name}: must be True or False, not {value!r}")
-    ui, functions = Console(quiet), named(rewards)
+    functions = named(rewards)
     given = (PYTHON + name for name in functions)
     config = with_settings(config, reward=(*config.reward.functions, *given))
-    with launched(ui) as ranks:
-        finished = train_run(config, ui, resume, ranks=ranks, functions=functions)
-    return Run(config.run_directory, finished, ranks.leads)
+    return config, Console(quiet), functions

@@ -1,11 +1,13 @@
 """Training from Python."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mlx_grpo import GRPOConfig, train
+from mlx_grpo import GRPOConfig, Run, iterate, train
 from mlx_grpo.core.errors import InputError
 
 
@@ -77,3 +79,64 @@ def test_other_names_are_no_part_of_it() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         mlx_grpo.Trainer  # noqa: B018
+
+
+def test_a_run_is_followed_row_by_row_and_broken_off_saved(
+    train_arguments: dict[str, Any],
+) -> None:
+    config = GRPOConfig(**train_arguments)
+    whole = train(
+        GRPOConfig(**{**train_arguments, "output": f"{train_arguments['output']}-whole"}),
+        quiet=True,
+    )
+    rows = []
+    for row in iterate(config, quiet=True):
+        rows.append(row)
+        if row["step"] == 3:
+            break
+    run = Run(config.run_directory, finished=False)
+    assert rows == run.metrics() and run.final is None
+    assert sorted(p.name for p in (run.directory / "checkpoints").glob("step-*"))[-1].endswith("3")
+    rest = list(iterate(config, resume=True, quiet=True))
+    assert [r["step"] for r in rest] == [4, 4]  # the iteration and its evaluation
+    assert [strip(r) for r in run.metrics()] == [strip(r) for r in whole.metrics()]
+    assert (
+        run.final
+        and (run.final / "adapters.safetensors").read_bytes()
+        == (whole.directory / "final" / "adapters.safetensors").read_bytes()
+    )
+
+
+def strip(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what depends on the machine."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+
+
+def test_a_function_is_told_each_row_and_what_it_raises_ends_the_run_saved(
+    train_arguments: dict[str, Any],
+) -> None:
+    told: list[int] = []
+
+    def watch(row: dict[str, Any]) -> None:
+        told.append(row["step"])
+        if row["step"] == 1:
+            raise RuntimeError("enough")
+
+    config = GRPOConfig(**train_arguments)
+    with pytest.raises(RuntimeError, match="enough"):
+        train(config, quiet=True, on_log=watch)
+    assert told == [0, 1]
+    assert (config.run_directory / "checkpoints" / "step-000001").is_dir()
+    run = train(config, resume=True, quiet=True, on_log=lambda row: told.append(row["step"]))
+    assert run.finished and told == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_metrics_are_a_dataframe_where_pandas_is_there(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(finished_run, finished=True)
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    assert run.dataframe() == run.metrics() != []
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="type: pip install pandas"):
+        run.dataframe()

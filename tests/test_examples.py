@@ -1,6 +1,7 @@
 """The example reward marks as its text says, its prompts say what it checks, and a run takes it."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -107,3 +108,25 @@ def test_the_one_night_example_plans_a_night_on_an_m2_pro() -> None:
     seconds = sum(t.expected for t in planner.times(plan, device("m2-pro")).values())
     assert plan.fits and config.run.num_iterations == 800
     assert 800 * seconds < 12 * 3600
+
+
+def test_the_cells_of_the_notebook_run_in_their_order(
+    sft: Path, prompt_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, source in (
+        ("weights/sft-4bit", sft),
+        ("data/rl_prompts.jsonl", prompt_files[0]),
+        ("data/eval_prompts.jsonl", prompt_files[1]),
+    ):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "train_from_python.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert all(c.get("outputs", []) == [] for c in notebook["cells"])
+    seen: dict[str, Any] = {}
+    for cell in cells:
+        short = re.sub(r"(num_iterations|eval_every)=\d+", r"\1=2", cell)
+        exec(re.sub(r"max_completion_length=\d+", "max_completion_length=6", short), seen)
+    assert seen["run"].finished and [row["step"] for row in seen["iterations"]] == [1, 2]
+    assert seen["row"]["reward_std"] >= 0

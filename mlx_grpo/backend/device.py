@@ -50,6 +50,11 @@ def device_name() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def on_macos() -> bool:
+    """Whether this is a Mac."""
+    return sys.platform == "darwin"
+
+
 def on_linux_cpu() -> bool:
     """Whether MLX needs OpenBLAS to be fast and g++ to compile kernels at run time."""
     return sys.platform == "linux" and device_name() == "cpu"

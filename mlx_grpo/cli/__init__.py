@@ -9,6 +9,7 @@ import typer
 
 from mlx_grpo import __version__
 from mlx_grpo.cli import (
+    chat,
     convert,
     demo,
     doctor,
@@ -17,6 +18,8 @@ from mlx_grpo.cli import (
     export,
     plan,
     report,
+    runs,
+    samples,
     train,
     train_rm,
 )
@@ -46,7 +49,10 @@ _add("train", with_models(train.train))
 _add("train-rm", with_models(train_rm.train_reward_model))
 _add("eval", with_models(evaluate.evaluate))
 _add("eval-rm", with_models(eval_rm.evaluate_reward_model))
+_add("chat", with_models(chat.chat))
 _add("report", report.report)
+_add("runs", runs.runs)
+_add("samples", samples.samples)
 _add("export", with_models(export.export))
 _add("doctor", doctor.doctor)
 

@@ -1,6 +1,7 @@
 """`mlx-grpo train`: one run, or one for each seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from mlx_grpo.config.settings import (
 )
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from mlx_grpo.distributed.ranks import Ranks
@@ -60,6 +61,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run one iteration and keep nothing.")
     ] = False,
+    notify: Annotated[
+        bool,
+        typer.Option(
+            "--notify",
+            help="Show a notification of the desktop when the runs have ended, or ring the "
+            "terminal's bell.",
+        ),
+    ] = False,
     quiet: Quiet = False,
 ) -> bool:
     """Train a LoRA on the SFT model with GRPO.
@@ -73,7 +82,25 @@ def train(
     with launched(ui) as ranks:
         runs = _runs(flags, config, resume) if ranks.leads else []
         runs = _shared(ranks, runs)
-        return train_all(runs, ui, dry_run, allow_config_change, ranks)
+        with _notifying(ui, notify and ranks.leads) as ended:
+            ended.append(train_all(runs, ui, dry_run, allow_config_change, ranks))
+        return ended[0]
+
+
+@contextmanager
+def _notifying(ui: Console, wanted: bool) -> Iterator[list[bool]]:
+    """Tell a person how the block ended, which puts into the list whether it came to its end."""
+    from mlx_grpo.console.notify import notify
+
+    ended: list[bool] = []
+    try:
+        yield ended
+    except Exception as e:
+        if wanted:
+            notify(ui, f"failed: {one_line(e)}")
+        raise
+    if wanted:
+        notify(ui, "finished" if ended[0] else "stopped early, saved")
 
 
 def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:

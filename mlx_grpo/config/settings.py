@@ -13,7 +13,7 @@ REPEATED = ("reward", "eval_reward", "log")
 """Settings whose flag may be given several times."""
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("show_every", "log"),
+    *("show_every", "log", "keep_awake"),
 )
 """May change when a run is resumed: no number depends on them."""
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
@@ -230,6 +230,9 @@ class RunSettings:
     """Iterations between tables of sample answers on a terminal; 0: none."""
     log: tuple[TrackerName, ...] = ()
     """Also log metrics to tensorboard, trackio or wandb; may be given several times."""
+    keep_awake: Literal["auto", "off"] = "auto"
+    """Whether a Mac is kept from falling asleep while the run goes on (auto, by `caffeinate`) or
+    not."""
     max_skipped_steps: int = 5
     """Stop after this many iterations in a row with NaN or infinity."""
 

@@ -13,6 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mlx_grpo.console.columns import Growing, Piece, side_by_side
 from mlx_grpo.console.doing import SECONDS_BETWEEN_LINES, Doing, duration
 from mlx_grpo.console.live import LiveView
 from mlx_grpo.console.stream import Stream
@@ -21,6 +22,8 @@ from mlx_grpo.core.errors import single_line, visible
 from mlx_grpo.core.types import Group
 
 REFRESHES_PER_SECOND = 2  # drawing shares the processor with the training
+REDRAWN_TEXTS = 8
+"""Times a second, where people read along."""
 SAMPLES = 3
 LONGEST_CELL = 160
 HANGING = 2
@@ -69,6 +72,10 @@ class Console:
         self.run = (position, total)
         if total > 1:
             self.say(f"run {position} of {total}: {name}")
+
+    def ring(self) -> None:
+        """The terminal's bell; nothing elsewhere."""
+        self.out.bell()
 
     def once(self, what: str) -> bool:
         """True the first time it is asked."""
@@ -140,12 +147,14 @@ class Console:
             self.out.print()
 
     @contextmanager
-    def _drawing(self, picture: RenderableType, transient: bool = False) -> Iterator[None]:
+    def _drawing(
+        self, picture: RenderableType, transient: bool = False, per_second: int | None = None
+    ) -> Iterator[None]:
         """Keep the picture below all that is printed while the block runs."""
         self._live = Live(
             picture,
             console=self.out,
-            refresh_per_second=REFRESHES_PER_SECOND,
+            refresh_per_second=per_second or REFRESHES_PER_SECOND,
             transient=transient,
             redirect_stderr=self.err.is_terminal,  # an error log in a file stays there
         )
@@ -265,7 +274,9 @@ class Console:
         if needed > self.out.width and self.out.is_terminal:
             self._list(title, columns, rows)
             return
-        table = Table(title=_text(title), title_justify="left", show_lines=lines)
+        # a file has no width, but rich prints nothing wider than what it takes that to be
+        width = needed if needed > self.out.width else None
+        table = Table(title=_text(title), title_justify="left", show_lines=lines, width=width)
         for i, column in enumerate(columns):
             table.add_column(
                 _text(column),
@@ -275,9 +286,35 @@ class Console:
             )
         for row in rows:
             table.add_row(*map(Text, row))
-        # a file has no width
-        width = max(self.out.width, needed)
-        self._print(self.out, table, soft_wrap=False, width=width, crop=False)
+        self._print(self.out, table, soft_wrap=False, crop=False)
+
+    def side_by_side(self, title: str, pieces: Sequence[Piece]) -> None:
+        """Texts under their labels, beside one another on a terminal that has room for it; in a
+        file one after the other."""
+        if title:
+            self._print(self.out, Text(_fitted(self.out, _hanging, single_line(title)), "cyan"))
+        if self.out.is_terminal:
+            for table in side_by_side(pieces, self.out.width):
+                self._print(self.out, table, soft_wrap=False)
+        else:  # a file has no width
+            for label, text in pieces:
+                shown = visible(text.strip(), keep="\n")
+                self._print(self.out, Text(f"{single_line(label)}\n{shown}"))
+        self._print(self.out, Text())
+
+    @contextmanager
+    def growing(self, title: str, labels: Sequence[str]) -> Iterator[list[str]]:
+        """Texts that the block adds to, drawn side by side meanwhile where that is possible; in the
+        end they are printed, if there is anything."""
+        texts = [""] * len(labels)
+        picture = Growing(labels, texts)
+        try:
+            drawing = self._drawing(picture, True, REDRAWN_TEXTS) if self._draws else nullcontext()
+            with drawing:
+                yield texts
+        finally:
+            if any(texts):
+                self.side_by_side(title, picture.pieces)
 
     def _list(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self._print(self.out, Text(single_line(title), style="table.title"))

@@ -3,6 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -62,3 +65,9 @@ def source_means(by_source: Mapping[str, Sequence[float | None]], prefix: str) -
     that applies nowhere."""
     known = {name: [s for s in scores if s is not None] for name, scores in by_source.items()}
     return {f"{prefix}/{name}/mean": sum(s) / len(s) for name, s in known.items() if s}
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """Up to `count` of the items from the first to the last, at equal distances."""
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]

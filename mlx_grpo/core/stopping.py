@@ -5,7 +5,7 @@ What a stage did since its iteration began is given up; the trainer puts back wh
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,8 +25,10 @@ def never_stop() -> None:
 
 
 @contextmanager
-def stop_signals(also: Callable[[], bool] = lambda: False) -> Iterator[SafePoint]:
-    """The first of `SIGNALS` stops at the next safe point; a second one ends the process.
+def stop_signals(
+    also: Callable[[], bool] = lambda: False, signals: Sequence[signal.Signals] = SIGNALS
+) -> Iterator[SafePoint]:
+    """The first of `signals` stops at the next safe point; a second one ends the process.
 
     The second is left to the operating system, which ends even a long call into MLX at once. That
     costs no more than the work since the last checkpoint: files are complete or absent. Not SIGHUP:
@@ -51,7 +53,7 @@ def stop_signals(also: Callable[[], bool] = lambda: False) -> Iterator[SafePoint
     # nohup and its like have hang-ups ignored: so it stays
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     here = threading.current_thread() is threading.main_thread()
-    watched = [s for s in SIGNALS if here and not (ignored and s == signal.SIGHUP)]
+    watched = [s for s in signals if here and not (ignored and s == signal.SIGHUP)]
     previous = {s: signal.signal(s, handle) for s in watched}
     try:
         yield safe_point

@@ -1,5 +1,7 @@
 """The words and tables of a report, and the page they stand on."""
 
+import base64
+import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -18,15 +20,18 @@ from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import visible
-from mlx_grpo.core.stats import WinRate
+from mlx_grpo.core.stats import WinRate, evenly
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
 from mlx_grpo.report.health import Row
+from mlx_grpo.report.numbers import file_name, link
 from mlx_grpo.report.record import Record, gold_names
 from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
+MOST_ANSWERS = 500
+"""In the table of answers; more would be a page of many megabytes."""
 Cell = tuple[str, ...]
 """A figure, and what stands smaller beside it."""
 
@@ -45,12 +50,15 @@ class Figure:
 
 def render(records: Sequence[Record], title: str) -> Iterator[str]:
     """The page, complete in itself, in pieces."""
+    script = Markup((files(__package__) / "page.js").read_text("utf-8"))
     return _template().generate(
         title=title,
+        script=script,
+        script_hash=_digest(script),
         records=records,
         refresh=REFRESH_SECONDS if any(r.running for r in records) else 0,
         written=time.strftime("%Y-%m-%d %H:%M"),
-        charts=[(chart, svg(chart)) for chart in figures(records)],
+        charts=[(chart, svg(chart), link(chart), file_name(chart)) for chart in figures(records)],
         table=table(records),
         summary=summary,
         status=status,
@@ -59,6 +67,7 @@ def render(records: Sequence[Record], title: str) -> Iterator[str]:
         warnings=_warnings(records),
         number=number,
         unbroken=unbroken,
+        answers=answers,
         examples=examples,
         settings=settings_table,
         command=training_command,
@@ -72,6 +81,11 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_harmless
     )
     return environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
+
+
+def _digest(script: str) -> str:
+    """How the page's policy names the one script that may run in it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _harmless(value: Any) -> Any:
@@ -269,7 +283,7 @@ def unbroken(text: str) -> Markup:
     )
 
 
-def examples(r: Record) -> list[tuple[Row, Row]]:
+def answers(r: Record) -> list[tuple[Row, Row]]:
     """Answers before and after, from the largest gain in reward to the largest loss."""
     if not r.chosen["step"]:
         return []
@@ -277,8 +291,12 @@ def examples(r: Record) -> list[tuple[Row, Row]]:
     pairs = [(before[i], after[i]) for i in before if i in after]
     pairs = [p for p in pairs if None not in (p[0]["reward"], p[1]["reward"])]
     pairs.sort(key=lambda p: p[0]["reward"] - p[1]["reward"])
-    count = min(EXAMPLES, len(pairs))
-    return [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
+    return evenly(pairs, MOST_ANSWERS)
+
+
+def examples(r: Record) -> list[tuple[Row, Row]]:
+    """Some of the answers, from the first to the last."""
+    return evenly(answers(r), EXAMPLES)
 
 
 def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:

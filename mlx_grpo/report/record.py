@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -125,19 +125,54 @@ def read(run: Path, running: bool) -> Record:
     Raises:
         InputError: no run here, one without any figures yet, or damage.
     """
+    found = read_figures(run, running)
+    model = found.config.reward.model
+    return replace(
+        found,
+        answers=held_out_answers(run),
+        learning_curve=[] if model == "none" else _log(Path(model) / LEARNING_CURVE),
+        origin=_origin(run),
+    )
+
+
+def read_figures(run: Path, running: bool) -> Record:
+    """Read settings and metrics of a run, without its answers and what it was made of.
+
+    Raises:
+        InputError: as `read`.
+    """
     config = run_settings(run)
     rows = _log(run / log.METRICS)
     for number, row in enumerate(rows, 1):
         _check_figures(f"{run / log.METRICS}:{number}", row)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
-    answers = _log(run / log.EVAL_COMPLETIONS)
+    return Record(run, config, rows, [], [], {}, running)
+
+
+def held_out_answers(run: Path) -> list[Row]:
+    """Every held-out answer of a run.
+
+    Raises:
+        InputError: a row is damaged.
+    """
+    return _answers(run / log.EVAL_COMPLETIONS)
+
+
+def sampled_answers(run: Path) -> list[Row]:
+    """Every answer that a run was trained on.
+
+    Raises:
+        InputError: a row is damaged.
+    """
+    return _answers(run / log.COMPLETIONS)
+
+
+def _answers(file: Path) -> list[Row]:
+    answers = _log(file)
     for number, answer in enumerate(answers, 1):
-        check_fields(f"{run / log.EVAL_COMPLETIONS}:{number}", answer, ANSWER)
-    curve = (
-        [] if config.reward.model == "none" else _log(Path(config.reward.model) / LEARNING_CURVE)
-    )
-    return Record(run, config, rows, answers, curve, _origin(run), running)
+        check_fields(f"{file}:{number}", answer, ANSWER)
+    return answers
 
 
 def _log(path: Path) -> list[Row]:

@@ -170,6 +170,11 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
     need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
 
 
+def checkpoint_bytes(actor: nn.Module) -> int:
+    """Bytes that must be free for a checkpoint: adapter, AdamW's two moments, and to spare."""
+    return 3 * _adapter_bytes(actor) + SPARE_BYTES
+
+
 def _adapter_bytes(actor: nn.Module) -> int:
     """Of `best/` or `final/`."""
     return sum(v.nbytes for v in saved_parameters(actor).values())

@@ -1,14 +1,16 @@
 """The loop of a training run: evaluate, save, iterate; stop and resume. The algorithm itself is
-`grpo/iteration.py`.
+`grpo/iteration.py`. The loop is a generator, so that Python can follow it row by row.
 
 With several ranks all of them run this loop, step by step. Rank 0 writes the run; the others have a
 writer that writes nothing.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
+from mlx_grpo.backend.awake import kept_awake
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.doing import duration
@@ -29,6 +31,14 @@ from mlx_grpo.training.setup import LoadModels, load_learner, load_models, prove
 from mlx_grpo.training.trackers import check_installed
 from mlx_grpo.training.writer import Evaluated, RunWriter, SilentWriter, Writer
 
+Rows = Generator[dict[str, Any], None, bool]
+"""The rows of metrics.jsonl as they are written; returns False if a signal stopped the run."""
+OnLog = Callable[[dict[str, Any]], object]
+
+
+def ignore(row: dict[str, Any]) -> None:
+    """What is done with a row where nobody asks for it."""
+
 
 def train(
     config: TrainConfig,
@@ -39,8 +49,39 @@ def train(
     load: LoadModels = load_models,
     ranks: Ranks = ALONE,
     functions: Mapping[str, UserFunction] | None = None,
+    on_log: OnLog = ignore,
 ) -> bool:
     """Run the whole training in `config.run_directory`; False if a signal stopped it early.
+
+    Args:
+        on_log: called with each row of metrics.jsonl once it is written; what it raises ends the
+            run as Ctrl-C does, saved.
+
+    Raises:
+        InputError: as `training`.
+    """
+    rows = training(config, ui, resume, dry_run, allow_change, load, ranks, functions)
+    with closing(rows):
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration as end:
+                return bool(end.value)
+            on_log(row)
+
+
+def training(
+    config: TrainConfig,
+    ui: Console,
+    resume: bool = False,
+    dry_run: bool = False,
+    allow_change: bool = False,
+    load: LoadModels = load_models,
+    ranks: Ranks = ALONE,
+    functions: Mapping[str, UserFunction] | None = None,
+) -> Rows:
+    """The training in `config.run_directory`, row by row. To close the generator early is a stop
+    like Ctrl-C: the run is saved and can be resumed.
 
     Args:
         allow_change: resume even though settings or inputs that shape the numbers have changed.
@@ -60,7 +101,10 @@ def train(
     with locked(run) if ranks.leads and not dry_run else nullcontext():
         if ranks.leads and not dry_run:
             check_vacant(run, resume)
-        with _loaded(config, ui, load, ranks, functions) as learner:
+        with (
+            _awake(config, ui, not dry_run),
+            _loaded(config, ui, load, ranks, functions) as learner,
+        ):
             if dry_run:
                 return _dry_run(learner, ui)
             about, state = provenance_of(learner), first_state(config)
@@ -69,7 +113,15 @@ def train(
             state = writer.start(state, resume, allow_change)
             state = share_state(ranks, state, learner.roles.actor.model, learner.optimizer)
             with writer.writing(state), stop_signals(lambda: ui.reader_gone) as safe_point:
-                return _loop(learner, state, writer, ui, ranks.watching(safe_point))
+                return (yield from _loop(learner, state, writer, ui, ranks.watching(safe_point)))
+
+
+@contextmanager
+def _awake(config: TrainConfig, ui: Console, wanted: bool) -> Iterator[None]:
+    with kept_awake(wanted and config.run.keep_awake == "auto") as awake:
+        if awake:
+            ui.say("this Mac stays awake during the run (caffeinate); see --keep-awake")
+        yield
 
 
 @contextmanager
@@ -110,22 +162,25 @@ def _dry_run(learner: Learner, ui: Console) -> bool:
 
 def _loop(
     learner: Learner, state: RunState, writer: Writer, ui: Console, safe_point: SafePoint
-) -> bool:
-    """Evaluate, save, iterate; False if a stop was asked for.
+) -> Rows:
+    """Evaluate, save, iterate, hand out a row; False if a stop was asked for.
 
-    Each turn does one of the three. If it fails or is stopped, the state before it is saved, unless
+    Each turn does one of the four. If it fails or is stopped, the state before it is saved, unless
     it was the saving that failed.
     """
     config, ranks = learner.config, learner.ranks
     actor, optimizer = learner.roles.actor.model, learner.optimizer
-    saved = state
+    saved, row = state, None
     while True:
         before = Snapshot.of(config.run_directory, actor, optimizer)
         try:
-            if _evaluation_due(state, config):
+            if row:
+                handed_out, row = dict(row), None
+                yield handed_out
+            elif _evaluation_due(state, config):
                 evaluated = _evaluate(learner, state, ui, safe_point)
                 writer.evaluated(evaluated)
-                state = evaluated.state
+                state, row = evaluated.state, evaluated.metrics
             elif state != saved and _save_due(state, config):
                 saved = state
                 writer.save(state, before)
@@ -137,10 +192,11 @@ def _loop(
                 done = iterate(learner, state, ui, safe_point)
                 check_adapter(ranks, actor, done.state.iteration)
                 writer.iterated(done)
-                state = done.state
-        except (Exception, SystemExit) as reason:  # libraries may call sys.exit
+                state, row = done.state, done.metrics
+        # libraries may call sys.exit; GeneratorExit: whoever takes the rows wants no more
+        except (Exception, SystemExit, GeneratorExit) as reason:
             before.put_back(actor, optimizer)
-            stopped = isinstance(reason, StopRequested)
+            stopped = isinstance(reason, StopRequested | GeneratorExit)
             unsaved = state.iteration > 0 and state != saved
             writer.ended_early(stopped, (state, before) if unsaved else None)
             if not stopped:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_grpo.backend.pressure import swapped_bytes
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.grpo.evaluate import Evaluation
@@ -19,6 +20,7 @@ from mlx_grpo.run import directory, log
 from mlx_grpo.run.directory import Snapshot
 from mlx_grpo.training.estimate import guessed_pace, measured_pace, say_how_long
 from mlx_grpo.training.trackers import Tracker, open_trackers
+from mlx_grpo.training.watch import look_around
 
 Unsaved = tuple[RunState, Snapshot]
 RESUME = "stopped early; resume with: {command}"
@@ -87,6 +89,8 @@ class RunWriter:
     def __init__(self, learner: Learner, run: Path, ui: Console, about: dict[str, Any]):
         self.learner, self.run, self.ui, self.about = learner, run, ui, about
         self._track: Tracker = lambda row: None
+        self._swapped = swapped_bytes()
+        """On the swap before the run."""
         self._rows: list[dict[str, Any]] = []
         """Of metrics.jsonl, so that the pace is known without reading it at each iteration."""
 
@@ -185,6 +189,8 @@ class RunWriter:
                 ui.samples(step, done.groups, done.raw_PK)
         if pace and step == 1 < total:
             say_how_long(ui, config, pace, step, "by the first iteration")
+        size = directory.checkpoint_bytes(self.learner.roles.actor.model)
+        look_around(run, ui, self._swapped, metrics.get("memory/peak", 0.0), size)
         for skip in done.skips:
             ui.warn(
                 f"iteration {step}: NaN or infinity in the {skip.stage}, skipped; see "

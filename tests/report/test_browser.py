@@ -100,3 +100,54 @@ def test_the_page_draws_its_charts_and_fits(
     assert (int(background.split("(")[1].split(",")[0]) < 128) == (scheme == "dark")
     assert page.locator("svg[role=img]:not([aria-label])").count() == 0
     page.close()
+
+
+def shown(page: Any) -> list[str]:
+    """What the rows of the table that are to be seen begin with."""
+    rows = page.locator(".answers tbody tr:visible")
+    return [row.locator("td").first.inner_text() for row in rows.all()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_answers_are_sorted_and_filtered(
+    size: tuple[int, int], scheme: Any, browser: Any, screenshots: Path, tmp_path: Path
+) -> None:
+    report = write_report([write_run(tmp_path / "seed-42")])
+    page = browser.new_page(
+        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, offline=True
+    )
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto(report.as_uri())
+    page.locator(".answers summary").click()
+    assert shown(page)[0] == "Why is number 4 as it is?"  # the largest gain
+    page.get_by_role("button", name="reward before").click()
+    highest = shown(page)
+    assert highest[0] == "Why is number 11 as it is?" and len(highest) == 12
+    page.get_by_role("button", name="reward before").click()
+    assert shown(page) == highest[::-1]
+    page.screenshot(path=screenshots / f"answers-{size[0]}-{scheme}.png", full_page=True)
+    page.get_by_role("checkbox").check()
+    assert shown(page) == [f"Why is number {i} as it is?" for i in (0, 4, 8)]
+    page.get_by_role("searchbox").fill("NUMBER 8")
+    assert shown(page) == ["Why is number 8 as it is?"]
+    assert page.locator(".count").inner_text() == "1 of 12"
+    assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+    assert complaints == [] and "42" in page.title()
+    page.close()
+
+
+def test_paper_is_white_in_the_dark_too(browser: Any, screenshots: Path, tmp_path: Path) -> None:
+    report = write_report([write_run(tmp_path / "seed-42")])
+    page = browser.new_page(color_scheme="dark", offline=True)
+    page.goto(report.as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.querySelector('h1')).color,"
+        " getComputedStyle(document.querySelector('figure')).backgroundColor]"
+    )
+    assert (ink, paper) == ("rgb(0, 0, 0)", "rgb(255, 255, 255)")
+    assert page.locator(".tools:visible, figcaption a:visible").count() == 0
+    page.pdf(path=screenshots / "report.pdf")
+    page.close()

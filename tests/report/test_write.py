@@ -1,12 +1,16 @@
 """The report says what the run's files say, for one run or several, and nothing from outside runs
 in it."""
 
+import base64
+import csv
+import hashlib
 import json
 import math
 import re
 from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -24,6 +28,7 @@ from mlx_grpo.report.write import write_report
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
 from tests.helpers.runs import HOSTILE, evaluation, write_run
+from tests.helpers.terminal import mlx_grpo
 from tests.helpers.tiny import write_jsonl
 
 
@@ -34,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 
 def words(html: str) -> str:
     """What a reader reads."""
-    body = re.sub(r"<(style|title)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
+    body = re.sub(r"<(style|title|script)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
@@ -78,7 +83,7 @@ def test_warnings_stand_on_the_page_with_what_to_try(run: Path) -> None:
 
 def test_what_a_model_writes_stays_text(run: Path) -> None:
     html = write_report([run]).read_text()
-    assert "<script" not in html and "<img" not in html
+    assert html.count("<script") == 1 and "<img" not in html  # that of the page itself
     assert HOSTILE.split("&")[0].strip() in unescape(html)
 
 
@@ -98,6 +103,46 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
     html = write_report([run]).read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     assert "@import" not in html and "url(" not in html
+
+
+def test_the_policy_of_the_page_names_its_own_script_and_no_other(run: Path) -> None:
+    html = write_report([run]).read_text()
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert script == (Path(page.__file__).with_name("page.js")).read_text()
+
+
+def test_each_chart_carries_its_numbers(run: Path) -> None:
+    html = write_report([run]).read_text()
+    links = dict(re.findall(r'href="data:text/csv;charset=utf-8,([^"]*)" download="([^"]*)"', html))
+    texts = {name: unquote(text) for text, name in links.items()}
+    assert len(texts) == html.count("<figure>")
+    rows = list(csv.DictReader(texts["kl-to-the-sft-model.csv"].splitlines()))
+    kls = {r["step"]: r["kl"] for r in log.read(run / log.METRICS) if "kl" in r}
+    assert {int(r["iteration"]): float(r["each iteration"]) for r in rows[1:]} == kls
+    assert [r["iteration"] for r in rows if r["held-out prompts"]] == list(
+        map(str, range(0, 70, 10))
+    )
+
+
+def test_the_table_has_every_answer_and_few_of_a_long_evaluation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(page.answers(read(run, False))) == 12
+    assert write_report([run]).read_text().count("<tr data-cut>") == 3
+    monkeypatch.setattr(page, "MOST_ANSWERS", 5)
+    gains = [b["reward"] - a["reward"] for a, b in page.answers(read(run, False))]
+    assert len(gains) == 5 and gains == sorted(gains, reverse=True)
+
+
+def test_the_page_opens_in_the_browser_of_the_reader(run: Path, tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    terminal = mlx_grpo("report", str(run), "--open", BROWSER=f"{browser} %s")
+    assert terminal.end() == 0
+    assert (tmp_path / "opened").read_text() == f"{(run / 'report.html').as_uri()}\n"
 
 
 def test_the_command_on_the_page_is_the_run_again(run: Path, tmp_path: Path) -> None:
