@@ -25,6 +25,15 @@ def evaluate(
     ] = "",
     limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
+    eval_temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Temperature of the answers that are compared; 0 takes the likeliest token each "
+            "time (default: the run's own, 0 unless set). The KL is always measured on samples.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
     eval_reward: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,7 +68,9 @@ def evaluate(
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
     columns = (prompt_column, response_column)
-    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or (), columns)
+    comparison = compare_run(
+        run, prompts, adapter, ui, limit, eval_reward or (), columns, eval_temperature
+    )
     verdicts = None
     try:
         if asked:

@@ -23,6 +23,7 @@ AT_LEAST_ZERO = {
     "decode_rows",
     "rows_per_pass",
     "eval_limit",
+    "eval_temperature",
     "weight_decay",
     "kl_stop_factor",
     "lora_blocks",

@@ -201,6 +201,10 @@ class EvaluationSettings:
     the last."""
     limit: int = named("eval_limit", 0)
     """Held-out prompts used by the evaluations during training; 0 means all."""
+    temperature: float = named("eval_temperature", 0.0)
+    """Temperature of the held-out answers that the report and `mlx-grpo eval` show and compare; 0
+    takes the likeliest token each time. The KL, and what chooses best/, stay on answers sampled at
+    --temperature; give the same number here to show those."""
     rewards: tuple[str, ...] = named("eval_reward", ())
     """Like --reward, but only measured, never trained on: a gold judge that shows whether the
     reward is being fooled. May be given several times."""
@@ -263,6 +267,11 @@ class TrainConfig:
 def judge_label(name: str) -> str:
     """What tables and charts call an --eval-reward function."""
     return "gold judge" if name == "gold" else f"gold judge: {name}"
+
+
+def decoding(temperature: float) -> str:
+    """How answers were taken, in words that stand before them."""
+    return f"sampled (temperature {temperature:g})" if temperature else "greedy"
 
 
 @dataclass(frozen=True)

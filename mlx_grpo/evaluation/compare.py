@@ -1,4 +1,7 @@
-"""Before and after, side by side: the SFT model and a run's adapter on held-out prompts."""
+"""Before and after, side by side: the SFT model and a run's adapter on held-out prompts.
+
+Both answer at --eval-temperature, greedily by default; the KL is measured on samples.
+"""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -6,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import judge_label, with_settings
+from mlx_grpo.config.settings import decoding, judge_label, with_settings
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
 from mlx_grpo.evaluation.judge import Verdicts
@@ -25,7 +29,7 @@ Scores = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations on the same prompts with the same random numbers."""
+    """Two evaluations on the same prompts, at one temperature, with the same random numbers."""
 
     before: Evaluation
     after: Evaluation
@@ -34,6 +38,8 @@ class Comparison:
     """File."""
     judges: Sequence[str] = ()
     """Sources of a reward that were measured and never trained on."""
+    seed: int = 42
+    """Draws the examples."""
 
 
 def compare_run(
@@ -44,6 +50,7 @@ def compare_run(
     limit: int = 0,
     judges: Sequence[str] = (),
     columns: tuple[str, str] = ("", ""),
+    temperature: float | None = None,
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
@@ -51,6 +58,7 @@ def compare_run(
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
         columns: what `prompt` and `response` are called in `prompts`.
+        temperature: of the answers; None: the run's --eval-temperature.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
@@ -75,13 +83,19 @@ def compare_run(
         evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own))
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
-    ui.say(f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts")
+    heat = config.evaluation.temperature if temperature is None else temperature
+    ui.say(
+        f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts, "
+        f"{decoding(heat)} answers"
+    )
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
-            before = evaluator(evaluator.reference, ui.progress)
+            before = evaluator.at(evaluator.reference, heat, ui.progress)
         with ui.working("evaluating the adapter"):
-            after = evaluator(Decoder(actor, evaluator.reference.sizes), ui.progress)
-    return Comparison(before, after, str(directory), config.evaluation.prompts, config.gold_names)
+            policy = Decoder(actor, evaluator.reference.sizes)
+            after = evaluator.at(policy, heat, ui.progress)
+    file, seed = config.evaluation.prompts, config.run.seed
+    return Comparison(before, after, str(directory), file, config.gold_names, seed)
 
 
 def contests(comparison: Comparison) -> dict[str, Scores]:
@@ -114,6 +128,7 @@ def comparison_json(comparison: Comparison, verdicts: Verdicts | None) -> dict[s
     return {
         "adapter": comparison.adapter,
         "prompts": {"file": comparison.prompts, "count": len(comparison.before.groups)},
+        "temperature": comparison.after.temperature,
         "sft": comparison.before.metrics(),
         "grpo": comparison.after.metrics(),
         "wins": wins,
@@ -164,11 +179,16 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
     ]
     count = len(before.groups)
     ui.table(
-        f"{count} held-out prompts",
+        f"{count} held-out prompts, {decoding(after.temperature)} answers; KL on samples",
         ("", "SFT model", "after GRPO", "after wins (95 % interval)"),
         rows,
     )
-    ui.table("Answers", ("prompt", "SFT model", "after GRPO"), _answers(before, after), lines=True)
+    ui.table(
+        "Answers to prompts drawn at random",
+        ("prompt", "SFT model", "after GRPO"),
+        _answers(comparison),
+        lines=True,
+    )
     if verdicts and verdicts.unreadable:
         ui.warn(
             f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
@@ -183,12 +203,17 @@ def _contest(
     return f"{name} ({rate.tied})" if rate.ties else name, cell, other, str(rate)
 
 
-def _answers(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
-    pairs = list(zip(before.groups, after.groups, strict=True))
-    step = max(1, len(pairs) // SHOWN)
+def _answers(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Some of both, drawn by key: nobody chose them."""
+    before, after = comparison.before.groups, comparison.after.groups
+    drawn = permutation(comparison.seed, "examples", n=len(before))[:SHOWN] if before else []
     return [
-        (b.prompt.messages[-1]["content"], _shown(b.completions[0]), _shown(a.completions[0]))
-        for b, a in pairs[step // 2 :: step][:SHOWN]
+        (
+            before[i].prompt.messages[-1]["content"],
+            _shown(before[i].completions[0]),
+            _shown(after[i].completions[0]),
+        )
+        for i in drawn
     ]
 
 

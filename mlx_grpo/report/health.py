@@ -79,7 +79,7 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
             yield Finding(
                 "The reward rises while the gold judge falls",
                 f"{rose}, {name} {judged[0]:.3f} -> {judged[1]:.3f}",
-                "The reward is being fooled: read the answers with the largest gain below. Use an "
+                "The reward is being fooled: read the answers whose reward rose most. Use an "
                 "earlier checkpoint, lower --kl-targets, or fix the reward model (more pairs of "
                 "the kind it overrates; a custom --reward beside it).",
                 name,

@@ -13,11 +13,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values, judge_label
+from mlx_grpo.config.settings import (
+    REPEATED,
+    SETTINGS,
+    decoding,
+    flag_of,
+    flat_values,
+    judge_label,
+)
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import visible
+from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
@@ -60,6 +68,7 @@ def render(records: Sequence[Record], title: str) -> Iterator[str]:
         number=number,
         unbroken=unbroken,
         examples=examples,
+        decoding=decoding,
         settings=settings_table,
         command=training_command,
     )
@@ -119,7 +128,10 @@ def summary(r: Record) -> list[str]:
         f"{number(first, 'eval_reward', '+.2f')}."
     ]
     if rate := r.wins():
-        said.append(f"Its answer has the higher reward on {_interval(rate)}.")
+        said.append(
+            f"Of the {decoding(r.temperature)} answers, its own has the higher reward on "
+            f"{_interval(rate)}."
+        )
     for name in r.config.gold_names:
         before, after = (e.get(f"eval_rewards/{name}/mean") for e in (first, now))
         if before is not None and after is not None:
@@ -200,7 +212,8 @@ def table(records: Sequence[Record]) -> Table:
         rates = [r.wins(key) for r in records]
         if any(rates):
             cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
-            name = f"wins over the SFT model by {judge}"
+            heats = {decoding(r.temperature) for r in records}
+            name = f"wins over the SFT model by {judge}, {' or '.join(sorted(heats))} answers"
             body.append((name, [(), _rate(pooled(rates)), (), *cells]))
     if several:
         taken = [(_taken(r), f"iteration {r.chosen['step']}") for r in records]
@@ -270,15 +283,14 @@ def unbroken(text: str) -> Markup:
 
 
 def examples(r: Record) -> list[tuple[Row, Row]]:
-    """Answers before and after, from the largest gain in reward to the largest loss."""
+    """Answers before and after, to prompts drawn by key: nobody chose them."""
     if not r.chosen["step"]:
         return []
     before, after = r.answered(0), r.answered(r.chosen["step"])
     pairs = [(before[i], after[i]) for i in before if i in after]
     pairs = [p for p in pairs if None not in (p[0]["reward"], p[1]["reward"])]
-    pairs.sort(key=lambda p: p[0]["reward"] - p[1]["reward"])
-    count = min(EXAMPLES, len(pairs))
-    return [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
+    drawn = permutation(r.config.run.seed, "examples", n=len(pairs)) if pairs else []
+    return [pairs[i] for i in drawn[:EXAMPLES]]
 
 
 def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:

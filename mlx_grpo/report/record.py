@@ -43,7 +43,9 @@ class Record:
     config: TrainConfig
     rows: list[Row]
     answers: list[Row]
-    """Held-out answers of all evaluations; none in runs of older versions."""
+    """Held-out answers of all evaluations, sampled; none in runs of older versions."""
+    shown: list[Row]
+    """Those at --eval-temperature; none where that is --temperature."""
     learning_curve: list[Row]
     """Of the reward model, where its training left one."""
     origin: Row
@@ -84,8 +86,22 @@ class Record:
         return [(r["step"], r[key]) for r in self.rows if r.get(key) is not None]
 
     def answered(self, step: int) -> dict[str, Row]:
-        """Held-out answers of the evaluation after `step` iterations, by prompt id."""
-        return {a["id"]: a for a in self.answers if a["step"] == step}
+        """Held-out answers of the evaluation after `step` iterations, by prompt id, as people are
+        shown them."""
+        rows = self.shown if self._shows else self.answers
+        return {a["id"]: a for a in rows if a["step"] == step}
+
+    @cached_property
+    def _shows(self) -> bool:
+        """Whether the evaluations that are compared have answers of their own to show; a run that
+        an older version began has them only for the later ones."""
+        return {0, self.chosen["step"]} <= {a["step"] for a in self.shown}
+
+    @property
+    def temperature(self) -> float:
+        """Of the answers that are compared."""
+        own = self.config.evaluation.temperature
+        return own if self._shows else self.config.rollout.temperature
 
     def wins(self, key: str = "reward") -> WinRate | None:
         """How often the chosen evaluation's answer beats the SFT model's."""
@@ -131,13 +147,18 @@ def read(run: Path, running: bool) -> Record:
         _check_figures(f"{run / log.METRICS}:{number}", row)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
-    answers = _log(run / log.EVAL_COMPLETIONS)
-    for number, answer in enumerate(answers, 1):
-        check_fields(f"{run / log.EVAL_COMPLETIONS}:{number}", answer, ANSWER)
+    answers, shown = (_answers(run / name) for name in (log.EVAL_COMPLETIONS, log.EVAL_ANSWERS))
     curve = (
         [] if config.reward.model == "none" else _log(Path(config.reward.model) / LEARNING_CURVE)
     )
-    return Record(run, config, rows, answers, curve, _origin(run), running)
+    return Record(run, config, rows, answers, shown, curve, _origin(run), running)
+
+
+def _answers(path: Path) -> list[Row]:
+    rows = _log(path)
+    for number, row in enumerate(rows, 1):
+        check_fields(f"{path}:{number}", row, ANSWER)
+    return rows
 
 
 def _log(path: Path) -> list[Row]:

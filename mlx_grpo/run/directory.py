@@ -321,15 +321,22 @@ def log_completions(
     log.append(run / log.COMPLETIONS, *rows)
 
 
-def log_evaluation(run: Path, step: int, evaluation: Evaluation) -> None:
-    """Append every held-out answer with its raw reward and what each source of it gave."""
+def log_evaluation(run: Path, step: int, sampled: Evaluation, shown: Evaluation) -> None:
+    """Append every held-out answer with its raw reward and what each source of it gave: those that
+    were sampled, and those that people are shown where these are others."""
+    log.append(run / log.EVAL_COMPLETIONS, *_held_out(step, sampled))
+    if shown is not sampled:
+        rows = [{**row, "temperature": shown.temperature} for row in _held_out(step, shown)]
+        log.append(run / log.EVAL_ANSWERS, *rows)
+
+
+def _held_out(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
     answers = [(g.prompt, c) for g in evaluation.groups for c in g.completions]
-    rows = [
+    return [
         _answer(step, prompt, c, reward)
         | {f"rewards/{name}": scores[i] for name, scores in evaluation.by_source.items()}
         for i, ((prompt, c), reward) in enumerate(zip(answers, evaluation.rewards, strict=True))
     ]
-    log.append(run / log.EVAL_COMPLETIONS, *rows)
 
 
 def _answer(step: int, prompt: Prompt, completion: Completion, reward: float) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def guessed_pace(learner: Learner, evaluation: float) -> Pace:
         return sum(times[stage].expected for stage in stages or times)
 
     of_evaluation = seconds(one_answer, "rollout", "reward", "logprob")
+    if learner.config.evaluation.temperature != learner.config.rollout.temperature:
+        of_evaluation += seconds(one_answer, "rollout", "reward")  # the answers that are shown
     return Pace(evaluation * seconds(planned.work) / of_evaluation, evaluation)
 
 

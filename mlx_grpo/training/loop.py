@@ -153,14 +153,17 @@ def _loop(
 
 def _evaluate(learner: Learner, state: RunState, ui: Console, safe_point: SafePoint) -> Evaluated:
     """Evaluate on held-out prompts and decide whether this is the best checkpoint so far."""
-    step, clock = state.iteration, Clock()
+    step, clock, evaluator = state.iteration, Clock(), learner.evaluator
+    telling = (ui.progress, safe_point, learner.ranks)
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        found = learner.evaluator(learner.policy(step), ui.progress, safe_point, learner.ranks)
+        policy = learner.policy(step)
+        found = evaluator(policy, *telling)
+        shown = evaluator.shown(policy, found, learner.config.evaluation.temperature, *telling)
     gate = target_at(learner.config, max(step - 1, 0))
     refusal = state.best.refusal(found.kl, found.perplexity, gate) if step else "SFT model"
     best = state.best if refusal else Best(step, found.perplexity)
     metrics = {"step": step, **found.metrics(), "eval_best": not refusal, **clock.metrics()}
-    return Evaluated(replace(state, evaluated=step, best=best), found, metrics, refusal)
+    return Evaluated(replace(state, evaluated=step, best=best), found, shown, metrics, refusal)
 
 
 def _evaluation_due(state: RunState, config: TrainConfig) -> bool:

@@ -31,6 +31,9 @@ class Evaluated:
     state: RunState
     """After it."""
     evaluation: Evaluation
+    """On sampled answers."""
+    shown: Evaluation
+    """On those that people are shown."""
     metrics: dict[str, Any]
     refusal: str
     """Why it is not the best checkpoint so far; empty if it is."""
@@ -148,7 +151,7 @@ class RunWriter:
             actor = self.learner.roles.actor.model
             directory.save_named_adapter(self.run, "best", actor)
         self._log(evaluated.metrics)
-        directory.log_evaluation(self.run, step, evaluation)
+        directory.log_evaluation(self.run, step, evaluation, evaluated.shown)
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
         for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):

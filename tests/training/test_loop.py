@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed = run_of(config, resume=True)
 
     assert rows(resumed) == rows(whole)
-    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3], log.EVAL_ANSWERS):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
 def assert_equal(run: Path, whole: Path) -> None:
     """The same run, bit for bit."""
     assert rows(run) == rows(whole)
-    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3], log.EVAL_ANSWERS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     for name in ("adapter.safetensors", "optimizer.safetensors"):
         last = "checkpoints/step-000004"
@@ -373,3 +373,19 @@ def test_every_held_out_answer_is_logged_with_its_rewards(whole: Path) -> None:
             given = [a["reward"] for a in answers if a["step"] == row["step"]]
             assert sum(given) / len(given) == pytest.approx(row["eval_reward"])
     assert {"id", "prompt", "completion", "finish_reason", "rewards/reward_model"} < set(answers[0])
+
+
+def test_greedy_answers_stand_beside_the_sampled_ones(whole: Path) -> None:
+    shown = log.read(whole / log.EVAL_ANSWERS)
+    assert Counter(a["step"] for a in shown) == {0: 3, 2: 3, 4: 3}
+    assert {a["temperature"] for a in shown} == {0.0}
+    sampled = log.read(whole / log.EVAL_COMPLETIONS)
+    assert [a["completion"] for a in shown] != [a["completion"] for a in sampled]
+
+
+def test_answers_are_taken_once_where_people_are_shown_the_samples(
+    train_arguments: dict[str, Any], whole: Path
+) -> None:
+    run = run_of(train_config(**train_arguments, eval_temperature=1.0))
+    assert not (run / log.EVAL_ANSWERS).exists()
+    assert rows(run) == rows(whole)
