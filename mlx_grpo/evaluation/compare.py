@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_grpo.config.settings import decoding, judge_label, with_settings
+from mlx_grpo.config.settings import TrainConfig, decoding, judge_label, with_settings
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.stats import win_rate
 from mlx_grpo.core.types import Completion
+from mlx_grpo.data.leaks import chosen_by_warnings
+from mlx_grpo.data.prompts import read_prompts
 from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.models.decoder import Decoder
@@ -54,6 +57,9 @@ def compare_run(
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
+    Of the run's own held-out prompts those are used that did not choose best/, if --eval-limit has
+    left any; where there is overlap, a warning says so.
+
     Args:
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
@@ -66,6 +72,7 @@ def compare_run(
     config = own = run_settings(run)
     measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
     config = with_settings(config, eval_limit=limit, eval_reward=measured)
+    skip = 0 if prompts else own.evaluation.limit
     if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
         config = without_given(config)
         names = ", ".join(spec.removeprefix(PYTHON) for spec in not_here)
@@ -80,9 +87,11 @@ def compare_run(
         )
     with ui.working("loading"):
         # under the names of its own columns, not those of `prompts`
-        evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own))
+        evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own), skip=skip)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
+    if directory.name == "best":
+        _warn_of_choosing(own, config, {p.id for p in evaluator.prompts}, ui)
     heat = config.evaluation.temperature if temperature is None else temperature
     ui.say(
         f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts, "
@@ -96,6 +105,19 @@ def compare_run(
             after = evaluator.at(policy, heat, ui.progress)
     file, seed = config.evaluation.prompts, config.run.seed
     return Comparison(before, after, str(directory), file, config.gold_names, seed)
+
+
+def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui: Console) -> None:
+    """Warn if prompts that are compared on have chosen best/."""
+    file, chose_file = config.evaluation.prompts, own.evaluation.prompts
+    judging = [r for r in read_prompts(Path(file), config.columns) if r.id in asked]
+    try:
+        chose = read_prompts(Path(chose_file), own.columns)[: own.evaluation.limit or None]
+    except InputError as e:
+        ui.warn(f"cannot check whether these prompts chose best/: {e}")
+        return
+    for warning in chosen_by_warnings(file, judging, chose_file, chose):
+        ui.warn(warning)
 
 
 def contests(comparison: Comparison) -> dict[str, Scores]:

@@ -151,12 +151,14 @@ def load_evaluator(
     plan: Plan | None = None,
     functions: Mapping[str, UserFunction] | None = None,
     trained: Callable[[], Sequence[PromptRow]] | None = None,
+    skip: int = 0,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Args:
         functions: reward functions that were given as Python objects, by name.
         trained: gets the rows of the training prompts; None: as `config` names them.
+        skip: first held-out prompts to leave out, unless no others are there.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
@@ -189,7 +191,7 @@ def load_evaluator(
             on_token=writing("reference answers", one_each, ui.progress),
         )
 
-    prompts = held_out[: config.evaluation.limit or None]
+    prompts = (held_out[skip:] or held_out)[: config.evaluation.limit or None]
     return Evaluator(
         backbone=backbone,
         reference=Decoder(backbone.model, plan.choice.sizes),
