@@ -24,6 +24,7 @@ AT_LEAST_ZERO = {
     "rows_per_pass",
     "eval_limit",
     "eval_temperature",
+    "early_stopping_patience",
     "weight_decay",
     "kl_stop_factor",
     "lora_blocks",

@@ -14,6 +14,7 @@ OTHER_NAMES = {
     "eval_every": ("eval_steps", "steps_per_eval", "test_freq"),
     "eval_limit": ("val_batches", "test_batches"),
     "eval_prompts": ("eval_dataset", "val_data", "valid_data", "val_files", "eval_data"),
+    "early_stopping_patience": ("patience", "early_stopping"),
     "keep": ("save_total_limit",),
     "kl_targets": ("beta", "kl_coef", "init_kl_coef", "kl_loss_coef", "kl_penalty"),
     "learning_rate": ("lr", "actor_learning_rate"),
@@ -25,6 +26,7 @@ OTHER_NAMES = {
         *("max_new_tokens", "max_tokens", "max_response_length", "generate_max_len"),
         "response_length",
     ),
+    "metric_for_best_model": ("metric_for_best", "best_metric"),
     "max_grad_norm": ("grad_clip", "max_norm"),
     "max_prompt_length": ("prompt_max_len", "max_seq_length"),
     "minibatch_size": (

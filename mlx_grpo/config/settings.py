@@ -13,7 +13,7 @@ REPEATED = ("reward", "eval_reward", "log")
 """Settings whose flag may be given several times."""
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("show_every", "log"),
+    *("show_every", "log", "early_stopping_patience"),
 )
 """May change when a run is resumed: no number depends on them."""
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
@@ -205,9 +205,21 @@ class EvaluationSettings:
     """Temperature of the held-out answers that the report and `mlx-grpo eval` show and compare; 0
     takes the likeliest token each time. The KL, and what chooses best/, stay on answers sampled at
     --temperature; give the same number here to show those."""
+    metric: str = named("metric_for_best_model", "perplexity")
+    """Held-out figure that chooses best/ among the evaluations whose KL is below its target:
+    perplexity, reward, rewards/NAME/mean or any other that metrics.jsonl has with `eval_` before
+    it. Rewards are better when they are higher, other figures when they are lower."""
+    patience: int = named("early_stopping_patience", 0)
+    """End the run after this many evaluations in a row in which the figure that chooses best/ was
+    not better than ever before, whatever the KL; 0: never."""
     rewards: tuple[str, ...] = named("eval_reward", ())
     """Like --reward, but only measured, never trained on: a gold judge that shows whether the
     reward is being fooled. May be given several times."""
+
+    @property
+    def best_metric(self) -> str:
+        """What metrics.jsonl calls the figure that chooses best/."""
+        return f"eval_{self.metric.removeprefix('eval_')}"
 
 
 @dataclass(frozen=True)

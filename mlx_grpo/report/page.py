@@ -69,6 +69,7 @@ def render(records: Sequence[Record], title: str) -> Iterator[str]:
         unbroken=unbroken,
         examples=examples,
         decoding=decoding,
+        chooser=chooser,
         settings=settings_table,
         command=training_command,
     )
@@ -100,7 +101,9 @@ def status(r: Record) -> str:
     place = f"iteration {r.step} of {r.config.run.num_iterations}"
     if r.running:
         return f"running, {place}"
-    return "finished" if r.finished else f"stopped at {place}"
+    if r.finished:
+        return f"ended early, {place}" if r.ended_early else "finished"
+    return f"stopped at {place}"
 
 
 def pace(r: Record) -> str:
@@ -164,6 +167,12 @@ def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]
         (title, [(name, f.evidence) for name, f in found if f.title == title], text)
         for title, text in advice.items()
     ]
+
+
+def chooser(r: Record) -> Figure:
+    """The figure that chose the best checkpoint."""
+    metric = r.config.evaluation.best_metric
+    return Figure(metric.removeprefix("eval_"), metric, ".2f" if "perplexity" in metric else ".4g")
 
 
 def rows(records: Sequence[Record]) -> list[Figure]:

@@ -68,8 +68,14 @@ class Record:
     @property
     def finished(self) -> bool:
         """Whether the last iteration was evaluated too, and nothing is at work."""
-        done = "eval_reward" in self.rows[-1] and self.step >= self.config.run.num_iterations
-        return done and not self.running
+        whole = self.step >= self.config.run.num_iterations
+        return "eval_reward" in self.rows[-1] and (whole or self.ended_early) and not self.running
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether --early-stopping-patience ended it."""
+        waited = self.rows[-1].get("eval_without_gain") or 0
+        return 0 < self.config.evaluation.patience <= waited
 
     @property
     def chosen(self) -> Row:
@@ -114,13 +120,13 @@ class Record:
 
     def decisions(self) -> list[tuple[Row, float, str]]:
         """(evaluation, its KL gate, whether it became best or why not), in order."""
-        decided, best = [], Best()
+        decided, best, metric = [], Best(), self.config.evaluation.best_metric
         for row in self.evaluations:
             gate = target_at(self.config, max(row["step"] - 1, 0))
-            kl, perplexity = (_number(row[name]) for name in ("eval_kl", "eval_perplexity"))
-            why = best.refusal(kl, perplexity, gate) if row["step"] else "SFT model"
+            kl, value = (_number(row.get(name)) for name in ("eval_kl", metric))
+            why = best.refusal(kl, value, gate, metric) if row["step"] else "SFT model"
             if row["eval_best"]:
-                best, why = Best(row["step"], perplexity), "best so far"
+                best, why = Best(row["step"], value), "best so far"
             decided.append((row, gate, why))
         return decided
 

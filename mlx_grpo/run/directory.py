@@ -296,8 +296,10 @@ def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -
         controller = replace(controller, learning_rate=fresh.controller.learning_rate)
     if "kl_beta" in changed:
         controller = replace(controller, beta=fresh.controller.beta)
-    best = Best() if "eval_limit" in changed else restored.best
-    return replace(restored, controller=controller, best=best)
+    restored = replace(restored, controller=controller)
+    if {"eval_limit", "metric_for_best_model"}.intersection(changed):  # not to be compared
+        restored = replace(restored, best=Best(), peak=None, without_gain=0)
+    return restored
 
 
 def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:

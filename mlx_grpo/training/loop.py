@@ -5,9 +5,9 @@ With several ranks all of them run this loop, step by step. Rank 0 writes the ru
 writer that writes nothing.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import TrainConfig, with_settings
@@ -129,7 +129,7 @@ def _loop(
             elif state != saved and _save_due(state, config):
                 saved = state
                 writer.save(state, before)
-            elif state.iteration == config.run.num_iterations:
+            elif _over(state, config):
                 break
             else:
                 safe_point()
@@ -159,11 +159,30 @@ def _evaluate(learner: Learner, state: RunState, ui: Console, safe_point: SafePo
         policy = learner.policy(step)
         found = evaluator(policy, *telling)
         shown = evaluator.shown(policy, found, learner.config.evaluation.temperature, *telling)
+    figures, metric = found.metrics(), learner.config.evaluation.best_metric
+    value = _chosen_by(metric, figures, step)
     gate = target_at(learner.config, max(step - 1, 0))
-    refusal = state.best.refusal(found.kl, found.perplexity, gate) if step else "SFT model"
-    best = state.best if refusal else Best(step, found.perplexity)
-    metrics = {"step": step, **found.metrics(), "eval_best": not refusal, **clock.metrics()}
-    return Evaluated(replace(state, evaluated=step, best=best), found, shown, metrics, refusal)
+    refusal = state.best.refusal(found.kl, value, gate, metric) if step else "SFT model"
+    best = state.best if refusal else Best(step, value)
+    state = state.after_evaluation(metric, value, best)
+    choice = {"eval_best": not refusal, "eval_without_gain": state.without_gain}
+    metrics = {"step": step, **figures, **choice, **clock.metrics()}
+    return Evaluated(state, found, shown, metrics, refusal)
+
+
+def _chosen_by(metric: str, figures: Mapping[str, float], step: int) -> float:
+    """The figure that chooses the best checkpoint; NaN where a later evaluation lacks it.
+
+    Raises:
+        InputError: the first evaluation has no such figure.
+    """
+    if metric not in figures and not step:
+        names = ", ".join(name.removeprefix("eval_") for name in figures)
+        raise InputError(
+            f"--metric-for-best-model: an evaluation of this run has no figure "
+            f"'{metric.removeprefix('eval_')}'; choose one of {names}"
+        )
+    return figures.get(metric, math.nan)
 
 
 def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
@@ -172,9 +191,15 @@ def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
     return state.evaluated < state.iteration and (last or state.iteration % every == 0)
 
 
+def _over(state: RunState, config: TrainConfig) -> bool:
+    """Whether no further iteration comes, once this one is evaluated."""
+    impatient = 0 < config.evaluation.patience <= state.without_gain
+    return impatient or state.iteration == config.run.num_iterations
+
+
 def _save_due(state: RunState, config: TrainConfig) -> bool:
-    last = state.iteration == config.run.num_iterations
-    return state.iteration > 0 and (last or state.iteration % config.run.checkpoint_every == 0)
+    due = _over(state, config) or state.iteration % config.run.checkpoint_every == 0
+    return state.iteration > 0 and due
 
 
 def _check_skips(state: RunState, config: TrainConfig) -> None:

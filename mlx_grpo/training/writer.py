@@ -227,6 +227,15 @@ class RunWriter:
                 "last one"
             )
         self.ui.end_view()
+        evaluation, total = self.learner.config.evaluation, self.learner.config.run.num_iterations
+        if state.iteration < total:
+            figure, count = evaluation.best_metric.removeprefix("eval_"), state.without_gain
+            waited = "evaluation" if count == 1 else f"{count} evaluations"
+            self.ui.say(
+                f"ended after iteration {state.iteration} of {total}: {figure} did not improve in "
+                f"the last {waited}; to go on, type: "
+                f"{directory.resume_command(self.run)} --early-stopping-patience 0"
+            )
         adapters = "final/" if state.best.step is None else "best/ and final/"
         self.ui.say(
             f"done: {self.run} (adapters in {adapters}, metrics in {log.METRICS}, report in "

@@ -15,6 +15,7 @@ from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
+from mlx_grpo.report.record import read
 from mlx_grpo.run import log, provenance
 from mlx_grpo.training.loop import train
 from tests.helpers.interrupted import interrupted_in
@@ -373,6 +374,37 @@ def test_every_held_out_answer_is_logged_with_its_rewards(whole: Path) -> None:
             given = [a["reward"] for a in answers if a["step"] == row["step"]]
             assert sum(given) / len(given) == pytest.approx(row["eval_reward"])
     assert {"id", "prompt", "completion", "finish_reason", "rewards/reward_model"} < set(answers[0])
+
+
+def test_a_run_ends_when_what_chooses_best_has_not_improved_for_so_long(
+    train_arguments: dict[str, Any], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the KL only grows at first, so the first evaluation stays the best
+    changes = {"metric_for_best_model": "kl", "early_stopping_patience": 1, "eval_every": 1}
+    config = train_config(**{**train_arguments, **changes})
+    assert train(config, Console())
+    evaluations = [r for r in rows(config.run_directory) if "eval_reward" in r]
+    assert [r["eval_without_gain"] for r in evaluations] == [0, 0, 1]
+    assert evaluations[2]["eval_kl"] > evaluations[1]["eval_kl"]
+    assert "kl did not improve in the last evaluation; to go on" in capsys.readouterr().out
+    assert step_names(config.run_directory) == ["step-000002"]
+    assert (config.run_directory / "final").is_dir()
+    record = read(config.run_directory, running=False)
+    assert record.finished and record.ended_early
+    assert record.decisions()[2][2] == "kl not better"
+
+    again = run_of(config, resume=True)  # it is over, and stays so
+    assert rows(again)[-1]["step"] == 2
+    patient = run_of(with_settings(config, early_stopping_patience=0), resume=True)
+    same = [r for r in rows(patient) if "reward" in r]
+    assert same == [r for r in rows(whole) if "reward" in r]
+
+
+def test_a_figure_that_no_evaluation_has_cannot_choose(train_arguments: dict[str, Any]) -> None:
+    config = train_config(**train_arguments, metric_for_best_model="gold")
+    with pytest.raises(InputError, match="no figure 'gold'; choose one of reward, kl, perplexity"):
+        train(config, QUIET)
+    assert not (config.run_directory / "config.toml").exists()
 
 
 def test_greedy_answers_stand_beside_the_sampled_ones(whole: Path) -> None:
