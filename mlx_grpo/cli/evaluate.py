@@ -13,7 +13,8 @@ from mlx_grpo.console.output import Console
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
+        Path | None,
+        typer.Option(help="Held-out prompts instead of the run's own (see --test-prompts)."),
     ] = None,
     prompt_column: Annotated[
         str,
@@ -31,6 +32,15 @@ def evaluate(
             help="Temperature of the answers that are compared; 0 takes the likeliest token each "
             "time (default: the run's own, 0 unless set). The KL is always measured on samples.",
             min=0.0,
+            show_default=False,
+        ),
+    ] = None,
+    num_generations_eval: Annotated[
+        int | None,
+        typer.Option(
+            help="Also sample so many answers per prompt, for mean@n and pass@k of rewards that "
+            "are 0 or 1 (default: the run's own).",
+            min=1,
             show_default=False,
         ),
     ] = None,
@@ -69,7 +79,15 @@ def evaluate(
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
     columns = (prompt_column, response_column)
     comparison = compare_run(
-        run, prompts, adapter, ui, limit, eval_reward or (), columns, eval_temperature
+        run,
+        prompts,
+        adapter,
+        ui,
+        limit,
+        eval_reward or (),
+        columns,
+        eval_temperature,
+        num_generations_eval or 0,
     )
     verdicts = None
     try:

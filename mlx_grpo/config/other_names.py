@@ -33,6 +33,7 @@ OTHER_NAMES = {
         *("mini_batch_size", "ppo_mini_batch_size", "gradient_accumulation_steps"),
         "steps_per_generation",
     ),
+    "num_generations_eval": ("val_n", "num_generations_per_eval"),
     "num_iterations": (
         *("max_steps", "iters", "num_steps", "total_steps", "steps", "total_training_steps"),
         *("num_train_epochs", "total_epochs", "iterations"),

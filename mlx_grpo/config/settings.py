@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-REPEATED = ("reward", "eval_reward", "log")
+REPEATED = ("reward", "eval_reward", "test_prompts", "log")
 """Settings whose flag may be given several times."""
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
@@ -19,7 +19,7 @@ FREE = (
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
 """May change as well: only the order of sums depends on them, so the last bits may differ. A change
 that makes the weights be held in another form is compared separately."""
-BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
+BY_CONTENT = ("prompts", "eval_prompts", "test_prompts", "actor_model", "rm_model")
 """Paths: their content counts, not their place. Everything else shapes the numbers,
 `num_iterations` too, because the phases of the KL target are shares of it."""
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
@@ -196,6 +196,9 @@ class EvaluationSettings:
     prompts: str = named("eval_prompts", "data/eval_prompts.jsonl")
     """Held-out prompts, in the same forms; a `response` field is the reference answer for the
     perplexity."""
+    tests: tuple[str, ...] = named("test_prompts", ())
+    """Further held-out prompts: measured at each evaluation under the file's name, as
+    eval_NAME_reward, and never used to choose best/. May be given several times."""
     every: int = named("eval_every", 50)
     """Iterations between evaluations. There is also one before the first iteration and one after
     the last."""
@@ -205,6 +208,9 @@ class EvaluationSettings:
     """Temperature of the held-out answers that the report and `mlx-grpo eval` show and compare; 0
     takes the likeliest token each time. The KL, and what chooses best/, stay on answers sampled at
     --temperature; give the same number here to show those."""
+    num_generations: int = named("num_generations_eval", 1)
+    """Answers sampled per held-out prompt. With several, rewards that are 0 or 1 also get mean@n
+    and pass@k, as rewards/NAME/pass@4."""
     metric: str = named("metric_for_best_model", "perplexity")
     """Held-out figure that chooses best/ among the evaluations whose KL is below its target:
     perplexity, reward, rewards/NAME/mean or any other that metrics.jsonl has with `eval_` before
@@ -215,6 +221,11 @@ class EvaluationSettings:
     rewards: tuple[str, ...] = named("eval_reward", ())
     """Like --reward, but only measured, never trained on: a gold judge that shows whether the
     reward is being fooled. May be given several times."""
+
+    @property
+    def test_names(self) -> dict[str, str]:
+        """What metrics call each --test-prompts file: its name without directory and ending."""
+        return {Path(file).name.split(".")[0].replace(":", "-"): file for file in self.tests}
 
     @property
     def best_metric(self) -> str:

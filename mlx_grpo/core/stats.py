@@ -57,6 +57,36 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     return WinRate(wins, len(before), sum(a == b for a, b in zip(before, after, strict=True)))
 
 
+def pass_at_k(right: int, n: int, k: int) -> float:
+    """Chance that one of k answers is right, estimated without bias from n of which some are:
+
+        1 - C(n - right, k) / C(n, k)
+
+    Source: Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    """
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def pass_rates(scores: Sequence[float | None], n: int) -> dict[str, float]:
+    """`mean@n`, and `pass@k` for k = 2, 4, ... and n, as means over prompts; none where a score is
+    neither 0 nor 1, or where there is one answer per prompt.
+
+    Args:
+        scores: of n answers per prompt, prompt by prompt; a prompt with a None is left out.
+    """
+    answers = [scores[i : i + n] for i in range(0, len(scores), n)]
+    known = [[s for s in row if s is not None] for row in answers]
+    right = [sum(row) for row in known if len(row) == n]
+    if n == 1 or not right or not {s for row in known for s in row} <= {0, 1}:
+        return {}
+    ks = sorted({*(2**i for i in range(1, n.bit_length()) if 2**i <= n), n})
+    passed = {f"pass@{k}": [pass_at_k(int(c), n, k) for c in right] for k in ks}
+    return {
+        f"mean@{n}": sum(right) / (n * len(right)),
+        **{name: sum(shares) / len(shares) for name, shares in passed.items()},
+    }
+
+
 def source_means(by_source: Mapping[str, Sequence[float | None]], prefix: str) -> dict[str, float]:
     """Mean score of each reward source where it applies, as `PREFIX/NAME/mean`; none for a source
     that applies nowhere."""

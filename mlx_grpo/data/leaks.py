@@ -56,7 +56,7 @@ def chosen_by_warnings(
     if same:
         yield (
             f"{file}: {same} of its {len(judging)} prompts also chose best/ (from {chose_file}), "
-            "which flatters it; compare on others with --prompts"
+            "which flatters it; use others to judge it"
         )
 
 

@@ -18,7 +18,7 @@ from mlx_grpo.core.types import Completion
 from mlx_grpo.data.leaks import chosen_by_warnings
 from mlx_grpo.data.prompts import read_prompts
 from mlx_grpo.evaluation.judge import Verdicts
-from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.grpo.evaluate import Evaluation, Evaluator
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
@@ -43,6 +43,8 @@ class Comparison:
     """Sources of a reward that were measured and never trained on."""
     seed: int = 42
     """Draws the examples."""
+    samples: tuple[Evaluation, Evaluation] | None = None
+    """(before, after) with several sampled answers per prompt, where these were asked for."""
 
 
 def compare_run(
@@ -54,25 +56,32 @@ def compare_run(
     judges: Sequence[str] = (),
     columns: tuple[str, str] = ("", ""),
     temperature: float | None = None,
+    samples: int = 0,
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
-    Of the run's own held-out prompts those are used that did not choose best/, if --eval-limit has
-    left any; where there is overlap, a warning says so.
+    Of the run's own held-out prompts those are used that did not choose best/: the first file of
+    --test-prompts, or those of --eval-prompts that --eval-limit has left. Where the prompts chose
+    as well, a warning says so.
 
     Args:
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
         columns: what `prompt` and `response` are called in `prompts`.
         temperature: of the answers; None: the run's --eval-temperature.
+        samples: answers per prompt for pass@k; 0: the run's --num-generations-eval.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
     config = own = run_settings(run)
     measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
-    config = with_settings(config, eval_limit=limit, eval_reward=measured)
-    skip = 0 if prompts else own.evaluation.limit
+    count = samples or own.evaluation.num_generations
+    config = with_settings(
+        config, eval_limit=limit, eval_reward=measured, num_generations_eval=count
+    )
+    tests = own.evaluation.tests
+    skip = 0 if prompts or tests else own.evaluation.limit
     if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
         config = without_given(config)
         names = ", ".join(spec.removeprefix(PYTHON) for spec in not_here)
@@ -85,6 +94,8 @@ def compare_run(
             prompt_column=columns[0],
             response_column=columns[1],
         )
+    elif tests:
+        config = with_settings(config, eval_prompts=tests[0])
     with ui.working("loading"):
         # under the names of its own columns, not those of `prompts`
         evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own), skip=skip)
@@ -97,14 +108,25 @@ def compare_run(
         f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts, "
         f"{decoding(heat)} answers"
     )
+    policy = Decoder(actor, evaluator.reference.sizes)
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
-            before = evaluator.at(evaluator.reference, heat, ui.progress)
+            before, drawn_before = _evaluated(evaluator, evaluator.reference, heat, ui)
         with ui.working("evaluating the adapter"):
-            policy = Decoder(actor, evaluator.reference.sizes)
-            after = evaluator.at(policy, heat, ui.progress)
-    file, seed = config.evaluation.prompts, config.run.seed
-    return Comparison(before, after, str(directory), file, config.gold_names, seed)
+            after, drawn_after = _evaluated(evaluator, policy, heat, ui)
+    file, seed, judged = config.evaluation.prompts, config.run.seed, config.gold_names
+    drawn = (drawn_before, drawn_after) if drawn_before and drawn_after else None
+    return Comparison(before, after, str(directory), file, judged, seed, drawn)
+
+
+def _evaluated(
+    evaluator: Evaluator, policy: Decoder, temperature: float, ui: Console
+) -> tuple[Evaluation, Evaluation | None]:
+    """(on the answers that are shown, on several samples per prompt where they are asked for)."""
+    if evaluator.sampling.k == 1:
+        return evaluator.at(policy, temperature, ui.progress), None
+    drawn = evaluator(policy, ui.progress)
+    return evaluator.shown(policy, drawn, temperature, ui.progress), drawn
 
 
 def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui: Console) -> None:
@@ -153,6 +175,11 @@ def comparison_json(comparison: Comparison, verdicts: Verdicts | None) -> dict[s
         "temperature": comparison.after.temperature,
         "sft": comparison.before.metrics(),
         "grpo": comparison.after.metrics(),
+        **(
+            {"samples": dict(zip(("sft", "grpo"), (e.metrics() for e in drawn), strict=True))}
+            if (drawn := comparison.samples)
+            else {}
+        ),
         "wins": wins,
     }
 
@@ -196,6 +223,7 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
             f"{after.perplexity:.2f}",
             "",
         ),
+        *_rates(comparison),
         ("length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}", ""),
         ("answers that end by themselves", f"{before.finished:.0%}", f"{after.finished:.0%}", ""),
     ]
@@ -216,6 +244,19 @@ def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | No
             f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
             "count as ties"
         )
+
+
+def _rates(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """`mean@n` and `pass@k` of rewards that are 0 or 1."""
+    if not comparison.samples:
+        return []
+    before, after = (e.metrics("") for e in comparison.samples)
+    names = [name for name in before if "@" in name and name in after]
+    return [
+        (f"{rate} of {source}, sampled", f"{before[name]:.1%}", f"{after[name]:.1%}", "")
+        for name in names
+        for _, source, rate in [name.split("/")]
+    ]
 
 
 def _contest(

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.core.stats import source_means
+from mlx_grpo.core.stats import pass_rates, source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
@@ -59,6 +59,11 @@ class Evaluation:
             f"{prefix}_completions/mean_length": self.mean_length,
             f"{prefix}_completions/clipped_ratio": 1 - self.finished,
             **source_means(self.by_source, f"{prefix}_rewards"),
+            **{
+                f"{prefix}_rewards/{source}/{name}": rate
+                for source, scores in self.by_source.items()
+                for name, rate in pass_rates(scores, len(self.rewards) // len(self.groups)).items()
+            },
         }
 
 

@@ -30,7 +30,7 @@ from mlx_grpo.core.stats import WinRate
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
 from mlx_grpo.report.health import Row
-from mlx_grpo.report.record import Record, gold_names
+from mlx_grpo.report.record import Record, gold_names, test_names
 from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
@@ -185,8 +185,25 @@ def rows(records: Sequence[Record]) -> list[Figure]:
         Figure("perplexity of reference answers", "eval_perplexity", ".2f"),
         Figure("length, tokens", "eval_completions/mean_length", ".1f"),
         Figure("share of answers cut off", "eval_completions/clipped_ratio", ".0%"),
+        *_rates(records),
+        *(
+            Figure(f"{what}, {test}", f"eval_{test}_{key.removeprefix('eval_')}", form)
+            for test in test_names(records)
+            for what, key, form in (
+                ("reward", "eval_reward", "+.3f"),
+                *((judge_label(name), key, ".3f") for key, name in judges.items()),
+                ("perplexity", "eval_perplexity", ".2f"),
+            )
+        ),
     ]
     return [f for f in table if any(f.key in r.chosen for r in records)]
+
+
+def _rates(records: Sequence[Record]) -> list[Figure]:
+    """`mean@n` and `pass@k` of rewards that are 0 or 1."""
+    keys = dict.fromkeys(key for r in records for key in r.chosen)
+    found = [re.fullmatch(r"eval_rewards/(.+)/(.+@\d+)", key) for key in keys]
+    return [Figure(f"{m[2]} of {m[1]}", m[0], ".1%") for m in found if m]
 
 
 @dataclass(frozen=True)
@@ -218,12 +235,14 @@ def table(records: Sequence[Record]) -> Table:
     ]
     judges = {"reward": "reward", **{f"rewards/{n}": judge_label(n) for n in gold_names(records)}}
     for key, judge in judges.items():
-        rates = [r.wins(key) for r in records]
-        if any(rates):
-            cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
-            heats = {decoding(r.temperature) for r in records}
-            name = f"wins over the SFT model by {judge}, {' or '.join(sorted(heats))} answers"
-            body.append((name, [(), _rate(pooled(rates)), (), *cells]))
+        heats = {decoding(r.temperature) for r in records}
+        how = f"{' or '.join(sorted(heats))} answers"
+        for test in ("", *test_names(records)):
+            rates = [r.wins(key, test) for r in records]
+            if any(rates):
+                cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
+                name = f"wins over the SFT model by {judge}, {how}{test and f', {test}'}"
+                body.append((name, [(), _rate(pooled(rates)), (), *cells]))
     if several:
         taken = [(_taken(r), f"iteration {r.chosen['step']}") for r in records]
         body.append(("evaluation taken", [(), (), (), *taken]))

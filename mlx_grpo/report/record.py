@@ -91,17 +91,17 @@ class Record:
         """(iteration, value) wherever a row has the key."""
         return [(r["step"], r[key]) for r in self.rows if r.get(key) is not None]
 
-    def answered(self, step: int) -> dict[str, Row]:
+    def answered(self, step: int, test: str = "") -> dict[str, Row]:
         """Held-out answers of the evaluation after `step` iterations, by prompt id, as people are
-        shown them."""
-        rows = self.shown if self._shows else self.answers
-        return {a["id"]: a for a in rows if a["step"] == step}
+        shown them; or those to a file of --test-prompts."""
+        rows = self.shown if test or self._shows else self.answers
+        return {a["id"]: a for a in rows if a["step"] == step and a.get("file", "") == test}
 
     @cached_property
     def _shows(self) -> bool:
         """Whether the evaluations that are compared have answers of their own to show; a run that
         an older version began has them only for the later ones."""
-        return {0, self.chosen["step"]} <= {a["step"] for a in self.shown}
+        return {0, self.chosen["step"]} <= {a["step"] for a in self.shown if "file" not in a}
 
     @property
     def temperature(self) -> float:
@@ -109,9 +109,13 @@ class Record:
         own = self.config.evaluation.temperature
         return own if self._shows else self.config.rollout.temperature
 
-    def wins(self, key: str = "reward") -> WinRate | None:
-        """How often the chosen evaluation's answer beats the SFT model's."""
-        first, last = self.answered(0), self.answered(self.chosen["step"])
+    def wins(self, key: str = "reward", test: str = "") -> WinRate | None:
+        """How often the chosen evaluation's answer beats the SFT model's.
+
+        Args:
+            test: a file of --test-prompts by its name; empty for --eval-prompts.
+        """
+        first, last = (self.answered(step, test) for step in (0, self.chosen["step"]))
         pairs = [(first[i].get(key), last[i].get(key)) for i in first if i in last]
         if not self.chosen["step"] or not pairs or any(None in pair for pair in pairs):
             return None
@@ -134,6 +138,11 @@ class Record:
 def _number(value: float | None) -> float:
     """A figure of a row; the log has null where it was NaN or infinite."""
     return math.nan if value is None else value
+
+
+def test_names(records: Sequence[Record]) -> list[str]:
+    """The files of --test-prompts that any of the runs was measured on."""
+    return list(dict.fromkeys(name for r in records for name in r.config.evaluation.test_names))
 
 
 def gold_names(records: Sequence[Record]) -> list[str]:

@@ -323,13 +323,29 @@ def log_completions(
     log.append(run / log.COMPLETIONS, *rows)
 
 
-def log_evaluation(run: Path, step: int, sampled: Evaluation, shown: Evaluation) -> None:
+@dataclass(frozen=True)
+class Sides:
+    """An evaluation on sampled answers, and on those that people are shown; often the same."""
+
+    sampled: Evaluation
+    shown: Evaluation
+
+
+def log_evaluation(run: Path, step: int, held_out: Sides, tests: Mapping[str, Sides]) -> None:
     """Append every held-out answer with its raw reward and what each source of it gave: those that
-    were sampled, and those that people are shown where these are others."""
-    log.append(run / log.EVAL_COMPLETIONS, *_held_out(step, sampled))
-    if shown is not sampled:
-        rows = [{**row, "temperature": shown.temperature} for row in _held_out(step, shown)]
-        log.append(run / log.EVAL_ANSWERS, *rows)
+    were sampled; in a log of their own those that people are shown, where these are others, and
+    those to each file of --test-prompts."""
+    log.append(run / log.EVAL_COMPLETIONS, *_held_out(step, held_out.sampled))
+    if held_out.shown is not held_out.sampled:
+        log.append(run / log.EVAL_ANSWERS, *_shown(step, held_out.shown))
+    for name, sides in tests.items():
+        rows = _shown(step, sides.shown)
+        log.append(run / log.EVAL_ANSWERS, *({**row, "file": name} for row in rows))
+
+
+def _shown(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
+    rows = _held_out(step, evaluation)
+    return [{**row, "temperature": evaluation.temperature} for row in rows]
 
 
 def _held_out(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:

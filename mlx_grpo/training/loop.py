@@ -23,7 +23,7 @@ from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.rewards.functions import UserFunction
 from mlx_grpo.run import log
-from mlx_grpo.run.directory import Snapshot, check_vacant, with_date
+from mlx_grpo.run.directory import Sides, Snapshot, check_vacant, with_date
 from mlx_grpo.training.agreement import check_adapter, check_inputs, share_state
 from mlx_grpo.training.setup import LoadModels, load_learner, load_models, provenance_of
 from mlx_grpo.training.trackers import check_installed
@@ -155,10 +155,14 @@ def _evaluate(learner: Learner, state: RunState, ui: Console, safe_point: SafePo
     """Evaluate on held-out prompts and decide whether this is the best checkpoint so far."""
     step, clock, evaluator = state.iteration, Clock(), learner.evaluator
     telling = (ui.progress, safe_point, learner.ranks)
+    policy, temperature = learner.policy(step), learner.config.evaluation.temperature
+    tests = {}
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        policy = learner.policy(step)
         found = evaluator(policy, *telling)
-        shown = evaluator.shown(policy, found, learner.config.evaluation.temperature, *telling)
+        shown = evaluator.shown(policy, found, temperature, *telling)
+        for name, test in learner.tests.items():
+            sampled = test(policy, *telling)
+            tests[name] = Sides(sampled, test.shown(policy, sampled, temperature, *telling))
     figures, metric = found.metrics(), learner.config.evaluation.best_metric
     value = _chosen_by(metric, figures, step)
     gate = target_at(learner.config, max(step - 1, 0))
@@ -166,8 +170,9 @@ def _evaluate(learner: Learner, state: RunState, ui: Console, safe_point: SafePo
     best = state.best if refusal else Best(step, value)
     state = state.after_evaluation(metric, value, best)
     choice = {"eval_best": not refusal, "eval_without_gain": state.without_gain}
-    metrics = {"step": step, **figures, **choice, **clock.metrics()}
-    return Evaluated(state, found, shown, metrics, refusal)
+    tested = {k: v for n, t in tests.items() for k, v in t.sampled.metrics(f"eval_{n}").items()}
+    metrics = {"step": step, **figures, **tested, **choice, **clock.metrics()}
+    return Evaluated(state, Sides(found, shown), tests, metrics, refusal)
 
 
 def _chosen_by(metric: str, figures: Mapping[str, float], step: int) -> float:

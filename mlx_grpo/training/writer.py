@@ -16,7 +16,7 @@ from mlx_grpo.grpo.state import RunState
 from mlx_grpo.report.health import new_findings
 from mlx_grpo.report.write import REPORT, try_report
 from mlx_grpo.run import directory, log
-from mlx_grpo.run.directory import Snapshot
+from mlx_grpo.run.directory import Sides, Snapshot
 from mlx_grpo.training.estimate import guessed_pace, measured_pace, say_how_long
 from mlx_grpo.training.trackers import Tracker, open_trackers
 
@@ -30,10 +30,10 @@ class Evaluated:
 
     state: RunState
     """After it."""
-    evaluation: Evaluation
-    """On sampled answers."""
-    shown: Evaluation
-    """On those that people are shown."""
+    held_out: Sides
+    """On --eval-prompts."""
+    tests: dict[str, Sides]
+    """On each file of --test-prompts, by its name."""
     metrics: dict[str, Any]
     refusal: str
     """Why it is not the best checkpoint so far; empty if it is."""
@@ -141,19 +141,21 @@ class RunWriter:
 
     def evaluated(self, evaluated: Evaluated) -> None:
         """Log an evaluation, and keep the adapter if it is the best so far."""
-        step, evaluation = evaluated.state.iteration, evaluated.evaluation
-        config = self.learner.config
+        step, config = evaluated.state.iteration, self.learner.config
         directory.check_in_place(self.run)
         if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
-            self._check_figures(evaluation)
+            for sides in (evaluated.held_out, *evaluated.tests.values()):
+                self._check_figures(sides.sampled)
             directory.open_new(self.run, config)
         if not evaluated.refusal:
             actor = self.learner.roles.actor.model
             directory.save_named_adapter(self.run, "best", actor)
         self._log(evaluated.metrics)
-        directory.log_evaluation(self.run, step, evaluation, evaluated.shown)
+        directory.log_evaluation(self.run, step, evaluated.held_out, evaluated.tests)
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
+        for name, sides in evaluated.tests.items():
+            self.ui.evaluation(step, sides.sampled.metrics(), f"({name})")
         for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
             self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         if step == 0:
@@ -163,7 +165,8 @@ class RunWriter:
 
     def _check_figures(self, evaluation: Evaluation) -> None:
         """Raise InputError that names the source of a figure that is NaN or infinite."""
-        for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
+        groups = (g for g in evaluation.groups for _ in g.completions)
+        for group, reward in zip(groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):
                 self.learner.evaluator.rewards.check_finite(group)
         if not math.isfinite(evaluation.perplexity):

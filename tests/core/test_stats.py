@@ -1,8 +1,10 @@
 """Win rates with intervals that hold what they promise."""
 
+from itertools import combinations
+
 import pytest
 
-from mlx_grpo.core.stats import WinRate, win_rate
+from mlx_grpo.core.stats import WinRate, pass_at_k, pass_rates, win_rate
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,19 @@ def test_the_second_policy_is_the_one_that_wins() -> None:
 def test_policies_are_compared_on_the_same_prompts() -> None:
     with pytest.raises(ValueError, match="zip"):
         win_rate([1.0], [1.0, 2.0])
+
+
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer() -> None:
+    answers = [1, 0, 0, 1, 0]
+    for k in range(1, 6):
+        subsets = list(combinations(answers, k))
+        assert pass_at_k(2, 5, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_rates_are_means_over_prompts_of_rewards_that_are_0_or_1() -> None:
+    scores = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert pass_rates(scores, 4) == {"mean@4": 5 / 8, "pass@2": 0.75, "pass@4": 1.0}
+    assert pass_rates([1.0, 0.0, 0.0], 3).keys() == {"mean@3", "pass@2", "pass@3"}
+    assert pass_rates([None, 1.0, 1.0, 0.0], 2) == {"mean@2": 0.5, "pass@2": 1.0}
+    assert pass_rates([0.5, 1.0], 2) == pass_rates([None, None], 2) == {}
+    assert pass_rates([1.0, 0.0], 1) == {}

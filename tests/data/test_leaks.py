@@ -123,7 +123,7 @@ def test_prompts_that_also_chose_best_are_counted_where_it_is_judged(
 ) -> None:
     compare_run(finished_run, None, "best", QUIET)
     said = capsys.readouterr().err
-    assert "3 of its 3 prompts also chose best/" in said and "compare on others with" in said
+    assert "3 of its 3 prompts also chose best/" in said and "use others to judge it" in said
     compare_run(finished_run, None, "final", QUIET)
     assert "chose best/" not in capsys.readouterr().err
     run = limited(finished_run, tmp_path / "run", 1)
