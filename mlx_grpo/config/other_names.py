@@ -43,6 +43,8 @@ OTHER_NAMES = {
     "ratio_level": ("importance_sampling_level",),
     "reward": ("reward_funcs", "reward_functions", "reward_func"),
     "rm_model": ("reward_model", "reward_model_path", "reward_model_name_or_path"),
+    "soft_punish_cache": ("overlong_buffer_len", "overlong_buffer", "soft_overlong_punishment"),
+    "truncated": ("mask_truncated_completions", "overlong_filter", "overlong_filtering"),
     "scale_advantages": ("scale_rewards",),
 }
 """Our field: names elsewhere. Where two mean nearly the same, the help text says what ours does."""
@@ -51,6 +53,7 @@ NOTES = {
     "lora_scale": "which is alpha / rank",
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
+    "truncated": "with the value mask",
     "batch_size": "which counts prompts per rollout",
 }
 

@@ -111,6 +111,9 @@ class RewardSettings:
     timeout: float = named("reward_timeout", 60.0)
     """Seconds a custom reward function may take for the completions of one prompt; after that the
     run ends."""
+    soft_punish_cache: int = 0
+    """Last tokens before --max-completion-length in which a completion loses reward: nothing at
+    their beginning, 1 at the limit (DAPO's soft overlong punishment); 0: none."""
     alpha: float = named("reward_alpha", 0.99)
     """Decay of the moving mean and standard deviation that normalise scores."""
     clip: float = named("reward_clip", 5.0)
@@ -182,6 +185,9 @@ class OptimizerSettings:
     """Clip range of the importance ratio: 1 - c to 1 + c."""
     clip_range_high: float = 0.0
     """Upper clip range where it differs (clip-higher, DAPO); 0 means the same as --clip-range."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Whether completions cut off at --max-completion-length are learned from. With mask they are
+    compared with the others of their group but take no part in the loss."""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Mean over tokens and then completions, mean over all tokens, or sum divided by the longest
     possible completion (Dr. GRPO)."""

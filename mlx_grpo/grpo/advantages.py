@@ -7,11 +7,12 @@ al. 2025, arXiv:2503.20783).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import mlx.core as mx
 
-from mlx_grpo.core.padding import completion_arrays, sampled_logps
+from mlx_grpo.core.padding import completion_arrays, row_lengths, rows_of, sampled_logps
 from mlx_grpo.core.types import Group, TrainingGroup
 
 AdvantageScale = Literal["none", "std"]
@@ -79,6 +80,16 @@ def training_group(
         sampled_logp_KT=sampled_logps(chosen),
         advantages_K=group_advantages(mx.array([list(shaped_scores)]), scale)[0],
     )
+
+
+def learned_from(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:
+    """The group with these rows alone in the loss. Their advantages are those over all rows, and a
+    mean counts the others as zeros, as in TRL: they do not make these heavier."""
+    lengths = row_lengths(group.mask_KT)
+    if len(rows) == len(lengths):
+        return group
+    gone = (len(lengths) - len(rows), sum(lengths) - sum(lengths[i] for i in rows))
+    return replace(rows_of(group, rows), left_out=gone)
 
 
 def is_dead(group: TrainingGroup) -> bool:

@@ -116,8 +116,9 @@ def update(
 
 
 def _size(group: TrainingGroup) -> tuple[int, int]:
-    """(completions, tokens)."""
-    return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
+    """(completions, tokens) that a mean counts."""
+    completions, tokens = group.left_out
+    return completions + group.mask_KT.shape[0], tokens + int(group.mask_KT.sum().item())
 
 
 def _reused(settings: UpdateSettings) -> int:

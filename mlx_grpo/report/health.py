@@ -145,8 +145,9 @@ RULES = (
         lambda first, last: last > MOST,
         "Most answers are cut off",
         "{last:.0%} reach --max-completion-length without an end",
-        "The reward sees fragments. Raise --max-completion-length, or reward answers that end by "
-        "themselves (finish_reasons).",
+        "The reward sees fragments. Raise --max-completion-length, reward answers that end by "
+        "themselves (finish_reasons, --soft-punish-cache), or learn only from those that do "
+        "(--truncated mask).",
     ),
 )
 

@@ -35,6 +35,8 @@ from mlx_grpo.rewards.functions import (
     load_reward,
 )
 from mlx_grpo.rewards.mix import RewardMix
+from mlx_grpo.rewards.overlong import NAME as OVERLONG
+from mlx_grpo.rewards.overlong import soft_overlong_punishment
 from mlx_grpo.run.provenance import input_digests, recorded
 from mlx_grpo.training.held_out import (
     asking,
@@ -46,7 +48,7 @@ from mlx_grpo.training.held_out import (
 
 SAFE_IN_FP16 = 65504 / 4
 """Room for what other texts and a LoRA make of the largest state of one text."""
-RESERVED = frozenset({"reward", "reward_model", "judge"})
+RESERVED = frozenset({"reward", "reward_model", "judge", OVERLONG})
 """Names under which figures have scores that are no custom function's."""
 
 
@@ -207,12 +209,14 @@ def _custom_rewards(
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    return tuple(
+    custom = tuple(
         given_reward(spec, weight, functions)
         if spec.startswith(PYTHON)
         else load_reward(spec, weight, config.reward.timeout, ui.relay)
         for spec, weight in weighted
     )
+    limit, cache = config.rollout.max_completion_length, config.reward.soft_punish_cache
+    return (*custom, soft_overlong_punishment(limit, cache)) if cache else custom
 
 
 def without_given(config: TrainConfig) -> TrainConfig:

@@ -407,6 +407,23 @@ def test_a_figure_that_no_evaluation_has_cannot_choose(train_arguments: dict[str
     assert not (config.run_directory / "config.toml").exists()
 
 
+def test_completions_that_are_cut_off_can_be_left_out_and_long_ones_punished(
+    train_arguments: dict[str, Any],
+) -> None:
+    changes = {"truncated": "mask", "soft_punish_cache": 64, "num_iterations": 1}
+    config = train_config(**{**train_arguments, **changes, "max_completion_length": 64})
+    run = run_of(config)
+    answers = log.read(run / log.COMPLETIONS)
+    for step, row in enumerate((r for r in rows(run) if "reward" in r), 1):
+        assert row["rewards/soft_overlong_punishment/mean"] == pytest.approx(
+            -row["completions/mean_length"] / 64
+        )
+        ended = [a["finish_reason"] == "stop" for a in answers if a["step"] == step]
+        groups = [ended[i : i + 3] for i in range(0, len(ended), 3)]
+        assert row["frac_dead_groups"] == sum(not any(g) for g in groups) / len(groups)
+    assert 0 < sum(a["finish_reason"] == "stop" for a in answers) < len(answers)
+
+
 def test_greedy_answers_stand_beside_the_sampled_ones(whole: Path) -> None:
     shown = log.read(whole / log.EVAL_ANSWERS)
     assert Counter(a["step"] for a in shown) == {0: 3, 2: 3, 4: 3}
