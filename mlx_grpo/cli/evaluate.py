@@ -51,6 +51,14 @@ def evaluate(
             "file.py:function; may be given several times."
         ),
     ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="FIELD",
+            help="Also give the wins for each value of a field of the prompts' rows, such as "
+            "category.",
+        ),
+    ] = "",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -66,8 +74,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
-    from mlx_grpo.evaluation.compare import compare_run, comparison_json, show_comparison
+    from mlx_grpo.evaluation.compare import compare_run
     from mlx_grpo.evaluation.judge import Judge, compare_answers
+    from mlx_grpo.evaluation.table import comparison_json, show_comparison
     from mlx_grpo.files.atomic import write_json
 
     if json_file:
@@ -88,6 +97,7 @@ def evaluate(
         columns,
         eval_temperature,
         num_generations_eval or 0,
+        by,
     )
     verdicts = None
     try:

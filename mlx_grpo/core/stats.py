@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev, variance
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -55,6 +56,30 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     """Compare two policies prompt by prompt."""
     wins = sum(1.0 if b > a else 0.5 if b == a else 0.0 for a, b in zip(before, after, strict=True))
     return WinRate(wins, len(before), sum(a == b for a, b in zip(before, after, strict=True)))
+
+
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
+    *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),
+    *(2.052, 2.048, 2.045, 2.042),
+)
+"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last one serves beyond."""
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by Student's t, of two values or more."""
+    count, mean = len(values), fmean(values)
+    half = STUDENT[min(count - 1, len(STUDENT)) - 1] * stdev(values) / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def cohens_d(before: Sequence[float], after: Sequence[float]) -> float:
+    """Difference of the means over the pooled standard deviation (J. Cohen 1988, eq. 2.5.1); 0
+    where nothing varies."""
+    if len(before) < 2:
+        return 0.0
+    spread = math.sqrt((variance(before) + variance(after)) / 2)
+    return (fmean(after) - fmean(before)) / spread if spread else 0.0
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlx_grpo.config.settings import TrainConfig, decoding, judge_label, with_settings
+from mlx_grpo.config.settings import TrainConfig, decoding, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.stats import win_rate
-from mlx_grpo.core.types import Completion
+from mlx_grpo.core.types import Prompt
 from mlx_grpo.data.leaks import chosen_by_warnings
 from mlx_grpo.data.prompts import read_prompts
-from mlx_grpo.evaluation.judge import Verdicts
 from mlx_grpo.grpo.evaluate import Evaluation, Evaluator
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
@@ -25,7 +21,6 @@ from mlx_grpo.rewards.functions import PYTHON
 from mlx_grpo.run.directory import chosen_adapter, run_settings
 from mlx_grpo.training.setup import load_evaluator, training_rows, without_given
 
-SHOWN = 3
 Scores = tuple[Sequence[float], Sequence[float]]
 """Of each answer: (before, after)."""
 
@@ -45,6 +40,14 @@ class Comparison:
     """Draws the examples."""
     samples: tuple[Evaluation, Evaluation] | None = None
     """(before, after) with several sampled answers per prompt, where these were asked for."""
+    by: str = ""
+    """Field of the prompts' rows by whose values the wins are told apart as well."""
+
+    @property
+    def strata(self) -> dict[str, list[int]]:
+        """Places of the prompts by the value of `by`; none without one."""
+        asked = [g.prompt for g in self.after.groups]
+        return strata(self.prompts, asked, self.by) if self.by else {}
 
 
 def compare_run(
@@ -57,6 +60,7 @@ def compare_run(
     columns: tuple[str, str] = ("", ""),
     temperature: float | None = None,
     samples: int = 0,
+    by: str = "",
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
 
@@ -70,6 +74,7 @@ def compare_run(
         columns: what `prompt` and `response` are called in `prompts`.
         temperature: of the answers; None: the run's --eval-temperature.
         samples: answers per prompt for pass@k; 0: the run's --num-generations-eval.
+        by: field of the prompts' rows by whose values the wins are told apart as well.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
@@ -103,6 +108,8 @@ def compare_run(
         actor = load_adapter(backbone.model, directory)
     if directory.name == "best":
         _warn_of_choosing(own, config, {p.id for p in evaluator.prompts}, ui)
+    if by:
+        strata(config.evaluation.prompts, evaluator.prompts, by)  # before minutes are spent
     heat = config.evaluation.temperature if temperature is None else temperature
     ui.say(
         f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts, "
@@ -116,7 +123,7 @@ def compare_run(
             after, drawn_after = _evaluated(evaluator, policy, heat, ui)
     file, seed, judged = config.evaluation.prompts, config.run.seed, config.gold_names
     drawn = (drawn_before, drawn_after) if drawn_before and drawn_after else None
-    return Comparison(before, after, str(directory), file, judged, seed, drawn)
+    return Comparison(before, after, str(directory), file, judged, seed, drawn, by)
 
 
 def _evaluated(
@@ -142,147 +149,39 @@ def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui
         ui.warn(warning)
 
 
-def contests(comparison: Comparison) -> dict[str, Scores]:
-    """Everything that gave each answer a number: (scores before, scores after)."""
+def strata(file: str, prompts: Sequence[Prompt], field: str) -> dict[str, list[int]]:
+    """Places of the prompts of a file by the value that a field of their rows has.
+
+    Raises:
+        InputError: a row without the field.
+    """
+    found: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if field not in prompt.fields:
+            raise InputError(
+                f"{file}: row '{prompt.id}' has no field '{field}'; add it, or give another --by"
+            )
+        found.setdefault(str(prompt.fields[field]), []).append(place)
+    return dict(sorted(found.items()))
+
+
+def contests(comparison: Comparison, places: Sequence[int] | None = None) -> dict[str, Scores]:
+    """Everything that gave each answer a number: (scores before, scores after).
+
+    Args:
+        places: of the prompts that count; None: all.
+    """
     before, after = comparison.before, comparison.after
-    found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
+    at = range(len(before.rewards)) if places is None else places
+    found: dict[str, Scores] = {
+        "reward": ([before.rewards[i] for i in at], [after.rewards[i] for i in at])
+    }
     for name, scores in before.by_source.items():
-        both = [
-            (b, a)
-            for b, a in zip(scores, after.by_source[name], strict=True)
-            if b is not None and a is not None  # it applies to both answers
-        ]
+        pairs = [(scores[i], after.by_source[name][i]) for i in at]
+        both = [(b, a) for b, a in pairs if b is not None and a is not None]  # it applies to both
         if not both:
             continue
         sides: Scores = ([b for b, _ in both], [a for _, a in both])
-        if any(list(s) != list(e.rewards) for s, e in zip(sides, (before, after), strict=True)):
+        if any(list(s) != list(r) for s, r in zip(sides, found["reward"], strict=True)):
             found[name] = sides  # else it is the reward itself, as the only one that counts
     return found
-
-
-def comparison_json(comparison: Comparison, verdicts: Verdicts | None) -> dict[str, Any]:
-    """All of it as JSON: the figures of each side, and who wins by what."""
-    wins = {name: _counts(*scores) for name, scores in contests(comparison).items()}
-    if verdicts:
-        wins["judge"] = {
-            **_counts(*_sides(verdicts)),
-            "disagreements": verdicts.disagreements,
-            "unreadable": verdicts.unreadable,
-        }
-    return {
-        "adapter": comparison.adapter,
-        "prompts": {"file": comparison.prompts, "count": len(comparison.before.groups)},
-        "temperature": comparison.after.temperature,
-        "sft": comparison.before.metrics(),
-        "grpo": comparison.after.metrics(),
-        **(
-            {"samples": dict(zip(("sft", "grpo"), (e.metrics() for e in drawn), strict=True))}
-            if (drawn := comparison.samples)
-            else {}
-        ),
-        "wins": wins,
-    }
-
-
-def _counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Of the policy after: prompts won, tied and lost, their share (ties count half), its Wilson
-    interval."""
-    rate = win_rate(before, after)
-    won = sum(b < a for b, a in zip(before, after, strict=True))
-    return {
-        "wins": won,
-        "ties": rate.ties,
-        "losses": rate.prompts - won - rate.ties,
-        "share": rate.share,
-        "interval": rate.wilson(),
-    }
-
-
-def _sides(verdicts: Verdicts) -> Scores:
-    """Verdicts as if they were scores."""
-    return [1 - o for o in verdicts.outcomes], verdicts.outcomes
-
-
-def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | None = None) -> None:
-    """The table, and some answers side by side."""
-    before, after = comparison.before, comparison.after
-    label = {name: judge_label(name) for name in comparison.judges}
-    rows = [
-        _contest(label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", old, new)
-        for name, (old, new) in contests(comparison).items()
-    ]
-    if verdicts:
-        sides = _sides(verdicts)
-        won = _counts(*sides)
-        rows.append(_contest("judge", f"{won['losses']} wins", f"{won['wins']} wins", *sides))
-    rows += [
-        ("KL to the SFT model, nats/token", f"{before.kl:.4f}", f"{after.kl:.4f}", ""),
-        (
-            "perplexity of reference answers",
-            f"{before.perplexity:.2f}",
-            f"{after.perplexity:.2f}",
-            "",
-        ),
-        *_rates(comparison),
-        ("length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}", ""),
-        ("answers that end by themselves", f"{before.finished:.0%}", f"{after.finished:.0%}", ""),
-    ]
-    count = len(before.groups)
-    ui.table(
-        f"{count} held-out prompts, {decoding(after.temperature)} answers; KL on samples",
-        ("", "SFT model", "after GRPO", "after wins (95 % interval)"),
-        rows,
-    )
-    ui.table(
-        "Answers to prompts drawn at random",
-        ("prompt", "SFT model", "after GRPO"),
-        _answers(comparison),
-        lines=True,
-    )
-    if verdicts and verdicts.unreadable:
-        ui.warn(
-            f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
-            "count as ties"
-        )
-
-
-def _rates(comparison: Comparison) -> list[tuple[str, str, str, str]]:
-    """`mean@n` and `pass@k` of rewards that are 0 or 1."""
-    if not comparison.samples:
-        return []
-    before, after = (e.metrics("") for e in comparison.samples)
-    names = [name for name in before if "@" in name and name in after]
-    return [
-        (f"{rate} of {source}, sampled", f"{before[name]:.1%}", f"{after[name]:.1%}", "")
-        for name in names
-        for _, source, rate in [name.split("/")]
-    ]
-
-
-def _contest(
-    name: str, cell: str, other: str, old: Sequence[float], new: Sequence[float]
-) -> tuple[str, str, str, str]:
-    rate = win_rate(old, new)
-    return f"{name} ({rate.tied})" if rate.ties else name, cell, other, str(rate)
-
-
-def _answers(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Some of both, drawn by key: nobody chose them."""
-    before, after = comparison.before.groups, comparison.after.groups
-    drawn = permutation(comparison.seed, "examples", n=len(before))[:SHOWN] if before else []
-    return [
-        (
-            before[i].prompt.messages[-1]["content"],
-            _shown(before[i].completions[0]),
-            _shown(after[i].completions[0]),
-        )
-        for i in drawn
-    ]
-
-
-def _shown(completion: Completion) -> str:
-    return completion.text.strip() + (" [cut off]" if completion.finish_reason == "length" else "")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

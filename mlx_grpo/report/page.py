@@ -26,7 +26,7 @@ from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import visible
 from mlx_grpo.core.rng import permutation
-from mlx_grpo.core.stats import WinRate
+from mlx_grpo.core.stats import WinRate, mean_interval
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
 from mlx_grpo.report.health import Row
@@ -35,6 +35,9 @@ from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
+WINNING = 0.6
+"""A win rate over the SFT model whose first evaluation is told."""
+NEVER = f"has not passed {WINNING:.0%}"
 Cell = tuple[str, ...]
 """A figure, and what stands smaller beside it."""
 
@@ -133,7 +136,7 @@ def summary(r: Record) -> list[str]:
     if rate := r.wins():
         said.append(
             f"Of the {decoding(r.temperature)} answers, its own has the higher reward on "
-            f"{_interval(rate)}."
+            f"{_interval(rate)}; {_reached(r)}."
         )
     for name in r.config.gold_names:
         before, after = (e.get(f"eval_rewards/{name}/mean") for e in (first, now))
@@ -151,6 +154,11 @@ def summary(r: Record) -> list[str]:
         f"answer has {lengths[0]} tokens (SFT model: {lengths[1]})."
     )
     return said
+
+
+def _reached(r: Record) -> str:
+    step = r.winning_from(WINNING)
+    return f"its win rate {f'passed {WINNING:.0%} after {step} iterations' if step else NEVER}"
 
 
 def _interval(rate: WinRate) -> str:
@@ -243,7 +251,15 @@ def table(records: Sequence[Record]) -> Table:
                 cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
                 name = f"wins over the SFT model by {judge}, {how}{test and f', {test}'}"
                 body.append((name, [(), _rate(pooled(rates)), (), *cells]))
+    effects: list[Cell] = [_signed(r.effect()) for r in records]
+    if any(effects):
+        name = "effect size by reward (Cohen's d)"
+        known = [d for r in records if (d := r.effect()) is not None]
+        body.append((name, [(), _spread(known, "+.2f"), (), *(effects if several else [])]))
     if several:
+        reached = [r.winning_from(WINNING) for r in records]
+        cells = [(f"iteration {step}",) if step else ("not yet",) for step in reached]
+        body.append((f"win rate by reward first over {WINNING:.0%}", [(), (), (), *cells]))
         taken = [(_taken(r), f"iteration {r.chosen['step']}") for r in records]
         body.append(("evaluation taken", [(), (), (), *taken]))
     title = "held-out prompts" + (" (mean ± sd)" if several else "")
@@ -278,9 +294,11 @@ def _change(records: Sequence[Record], figure: Figure) -> Cell:
     if not changes:
         return ()
     if figure.form.endswith("%"):  # a difference of shares is no share
-        *middle, last = _spread([100 * c for c in changes], "+.0f")
-        return (*middle, f"{last} points") if middle else (last, "points")
-    return _spread(changes, f"+{figure.form.removeprefix('+')}")
+        points = [100 * c for c in changes]
+        *middle, last = _spread(points, "+.0f")
+        return (*middle, f"{last} points", *_range(points, "+.0f")) if middle else (last, "points")
+    form = f"+{figure.form.removeprefix('+')}"
+    return *_spread(changes, form), *_range(changes, form)
 
 
 def _spread(values: Sequence[float], form: str) -> Cell:
@@ -288,6 +306,18 @@ def _spread(values: Sequence[float], form: str) -> Cell:
     if len(values) == 1:
         return (middle,)
     return middle, f"± {stdev(values):{form.replace('+', '')}}"
+
+
+def _range(values: Sequence[float], form: str) -> Cell:
+    """The 95 % interval of the mean over runs."""
+    if len(values) == 1:
+        return ()
+    low, high = mean_interval(values)
+    return (f"{low:{form}} to {high:{form}}",)
+
+
+def _signed(value: float | None) -> Cell:
+    return () if value is None else (f"{value:+.2f}",)
 
 
 def _rate(rate: WinRate | None) -> Cell:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.stats import WinRate, win_rate
+from mlx_grpo.core.stats import WinRate, cohens_d, win_rate
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.learner import target_at
 from mlx_grpo.grpo.state import Best
@@ -115,12 +115,33 @@ class Record:
         Args:
             test: a file of --test-prompts by its name; empty for --eval-prompts.
         """
-        first, last = (self.answered(step, test) for step in (0, self.chosen["step"]))
+        scores = self.scores(self.chosen["step"], key, test)
+        return win_rate(*scores) if scores else None
+
+    def effect(self, key: str = "reward") -> float | None:
+        """Cohen's d of the chosen evaluation's answers over the SFT model's."""
+        scores = self.scores(self.chosen["step"], key)
+        return cohens_d(*scores) if scores else None
+
+    def scores(
+        self, step: int, key: str, test: str = ""
+    ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """What the SFT model's answers got, and those after `step` iterations, prompt by prompt;
+        None before the first iteration and where a score is missing."""
+        first, last = (self.answered(n, test) for n in (0, step))
         pairs = [(first[i].get(key), last[i].get(key)) for i in first if i in last]
-        if not self.chosen["step"] or not pairs or any(None in pair for pair in pairs):
+        if not step or not pairs or any(None in pair for pair in pairs):
             return None
         before, after = zip(*pairs, strict=True)
-        return win_rate(before, after)
+        return before, after
+
+    def winning_from(self, share: float) -> int | None:
+        """Iterations until the win rate over the SFT model by reward first passes a share."""
+        for row in self.evaluations:
+            scores = self.scores(row["step"], "reward")
+            if scores and win_rate(*scores).share > share:
+                return int(row["step"])
+        return None
 
     def decisions(self) -> list[tuple[Row, float, str]]:
         """(evaluation, its KL gate, whether it became best or why not), in order."""

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from mlx_grpo.core.stats import WinRate, pass_at_k, pass_rates, win_rate
+from mlx_grpo.core.stats import WinRate, cohens_d, mean_interval, pass_at_k, pass_rates, win_rate
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,15 @@ def test_pass_rates_are_means_over_prompts_of_rewards_that_are_0_or_1() -> None:
     assert pass_rates([None, 1.0, 1.0, 0.0], 2) == {"mean@2": 0.5, "pass@2": 1.0}
     assert pass_rates([0.5, 1.0], 2) == pass_rates([None, None], 2) == {}
     assert pass_rates([1.0, 0.0], 1) == {}
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    # 2, 4, 9: mean 5, deviation 3.6056, t(2) = 4.303
+    assert mean_interval([2.0, 4.0, 9.0]) == pytest.approx((-3.957, 13.957), abs=1e-3)
+    low, high = mean_interval([0.0, 1.0] * 50)
+    assert 0.5 - low == pytest.approx(high - 0.5) == pytest.approx(0.1026, abs=1e-3)
+
+
+def test_an_effect_size_is_in_pooled_deviations() -> None:
+    assert cohens_d([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == 1.0
+    assert cohens_d([1.0], [2.0]) == cohens_d([1.0, 1.0], [2.0, 2.0]) == 0.0

@@ -10,7 +10,8 @@ import pytest
 from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.evaluation.compare import compare_run, comparison_json, show_comparison
+from mlx_grpo.evaluation.compare import compare_run
+from mlx_grpo.evaluation.table import comparison_json, show_comparison
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.plan.memory import Choice
 from mlx_grpo.report.record import read
