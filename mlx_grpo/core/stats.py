@@ -58,6 +58,13 @@ def win_rate(before: Sequence[float], after: Sequence[float]) -> WinRate:
     return WinRate(wins, len(before), sum(a == b for a, b in zip(before, after, strict=True)))
 
 
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of a text that came before in it (seq-rep-n, Welleck et al. 2019,
+    arXiv:1908.04319); 0 for a shorter text."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 STUDENT = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160),
     *(2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056),

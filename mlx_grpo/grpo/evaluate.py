@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.core.stats import pass_rates, source_means
+from mlx_grpo.core.stats import pass_rates, repetition, source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
@@ -49,6 +49,8 @@ class Evaluation:
     """What each reward model or function gave to each answer; None where it does not apply."""
     temperature: float = 1.0
     """Of the answers; 0 is greedy."""
+    repetition: float = 0.0
+    """Share of each answer's 4-grams that came before in it, see `core/stats.py`."""
 
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """For metrics.jsonl."""
@@ -58,6 +60,7 @@ class Evaluation:
             f"{prefix}_perplexity": self.perplexity,
             f"{prefix}_completions/mean_length": self.mean_length,
             f"{prefix}_completions/clipped_ratio": 1 - self.finished,
+            f"{prefix}_completions/repetition": self.repetition,
             **source_means(self.by_source, f"{prefix}_rewards"),
             **{
                 f"{prefix}_rewards/{source}/{name}": rate
@@ -185,6 +188,7 @@ class Evaluator:
             groups=scored.groups,
             by_source=scored.by_source,
             temperature=temperature,
+            repetition=sum(repetition(c.token_ids) for c in completions) / len(completions),
         )
 
 

@@ -39,6 +39,11 @@ def _single(r: Record) -> list[Chart]:
         Chart(
             "Answers cut off", "share at the limit", _both(r, *_twins("completions/clipped_ratio"))
         ),
+        Chart(
+            "Repetition",
+            "share of 4-grams said before",
+            _both(r, *_twins("completions/repetition")),
+        ),
         Chart("Dead groups", "share that taught nothing", _trained(r, "frac_dead_groups")),
         Chart("Clip fraction", _clipped(r), _trained(r, "clip_ratio/region_mean")),
         _actuator(r),

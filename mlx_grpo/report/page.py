@@ -29,6 +29,7 @@ from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.stats import WinRate, mean_interval
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
+from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import Row
 from mlx_grpo.report.record import Record, gold_names, test_names
 from mlx_grpo.run.directory import resume_command
@@ -153,6 +154,8 @@ def summary(r: Record) -> list[str]:
         f"perplexity of reference answers {perplexities[0]} (SFT model: {perplexities[1]}); an "
         f"answer has {lengths[0]} tokens (SFT model: {lengths[1]})."
     )
+    if r.finished and (lost := lost_since_best(r.rows, r.config.gold_names)):
+        said.append(lost)
     return said
 
 
@@ -309,11 +312,11 @@ def _spread(values: Sequence[float], form: str) -> Cell:
 
 
 def _range(values: Sequence[float], form: str) -> Cell:
-    """The 95 % interval of the mean over runs."""
+    """The 95 % interval of the mean over runs, in two lines: a phone has no room for one."""
     if len(values) == 1:
         return ()
     low, high = mean_interval(values)
-    return (f"{low:{form}} to {high:{form}}",)
+    return f"{low:{form}} to", f"{high:{form}}"
 
 
 def _signed(value: float | None) -> Cell:

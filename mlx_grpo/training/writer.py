@@ -13,6 +13,7 @@ from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.iteration import Iteration
 from mlx_grpo.grpo.learner import Learner
 from mlx_grpo.grpo.state import RunState
+from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import new_findings
 from mlx_grpo.report.write import REPORT, try_report
 from mlx_grpo.run import directory, log
@@ -239,6 +240,8 @@ class RunWriter:
                 f"the last {waited}; to go on, type: "
                 f"{directory.resume_command(self.run)} --early-stopping-patience 0"
             )
+        if lost := lost_since_best(self._rows, self.learner.config.gold_names):
+            self.ui.say(lost)
         adapters = "final/" if state.best.step is None else "best/ and final/"
         self.ui.say(
             f"done: {self.run} (adapters in {adapters}, metrics in {log.METRICS}, report in "

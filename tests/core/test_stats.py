@@ -4,7 +4,15 @@ from itertools import combinations
 
 import pytest
 
-from mlx_grpo.core.stats import WinRate, cohens_d, mean_interval, pass_at_k, pass_rates, win_rate
+from mlx_grpo.core.stats import (
+    WinRate,
+    cohens_d,
+    mean_interval,
+    pass_at_k,
+    pass_rates,
+    repetition,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +87,9 @@ def test_the_interval_of_a_mean_is_students() -> None:
 def test_an_effect_size_is_in_pooled_deviations() -> None:
     assert cohens_d([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == 1.0
     assert cohens_d([1.0], [2.0]) == cohens_d([1.0, 1.0], [2.0, 2.0]) == 0.0
+
+
+def test_repetition_is_the_share_of_n_grams_that_came_before() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6]) == repetition([1, 2, 3]) == repetition([]) == 0
+    assert repetition([7] * 8) == 1 - 1 / 5
+    assert repetition([1, 2, 1, 2, 1], n=2) == 1 - 2 / 4
