@@ -61,8 +61,8 @@ class TrainingGroup:
     sampled_logp_KT: mx.array
     """Log-probs as the sampler saw them."""
     advantages_K: mx.array
-    left_out: tuple[int, int] = (0, 0)
-    """(completions, tokens) that are not here but count where the loss takes a mean."""
+    left_out: int = 0
+    """Completions that are not here but count where the loss is a mean over completions."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_grpo.core.padding import completion_arrays, row_lengths, rows_of, sampled_logps
+from mlx_grpo.core.padding import completion_arrays, rows_of, sampled_logps
 from mlx_grpo.core.types import Group, TrainingGroup
 
 AdvantageScale = Literal["none", "std"]
@@ -83,13 +83,10 @@ def training_group(
 
 
 def learned_from(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:
-    """The group with these rows alone in the loss. Their advantages are those over all rows, and a
-    mean counts the others as zeros, as in TRL: they do not make these heavier."""
-    lengths = row_lengths(group.mask_KT)
-    if len(rows) == len(lengths):
-        return group
-    gone = (len(lengths) - len(rows), sum(lengths) - sum(lengths[i] for i in rows))
-    return replace(rows_of(group, rows), left_out=gone)
+    """The group with these rows alone in the loss. Their advantages are those over all rows. As in
+    TRL, a mean over completions counts the others as zeros, one over tokens does not count them."""
+    gone = group.mask_KT.shape[0] - len(rows)
+    return replace(rows_of(group, rows), left_out=gone) if gone else group
 
 
 def is_dead(group: TrainingGroup) -> bool:

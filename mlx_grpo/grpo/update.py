@@ -117,8 +117,7 @@ def update(
 
 def _size(group: TrainingGroup) -> tuple[int, int]:
     """(completions, tokens) that a mean counts."""
-    completions, tokens = group.left_out
-    return completions + group.mask_KT.shape[0], tokens + int(group.mask_KT.sum().item())
+    return group.mask_KT.shape[0] + group.left_out, int(group.mask_KT.sum().item())
 
 
 def _reused(settings: UpdateSettings) -> int:
