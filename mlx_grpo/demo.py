@@ -18,7 +18,8 @@ from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.evaluation.compare import compare_run, show_comparison
+from mlx_grpo.evaluation.compare import compare_run
+from mlx_grpo.evaluation.table import show_comparison
 from mlx_grpo.files.assets import asset
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.models.directory import fingerprint

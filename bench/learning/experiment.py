@@ -9,7 +9,6 @@ not done again: a run that is finished is only measured, a measured one only rea
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,17 +18,21 @@ from typing import Any
 from mlx_grpo.config.settings import flat_values, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.stats import win_rate
+from mlx_grpo.core.stats import cohens_d, mean_interval, win_rate
 from mlx_grpo.evaluation.compare import compare_run, contests
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.report.record import read
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import chosen_adapter, is_run
 from mlx_grpo.training.loop import train
 
 SETTINGS = Path(__file__).with_name("experiment.toml")
-FIGURES = "comparison.json"
+FIGURES = "judged.json"
+DECODING = {"greedy": 0.0, "sampled": 1.0}
+"""Temperatures of the answers that are judged."""
 GOLD = "mlx_grpo.rubric:gold"
+JUDGES = ("reward", "gold")
 CONSTRAINTS = "examples/constraints"
 
 
@@ -69,19 +72,17 @@ class Scores:
     interval: tuple[float, float]
     """95 %, Wilson."""
     cohens_d: float
-    """Difference of the means over the pooled standard deviation (J. Cohen 1988, eq. 2.5.1)."""
+    """See `core/stats.py`."""
 
     @staticmethod
     def of(before: Sequence[float], after: Sequence[float]) -> "Scores":
         wins = win_rate(before, after)
-        spread = math.sqrt((statistics.variance(before) + statistics.variance(after)) / 2)
-        gain = statistics.fmean(after) - statistics.fmean(before)
         return Scores(
             statistics.fmean(before),
             statistics.fmean(after),
             wins.share,
             wins.wilson(),
-            gain / spread if spread else 0.0,
+            cohens_d(before, after),
         )
 
 
@@ -94,29 +95,37 @@ def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str
         if not train(config, ui, resume=is_run(run)):
             raise KeyboardInterrupt
     if not (run / FIGURES).exists():
-        scores = contests(comparison := compare_run(run, None, "", ui, judges=(GOLD,)))
-        write_json(
-            run / FIGURES,
-            {
-                "adapter": chosen_adapter(run, "").name,
-                "prompts": len(comparison.before.groups),
-                "reward": asdict(Scores.of(*scores["reward"])),
-                "gold": asdict(Scores.of(*scores["gold"])),
-                "before": _policy(comparison.before),
-                "after": _policy(comparison.after),
-            },
-        )
+        write_json(run / FIGURES, _judged_run(run, ui))
     rows = log.read(run / log.METRICS)
     return {
         "variant": variant.name,
         "seed": seed,
         **read_json(run / FIGURES),
         "kl_by_phase": phases(rows),
+        "iterations_to_60_percent": read(run, running=False).winning_from(0.6),
         "iterations": _curve(rows, ITERATION),
         "evaluations": _curve(rows, EVALUATION),
         "seconds": sum(
             v for r in rows for v in (r.get("time/iteration"), r.get("time/evaluate")) if v
         ),
+    }
+
+
+def _judged_run(run: Path, ui: Console) -> dict[str, Any]:
+    """Wins on prompts that did not choose the adapter, by greedy and by sampled answers."""
+    found = {
+        how: compare_run(run, None, "", ui, judges=(GOLD,), temperature=temperature)
+        for how, temperature in DECODING.items()
+    }
+    sampled = found["sampled"]
+    return {
+        "adapter": chosen_adapter(run, "").name,
+        "prompts": len(sampled.before.groups),
+        **{
+            how: {j: asdict(Scores.of(*contests(c)[j])) for j in JUDGES} for how, c in found.items()
+        },
+        "before": _policy(sampled.before),
+        "after": _policy(sampled.after),
     }
 
 
@@ -170,18 +179,16 @@ def main() -> None:
 
 def show(runs: list[dict[str, Any]], ui: Console) -> None:
     """The tables of bench/RESULTS.md."""
-    ui.table(
-        f"{runs[0]['prompts']} held-out prompts: SFT model -> adapter; wins of the adapter",
-        ("run", "reward", "wins", "gold", "wins", "adapter"),
-        [
-            (
-                _name(r),
-                *(cell for judge in ("reward", "gold") for cell in _judged(r[judge])),
-                r["adapter"],
-            )
-            for r in runs
-        ],
-    )
+    for how in DECODING:
+        ui.table(
+            f"{runs[0]['prompts']} held-out prompts that chose nothing, {how} answers: "
+            "SFT model -> adapter; wins of the adapter",
+            ("run", "reward", "wins", "gold", "wins", "adapter"),
+            [
+                (_name(r), *(cell for j in JUDGES for cell in _judged(r[how][j])), r["adapter"])
+                for r in runs
+            ],
+        )
     ui.table(
         "The same, beyond the reward",
         ("run", "KL", "perplexity", "length", "finished", "KL / target by phase"),
@@ -201,9 +208,13 @@ def show(runs: list[dict[str, Any]], ui: Console) -> None:
     main_runs = [r for r in runs if r["variant"] == VARIANTS[0].name]
     if len(main_runs) > 1:
         ui.table(
-            f"Over {len(main_runs)} seeds",
+            f"Over {len(main_runs)} seeds, mean (95 % interval)",
             ("", "gain", "win rate", "Cohen's d"),
-            [(judge, *_over_seeds([r[judge] for r in main_runs])) for judge in ("reward", "gold")],
+            [
+                (f"{judge}, {how}", *_over_seeds([r[how][judge] for r in main_runs]))
+                for how in DECODING
+                for judge in JUDGES
+            ],
         )
 
 
@@ -222,7 +233,11 @@ def _judged(scores: dict[str, Any]) -> tuple[str, str]:
 def _over_seeds(scores: list[dict[str, Any]]) -> tuple[str, ...]:
     gains = [s["after"] - s["before"] for s in scores]
     figures = (gains, [s["win_rate"] for s in scores], [s["cohens_d"] for s in scores])
-    return tuple(f"{statistics.fmean(x):.3f} +- {statistics.stdev(x):.3f}" for x in figures)
+    return tuple(
+        f"{statistics.fmean(x):.3f} ({low:.3f} to {high:.3f})"
+        for x in figures
+        for low, high in [mean_interval(x)]
+    )
 
 
 if __name__ == "__main__":

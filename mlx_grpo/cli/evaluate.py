@@ -13,7 +13,8 @@ from mlx_grpo.console.output import Console
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="Held-out prompts instead of the run's own.")
+        Path | None,
+        typer.Option(help="Held-out prompts instead of the run's own (see --test-prompts)."),
     ] = None,
     prompt_column: Annotated[
         str,
@@ -25,6 +26,24 @@ def evaluate(
     ] = "",
     limit: Annotated[int, typer.Option(help="First prompts to use; 0 means all.", min=0)] = 0,
     adapter: Annotated[str, typer.Option(help="best or final (default: best if there).")] = "",
+    eval_temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Temperature of the answers that are compared; 0 takes the likeliest token each "
+            "time (default: the run's own, 0 unless set). The KL is always measured on samples.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
+    num_generations_eval: Annotated[
+        int | None,
+        typer.Option(
+            help="Also sample so many answers per prompt, for mean@n and pass@k of rewards that "
+            "are 0 or 1 (default: the run's own).",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     eval_reward: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,6 +51,14 @@ def evaluate(
             "file.py:function; may be given several times."
         ),
     ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="FIELD",
+            help="Also give the wins for each value of a field of the prompts' rows, such as "
+            "category.",
+        ),
+    ] = "",
     judge: Annotated[
         str | None,
         typer.Option(
@@ -47,8 +74,9 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Compare a run with the SFT model on held-out prompts: reward, KL, perplexity, wins."""
-    from mlx_grpo.evaluation.compare import compare_run, comparison_json, show_comparison
+    from mlx_grpo.evaluation.compare import compare_run
     from mlx_grpo.evaluation.judge import Judge, compare_answers
+    from mlx_grpo.evaluation.table import comparison_json, show_comparison
     from mlx_grpo.files.atomic import write_json
 
     if json_file:
@@ -59,7 +87,18 @@ def evaluate(
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
     columns = (prompt_column, response_column)
-    comparison = compare_run(run, prompts, adapter, ui, limit, eval_reward or (), columns)
+    comparison = compare_run(
+        run,
+        prompts,
+        adapter,
+        ui,
+        limit,
+        eval_reward or (),
+        columns,
+        eval_temperature,
+        num_generations_eval or 0,
+        by,
+    )
     verdicts = None
     try:
         if asked:

@@ -23,6 +23,9 @@ AT_LEAST_ZERO = {
     "decode_rows",
     "rows_per_pass",
     "eval_limit",
+    "eval_temperature",
+    "soft_punish_cache",
+    "early_stopping_patience",
     "weight_decay",
     "kl_stop_factor",
     "expert_lora_rank",
@@ -108,6 +111,11 @@ def check(config: TrainConfig, more_rewards: bool = False) -> None:
     must("update_rows", rows == 0 or 2 <= rows <= k, "0, or from 2 to --K")
     must("clip_range", 0 < config.optimizer.clip_range < 1, "between 0 and 1")
     must("reward_alpha", 0 <= config.reward.alpha < 1, "at least 0 and below 1")
+    longest = config.rollout.max_completion_length
+    within = config.reward.soft_punish_cache <= longest
+    must("soft_punish_cache", within, "0, or at most --max-completion-length")
+    tests = config.evaluation
+    must("test_prompts", len(tests.test_names) == len(tests.tests), "files of different names")
     if not more_rewards:
         _check_rewards(config, must)
     _check_kl(config, must)

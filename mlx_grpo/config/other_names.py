@@ -14,6 +14,7 @@ OTHER_NAMES = {
     "eval_every": ("eval_steps", "steps_per_eval", "test_freq"),
     "eval_limit": ("val_batches", "test_batches"),
     "eval_prompts": ("eval_dataset", "val_data", "valid_data", "val_files", "eval_data"),
+    "early_stopping_patience": ("patience", "early_stopping"),
     "keep": ("save_total_limit",),
     "kl_targets": ("beta", "kl_coef", "init_kl_coef", "kl_loss_coef", "kl_penalty"),
     "learning_rate": ("lr", "actor_learning_rate"),
@@ -25,12 +26,14 @@ OTHER_NAMES = {
         *("max_new_tokens", "max_tokens", "max_response_length", "generate_max_len"),
         "response_length",
     ),
+    "metric_for_best_model": ("metric_for_best", "best_metric"),
     "max_grad_norm": ("grad_clip", "max_norm"),
     "max_prompt_length": ("prompt_max_len", "max_seq_length"),
     "minibatch_size": (
         *("mini_batch_size", "ppo_mini_batch_size", "gradient_accumulation_steps"),
         "steps_per_generation",
     ),
+    "num_generations_eval": ("val_n", "num_generations_per_eval"),
     "num_iterations": (
         *("max_steps", "iters", "num_steps", "total_steps", "steps", "total_training_steps"),
         *("num_train_epochs", "total_epochs", "iterations"),
@@ -40,6 +43,8 @@ OTHER_NAMES = {
     "ratio_level": ("importance_sampling_level",),
     "reward": ("reward_funcs", "reward_functions", "reward_func"),
     "rm_model": ("reward_model", "reward_model_path", "reward_model_name_or_path"),
+    "soft_punish_cache": ("overlong_buffer_len", "overlong_buffer", "soft_overlong_punishment"),
+    "truncated": ("mask_truncated_completions", "overlong_filter", "overlong_filtering"),
     "scale_advantages": ("scale_rewards",),
 }
 """Our field: names elsewhere. Where two mean nearly the same, the help text says what ours does."""
@@ -48,6 +53,7 @@ NOTES = {
     "lora_scale": "which is alpha / rank",
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
+    "truncated": "with the value mask",
     "batch_size": "which counts prompts per rollout",
 }
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-REPEATED = ("reward", "eval_reward", "log")
+REPEATED = ("reward", "eval_reward", "test_prompts", "log")
 """Settings whose flag may be given several times."""
 FREE = (
     *("output", "keep", "checkpoint_every", "max_skipped_steps", "reward_timeout"),
-    *("show_every", "log", "keep_awake"),
+    *("show_every", "log", "keep_awake", "early_stopping_patience"),
 )
 """May change when a run is resumed: no number depends on them."""
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
 """May change as well: only the order of sums depends on them, so the last bits may differ. A change
 that makes the weights be held in another form is compared separately."""
-BY_CONTENT = ("prompts", "eval_prompts", "actor_model", "rm_model")
+BY_CONTENT = ("prompts", "eval_prompts", "test_prompts", "actor_model", "rm_model")
 """Paths: their content counts, not their place. Everything else shapes the numbers,
 `num_iterations` too, because the phases of the KL target are shares of it."""
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
@@ -114,6 +114,9 @@ class RewardSettings:
     timeout: float = named("reward_timeout", 60.0)
     """Seconds a custom reward function may take for the completions of one prompt; after that the
     run ends."""
+    soft_punish_cache: int = 0
+    """Last tokens before --max-completion-length in which a completion loses reward: nothing at
+    their beginning, 1 at the limit (DAPO's soft overlong punishment); 0: none."""
     alpha: float = named("reward_alpha", 0.99)
     """Decay of the moving mean and standard deviation that normalise scores."""
     clip: float = named("reward_clip", 5.0)
@@ -185,6 +188,9 @@ class OptimizerSettings:
     """Clip range of the importance ratio: 1 - c to 1 + c."""
     clip_range_high: float = 0.0
     """Upper clip range where it differs (clip-higher, DAPO); 0 means the same as --clip-range."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Whether completions cut off at --max-completion-length are learned from. With mask they are
+    compared with the others of their group but take no part in the loss."""
     loss_aggregation: Literal["sequence", "token", "constant"] = "sequence"
     """Mean over tokens and then completions, mean over all tokens, or sum divided by the longest
     possible completion (Dr. GRPO)."""
@@ -199,14 +205,41 @@ class EvaluationSettings:
     prompts: str = named("eval_prompts", "data/eval_prompts.jsonl")
     """Held-out prompts, in the same forms; a `response` field is the reference answer for the
     perplexity."""
+    tests: tuple[str, ...] = named("test_prompts", ())
+    """Further held-out prompts: measured at each evaluation under the file's name, as
+    eval_NAME_reward, and never used to choose best/. May be given several times."""
     every: int = named("eval_every", 50)
     """Iterations between evaluations. There is also one before the first iteration and one after
     the last."""
     limit: int = named("eval_limit", 0)
     """Held-out prompts used by the evaluations during training; 0 means all."""
+    temperature: float = named("eval_temperature", 0.0)
+    """Temperature of the held-out answers that the report and `mlx-grpo eval` show and compare; 0
+    takes the likeliest token each time. The KL, and what chooses best/, stay on answers sampled at
+    --temperature; give the same number here to show those."""
+    num_generations: int = named("num_generations_eval", 1)
+    """Answers sampled per held-out prompt. With several, rewards that are 0 or 1 also get mean@n
+    and pass@k, as rewards/NAME/pass@4."""
+    metric: str = named("metric_for_best_model", "perplexity")
+    """Held-out figure that chooses best/ among the evaluations whose KL is below its target:
+    perplexity, reward, rewards/NAME/mean or any other that metrics.jsonl has with `eval_` before
+    it. Rewards are better when they are higher, other figures when they are lower."""
+    patience: int = named("early_stopping_patience", 0)
+    """End the run after this many evaluations in a row in which the figure that chooses best/ was
+    not better than ever before, whatever the KL; 0: never."""
     rewards: tuple[str, ...] = named("eval_reward", ())
     """Like --reward, but only measured, never trained on: a gold judge that shows whether the
     reward is being fooled. May be given several times."""
+
+    @property
+    def test_names(self) -> dict[str, str]:
+        """What metrics call each --test-prompts file: its name without directory and ending."""
+        return {Path(file).name.split(".")[0].replace(":", "-"): file for file in self.tests}
+
+    @property
+    def best_metric(self) -> str:
+        """What metrics.jsonl calls the figure that chooses best/."""
+        return f"eval_{self.metric.removeprefix('eval_')}"
 
 
 @dataclass(frozen=True)
@@ -269,6 +302,11 @@ class TrainConfig:
 def judge_label(name: str) -> str:
     """What tables and charts call an --eval-reward function."""
     return "gold judge" if name == "gold" else f"gold judge: {name}"
+
+
+def decoding(temperature: float) -> str:
+    """How answers were taken, in words that stand before them."""
+    return f"sampled (temperature {temperature:g})" if temperature else "greedy"
 
 
 @dataclass(frozen=True)

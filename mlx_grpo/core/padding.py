@@ -69,9 +69,10 @@ def length_buckets(lengths: Sequence[int], prompt: int, most: int = 0) -> list[l
 
 
 def rows_of(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:
-    """Some rows of a group, cut to the longest of them; fields' names say what their axes are."""
-    index = mx.array(rows)
-    longest = max(row_lengths(group.mask_KT[index]))
+    """Some rows of a group, or none, cut to the longest of them; fields' names say what their axes
+    are."""
+    index = mx.array(rows, dtype=mx.int32)
+    longest = max(row_lengths(group.mask_KT[index]), default=0)
     cut = {}
     for name in (f.name for f in fields(group)):
         if name.endswith("_KT"):

@@ -61,6 +61,8 @@ class TrainingGroup:
     sampled_logp_KT: mx.array
     """Log-probs as the sampler saw them."""
     advantages_K: mx.array
+    left_out: int = 0
+    """Completions that are not here but count where the loss is a mean over completions."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,22 @@ def leak_warnings(
     )
 
 
+def chosen_by_warnings(
+    file: str | Path,
+    judging: Sequence[PromptRow],
+    chose_file: str | Path,
+    chose: Sequence[PromptRow],
+) -> Iterator[str]:
+    """A line where prompts that judge a run have also chosen its best/ adapter."""
+    chosen = {_plain(row) for row in chose}
+    same = sum(_plain(row) in chosen for row in judging)
+    if same:
+        yield (
+            f"{file}: {same} of its {len(judging)} prompts also chose best/ (from {chose_file}), "
+            "which flatters it; use others to judge it"
+        )
+
+
 def _repeats(file: str | Path, prompts: Sequence[Conversation], matter: str) -> Iterator[str]:
     distinct = len(set(prompts))
     if distinct < FEWEST_DISTINCT * len(prompts):

@@ -1,31 +1,33 @@
-"""Before and after, side by side: the SFT model and a run's adapter on held-out prompts."""
+"""Before and after, side by side: the SFT model and a run's adapter on held-out prompts.
+
+Both answer at --eval-temperature, greedily by default; the KL is measured on samples.
+"""
 
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlx_grpo.config.settings import judge_label, with_settings
+from mlx_grpo.config.settings import TrainConfig, decoding, with_settings
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.stats import win_rate
-from mlx_grpo.core.types import Completion
-from mlx_grpo.evaluation.judge import Verdicts
-from mlx_grpo.grpo.evaluate import Evaluation
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Prompt
+from mlx_grpo.data.leaks import chosen_by_warnings
+from mlx_grpo.data.prompts import read_prompts
+from mlx_grpo.grpo.evaluate import Evaluation, Evaluator
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
 from mlx_grpo.run.directory import chosen_adapter, run_settings
 from mlx_grpo.training.setup import load_evaluator, training_rows, without_given
 
-SHOWN = 3
 Scores = tuple[Sequence[float], Sequence[float]]
 """Of each answer: (before, after)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two evaluations on the same prompts with the same random numbers."""
+    """Two evaluations on the same prompts, at one temperature, with the same random numbers."""
 
     before: Evaluation
     after: Evaluation
@@ -34,6 +36,18 @@ class Comparison:
     """File."""
     judges: Sequence[str] = ()
     """Sources of a reward that were measured and never trained on."""
+    seed: int = 42
+    """Draws the examples."""
+    samples: tuple[Evaluation, Evaluation] | None = None
+    """(before, after) with several sampled answers per prompt, where these were asked for."""
+    by: str = ""
+    """Field of the prompts' rows by whose values the wins are told apart as well."""
+
+    @property
+    def strata(self) -> dict[str, list[int]]:
+        """Places of the prompts by the value of `by`; none without one."""
+        asked = [g.prompt for g in self.after.groups]
+        return strata(self.prompts, asked, self.by) if self.by else {}
 
 
 def compare_run(
@@ -44,20 +58,35 @@ def compare_run(
     limit: int = 0,
     judges: Sequence[str] = (),
     columns: tuple[str, str] = ("", ""),
+    temperature: float | None = None,
+    samples: int = 0,
+    by: str = "",
 ) -> Comparison:
     """Evaluate the SFT model and an adapter of a run: `best`, `final`, or "" for best if there.
+
+    Of the run's own held-out prompts those are used that did not choose best/: the first file of
+    --test-prompts, or those of --eval-prompts that --eval-limit has left. Where the prompts chose
+    as well, a warning says so.
 
     Args:
         limit: first prompts to use; 0 means all.
         judges: functions to measure by beside the run's own, as --eval-reward names them.
         columns: what `prompt` and `response` are called in `prompts`.
+        temperature: of the answers; None: the run's --eval-temperature.
+        samples: answers per prompt for pass@k; 0: the run's --num-generations-eval.
+        by: field of the prompts' rows by whose values the wins are told apart as well.
 
     Raises:
         InputError: no run, no such adapter, or its inputs are gone.
     """
     config = own = run_settings(run)
     measured = tuple(dict.fromkeys((*config.evaluation.rewards, *judges)))
-    config = with_settings(config, eval_limit=limit, eval_reward=measured)
+    count = samples or own.evaluation.num_generations
+    config = with_settings(
+        config, eval_limit=limit, eval_reward=measured, num_generations_eval=count
+    )
+    tests = own.evaluation.tests
+    skip = 0 if prompts or tests else own.evaluation.limit
     if not_here := [spec for spec in config.reward.functions if spec.startswith(PYTHON)]:
         config = without_given(config)
         names = ", ".join(spec.removeprefix(PYTHON) for spec in not_here)
@@ -70,131 +99,89 @@ def compare_run(
             prompt_column=columns[0],
             response_column=columns[1],
         )
+    elif tests:
+        config = with_settings(config, eval_prompts=tests[0])
     with ui.working("loading"):
         # under the names of its own columns, not those of `prompts`
-        evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own))
+        evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own), skip=skip)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
-    ui.say(f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts")
+    if directory.name == "best":
+        _warn_of_choosing(own, config, {p.id for p in evaluator.prompts}, ui)
+    if by:
+        strata(config.evaluation.prompts, evaluator.prompts, by)  # before minutes are spent
+    heat = config.evaluation.temperature if temperature is None else temperature
+    ui.say(
+        f"comparing {directory} with {config.model.actor}, {len(evaluator.prompts)} prompts, "
+        f"{decoding(heat)} answers"
+    )
+    policy = Decoder(actor, evaluator.reference.sizes)
     with closing(evaluator.rewards):
         with ui.working("evaluating the SFT model"):
-            before = evaluator(evaluator.reference, ui.progress)
+            before, drawn_before = _evaluated(evaluator, evaluator.reference, heat, ui)
         with ui.working("evaluating the adapter"):
-            after = evaluator(Decoder(actor, evaluator.reference.sizes), ui.progress)
-    return Comparison(before, after, str(directory), config.evaluation.prompts, config.gold_names)
+            after, drawn_after = _evaluated(evaluator, policy, heat, ui)
+    file, seed, judged = config.evaluation.prompts, config.run.seed, config.gold_names
+    drawn = (drawn_before, drawn_after) if drawn_before and drawn_after else None
+    return Comparison(before, after, str(directory), file, judged, seed, drawn, by)
 
 
-def contests(comparison: Comparison) -> dict[str, Scores]:
-    """Everything that gave each answer a number: (scores before, scores after)."""
+def _evaluated(
+    evaluator: Evaluator, policy: Decoder, temperature: float, ui: Console
+) -> tuple[Evaluation, Evaluation | None]:
+    """(on the answers that are shown, on several samples per prompt where they are asked for)."""
+    if evaluator.sampling.k == 1:
+        return evaluator.at(policy, temperature, ui.progress), None
+    drawn = evaluator(policy, ui.progress)
+    return evaluator.shown(policy, drawn, temperature, ui.progress), drawn
+
+
+def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui: Console) -> None:
+    """Warn if prompts that are compared on have chosen best/."""
+    file, chose_file = config.evaluation.prompts, own.evaluation.prompts
+    judging = [r for r in read_prompts(Path(file), config.columns) if r.id in asked]
+    try:
+        chose = read_prompts(Path(chose_file), own.columns)[: own.evaluation.limit or None]
+    except InputError as e:
+        ui.warn(f"cannot check whether these prompts chose best/: {e}")
+        return
+    for warning in chosen_by_warnings(file, judging, chose_file, chose):
+        ui.warn(warning)
+
+
+def strata(file: str, prompts: Sequence[Prompt], field: str) -> dict[str, list[int]]:
+    """Places of the prompts of a file by the value that a field of their rows has.
+
+    Raises:
+        InputError: a row without the field.
+    """
+    found: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        if field not in prompt.fields:
+            raise InputError(
+                f"{file}: row '{prompt.id}' has no field '{field}'; add it, or give another --by"
+            )
+        found.setdefault(str(prompt.fields[field]), []).append(place)
+    return dict(sorted(found.items()))
+
+
+def contests(comparison: Comparison, places: Sequence[int] | None = None) -> dict[str, Scores]:
+    """Everything that gave each answer a number: (scores before, scores after).
+
+    Args:
+        places: of the prompts that count; None: all.
+    """
     before, after = comparison.before, comparison.after
-    found: dict[str, Scores] = {"reward": (before.rewards, after.rewards)}
+    at = range(len(before.rewards)) if places is None else places
+    found: dict[str, Scores] = {
+        "reward": ([before.rewards[i] for i in at], [after.rewards[i] for i in at])
+    }
     for name, scores in before.by_source.items():
-        both = [
-            (b, a)
-            for b, a in zip(scores, after.by_source[name], strict=True)
-            if b is not None and a is not None  # it applies to both answers
-        ]
+        pairs = [(scores[i], after.by_source[name][i]) for i in at]
+        both = [(b, a) for b, a in pairs if b is not None and a is not None]  # it applies to both
         if not both:
             continue
         sides: Scores = ([b for b, _ in both], [a for _, a in both])
-        if any(list(s) != list(e.rewards) for s, e in zip(sides, (before, after), strict=True)):
+        if any(list(s) != list(r) for s, r in zip(sides, found["reward"], strict=True)):
             found[name] = sides  # else it is the reward itself, as the only one that counts
     return found
-
-
-def comparison_json(comparison: Comparison, verdicts: Verdicts | None) -> dict[str, Any]:
-    """All of it as JSON: the figures of each side, and who wins by what."""
-    wins = {name: _counts(*scores) for name, scores in contests(comparison).items()}
-    if verdicts:
-        wins["judge"] = {
-            **_counts(*_sides(verdicts)),
-            "disagreements": verdicts.disagreements,
-            "unreadable": verdicts.unreadable,
-        }
-    return {
-        "adapter": comparison.adapter,
-        "prompts": {"file": comparison.prompts, "count": len(comparison.before.groups)},
-        "sft": comparison.before.metrics(),
-        "grpo": comparison.after.metrics(),
-        "wins": wins,
-    }
-
-
-def _counts(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Of the policy after: prompts won, tied and lost, their share (ties count half), its Wilson
-    interval."""
-    rate = win_rate(before, after)
-    won = sum(b < a for b, a in zip(before, after, strict=True))
-    return {
-        "wins": won,
-        "ties": rate.ties,
-        "losses": rate.prompts - won - rate.ties,
-        "share": rate.share,
-        "interval": rate.wilson(),
-    }
-
-
-def _sides(verdicts: Verdicts) -> Scores:
-    """Verdicts as if they were scores."""
-    return [1 - o for o in verdicts.outcomes], verdicts.outcomes
-
-
-def show_comparison(ui: Console, comparison: Comparison, verdicts: Verdicts | None = None) -> None:
-    """The table, and some answers side by side."""
-    before, after = comparison.before, comparison.after
-    label = {name: judge_label(name) for name in comparison.judges}
-    rows = [
-        _contest(label.get(name, name), f"{_mean(old):+.3f}", f"{_mean(new):+.3f}", old, new)
-        for name, (old, new) in contests(comparison).items()
-    ]
-    if verdicts:
-        sides = _sides(verdicts)
-        won = _counts(*sides)
-        rows.append(_contest("judge", f"{won['losses']} wins", f"{won['wins']} wins", *sides))
-    rows += [
-        ("KL to the SFT model, nats/token", f"{before.kl:.4f}", f"{after.kl:.4f}", ""),
-        (
-            "perplexity of reference answers",
-            f"{before.perplexity:.2f}",
-            f"{after.perplexity:.2f}",
-            "",
-        ),
-        ("length, tokens", f"{before.mean_length:.1f}", f"{after.mean_length:.1f}", ""),
-        ("answers that end by themselves", f"{before.finished:.0%}", f"{after.finished:.0%}", ""),
-    ]
-    count = len(before.groups)
-    ui.table(
-        f"{count} held-out prompts",
-        ("", "SFT model", "after GRPO", "after wins (95 % interval)"),
-        rows,
-    )
-    ui.table("Answers", ("prompt", "SFT model", "after GRPO"), _answers(before, after), lines=True)
-    if verdicts and verdicts.unreadable:
-        ui.warn(
-            f"{verdicts.unreadable} of the judge's {2 * count} replies were neither A, B nor T and "
-            "count as ties"
-        )
-
-
-def _contest(
-    name: str, cell: str, other: str, old: Sequence[float], new: Sequence[float]
-) -> tuple[str, str, str, str]:
-    rate = win_rate(old, new)
-    return f"{name} ({rate.tied})" if rate.ties else name, cell, other, str(rate)
-
-
-def _answers(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:
-    pairs = list(zip(before.groups, after.groups, strict=True))
-    step = max(1, len(pairs) // SHOWN)
-    return [
-        (b.prompt.messages[-1]["content"], _shown(b.completions[0]), _shown(a.completions[0]))
-        for b, a in pairs[step // 2 :: step][:SHOWN]
-    ]
-
-
-def _shown(completion: Completion) -> str:
-    return completion.text.strip() + (" [cut off]" if completion.finish_reason == "length" else "")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

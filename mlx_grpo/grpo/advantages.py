@@ -7,11 +7,12 @@ al. 2025, arXiv:2503.20783).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import mlx.core as mx
 
-from mlx_grpo.core.padding import completion_arrays, sampled_logps
+from mlx_grpo.core.padding import completion_arrays, rows_of, sampled_logps
 from mlx_grpo.core.types import Group, TrainingGroup
 
 AdvantageScale = Literal["none", "std"]
@@ -79,6 +80,13 @@ def training_group(
         sampled_logp_KT=sampled_logps(chosen),
         advantages_K=group_advantages(mx.array([list(shaped_scores)]), scale)[0],
     )
+
+
+def learned_from(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:
+    """The group with these rows alone in the loss. Their advantages are those over all rows. As in
+    TRL, a mean over completions counts the others as zeros, one over tokens does not count them."""
+    gone = group.mask_KT.shape[0] - len(rows)
+    return replace(rows_of(group, rows), left_out=gone) if gone else group
 
 
 def is_dead(group: TrainingGroup) -> bool:

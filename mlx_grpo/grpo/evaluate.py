@@ -3,12 +3,12 @@ best; who wins."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_grpo.core.stats import source_means
+from mlx_grpo.core.stats import pass_rates, repetition, source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.chat import answer_tokens
@@ -35,7 +35,7 @@ class Evaluation:
     reward: float
     """Mean raw reward of the policy's own answers."""
     kl: float
-    """KL to the reference on the policy's own answers, k3, nats per token."""
+    """KL to the reference on answers sampled as the run samples them, k3, nats per token."""
     perplexity: float
     """Perplexity of reference answers."""
     mean_length: float
@@ -47,16 +47,26 @@ class Evaluation:
     groups: tuple[Group, ...]
     by_source: dict[str, list[float | None]] = field(default_factory=dict)
     """What each reward model or function gave to each answer; None where it does not apply."""
+    temperature: float = 1.0
+    """Of the answers; 0 is greedy."""
+    repetition: float = 0.0
+    """Share of each answer's 4-grams that came before in it, see `core/stats.py`."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """For metrics.jsonl."""
         return {
-            "eval_reward": self.reward,
-            "eval_kl": self.kl,
-            "eval_perplexity": self.perplexity,
-            "eval_completions/mean_length": self.mean_length,
-            "eval_completions/clipped_ratio": 1 - self.finished,
-            **source_means(self.by_source, "eval_rewards"),
+            f"{prefix}_reward": self.reward,
+            f"{prefix}_kl": self.kl,
+            f"{prefix}_perplexity": self.perplexity,
+            f"{prefix}_completions/mean_length": self.mean_length,
+            f"{prefix}_completions/clipped_ratio": 1 - self.finished,
+            f"{prefix}_completions/repetition": self.repetition,
+            **source_means(self.by_source, f"{prefix}_rewards"),
+            **{
+                f"{prefix}_rewards/{source}/{name}": rate
+                for source, scores in self.by_source.items()
+                for name, rate in pass_rates(scores, len(self.rewards) // len(self.groups)).items()
+            },
         }
 
 
@@ -80,55 +90,128 @@ class Evaluator:
         safe_point: SafePoint = never_stop,
         ranks: Ranks = ALONE,
     ) -> Evaluation:
-        """Evaluate a policy; of several ranks each takes its share of the prompts."""
+        """Evaluate a policy on sampled answers; of several ranks each takes its share of the
+        prompts."""
+        work = _Work(progress, safe_point, ranks)
+        mine = self._answer(policy, self.sampling, work)
+        scored = self._score(mine, self.sampling.k, work)
+        kl, perplexed = self._kl(policy, mine, work), self._perplexity(policy, work)
+        return self._figures(scored, kl, perplexed, self.sampling.temperature)
 
-        def after_each(what: str, done: int, total: int) -> None:
-            progress(what, done, total)
-            safe_point()
+    def shown(
+        self,
+        policy: Decoder,
+        sampled: Evaluation,
+        temperature: float,
+        progress: Progress = lambda *_: None,
+        safe_point: SafePoint = never_stop,
+        ranks: Ranks = ALONE,
+    ) -> Evaluation:
+        """The same policy by the answers that people are shown: one per prompt, at a temperature of
+        its own. KL and perplexity stay those of `sampled`."""
+        how = self._one_each(temperature)
+        if how == self.sampling:
+            return sampled
+        work = _Work(progress, safe_point, ranks)
+        scored = self._score(self._answer(policy, how, work), how.k, work)
+        return self._figures(scored, sampled.kl, sampled.perplexity, temperature)
 
+    def at(
+        self, policy: Decoder, temperature: float, progress: Progress = lambda *_: None
+    ) -> Evaluation:
+        """Like `shown`, where nobody has evaluated the policy on samples: those that the KL needs
+        are not scored."""
+        how, work = self._one_each(temperature), _Work(progress)
+        mine = self._answer(policy, how, work)
+        scored = self._score(mine, how.k, work)
+        same = how == self.sampling or policy is self.reference
+        drawn = mine if same else self._answer(policy, self.sampling, work)
+        kl, perplexed = self._kl(policy, drawn, work), self._perplexity(policy, work)
+        return self._figures(scored, kl, perplexed, temperature)
+
+    def _one_each(self, temperature: float) -> Sampling:
+        return replace(self.sampling, k=1, temperature=temperature)
+
+    def _answer(self, policy: Decoder, how: Sampling, work: "_Work") -> list[Group]:
+        """This rank's share of the answers."""
         with merged_for_rollout(self.backbone, policy.model) as model:
-            mine = rollout(
+            return rollout(
                 model,
                 self.backbone.tokenizer,
                 self.backbone.stop_ids,
                 self.prompts,
-                self.sampling,
+                how,
                 self.seed,
                 PURPOSE,
-                on_token=writing("held-out answers", self.sampling, after_each),
-                safe_point=safe_point,
-                share=ranks.share,
+                on_token=writing("held-out answers", how, work.after_each),
+                safe_point=work.safe_point,
+                share=work.ranks.share,
             )
-        groups = all_groups(ranks, mine, self.prompts)
+
+    def _score(self, mine: list[Group], k: int, work: "_Work") -> "_Scored":
+        groups = all_groups(work.ranks, mine, self.prompts)
         found: Rewards = ([], {})
         for batch in [mine] if self.rewards.at_once else [[g] for g in mine]:
-            rewards, sources = self.rewards(batch, safe_point)
+            rewards, sources = self.rewards(batch, work.safe_point)
             found[0].extend(rewards)
             for name, scores in sources.items():
                 found[1].setdefault(name, []).extend(scores)
-            after_each("held-out rewards", len(found[0]), len(mine))
-        raw_PK, by_source = all_rewards(ranks, found, self.sampling.k)
-        flat = [reward for row in raw_PK for reward in row]
-        completions = [c for g in groups for c in g.completions]
-        return Evaluation(
-            reward=sum(flat) / len(flat),
-            kl=0.0 if policy is self.reference else self._kl(mine, after_each, ranks),
-            perplexity=perplexity(policy, self.prompts, self.answers, after_each, ranks),
-            mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
-            finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
-            rewards=tuple(flat),
-            groups=tuple(groups),
-            by_source=by_source,
-        )
+            work.after_each("held-out rewards", len(found[0]), len(mine))
+        raw_PK, by_source = all_rewards(work.ranks, found, k)
+        return _Scored(tuple(groups), tuple(r for row in raw_PK for r in row), by_source)
 
-    def _kl(self, groups: Sequence[Group], progress: Progress, ranks: Ranks) -> float:
+    def _kl(self, policy: Decoder, groups: Sequence[Group], work: "_Work") -> float:
+        if policy is self.reference:
+            return 0.0
         found = []
         for done, group in enumerate(groups, 1):
             rows = [list(range(len(group.completions)))]
             temperature = self.sampling.temperature or 1.0
             found += kl_to_reference([group], rows, self.reference, temperature)
-            progress("held-out KL", done, len(groups))
-        return mean_kl(found, ranks)[0]
+            work.after_each("held-out KL", done, len(groups))
+        return mean_kl(found, work.ranks)[0]
+
+    def _perplexity(self, policy: Decoder, work: "_Work") -> float:
+        return perplexity(policy, self.prompts, self.answers, work.after_each, work.ranks)
+
+    def _figures(
+        self, scored: "_Scored", kl: float, perplexed: float, temperature: float
+    ) -> Evaluation:
+        completions = [c for g in scored.groups for c in g.completions]
+        return Evaluation(
+            reward=sum(scored.rewards) / len(scored.rewards),
+            kl=kl,
+            perplexity=perplexed,
+            mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
+            finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
+            rewards=scored.rewards,
+            groups=scored.groups,
+            by_source=scored.by_source,
+            temperature=temperature,
+            repetition=sum(repetition(c.token_ids) for c in completions) / len(completions),
+        )
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Answers to all prompts, and what each got."""
+
+    groups: tuple[Group, ...]
+    rewards: tuple[float, ...]
+    by_source: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Who is told of an evaluation, what may stop it, who shares it."""
+
+    progress: Progress
+    safe_point: SafePoint = never_stop
+    ranks: Ranks = ALONE
+
+    def after_each(self, what: str, done: int, total: int) -> None:
+        self.progress(what, done, total)
+        self.safe_point()
 
 
 def writing(what: str, sampling: Sampling, progress: Progress) -> Callable[[int, int, int], None]:

@@ -16,7 +16,7 @@ from mlx_grpo.core.finite import NotFinite, Skip, check_finite
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.gather import all_groups, all_rewards
-from mlx_grpo.grpo.advantages import is_dead, rows_that_teach, training_group
+from mlx_grpo.grpo.advantages import is_dead, learned_from, rows_that_teach, training_group
 from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
 from mlx_grpo.grpo.metrics import (
     Clock,
@@ -142,7 +142,11 @@ def _advantages(
         rows = rows_that_teach(scores_K, config.optimizer.update_rows)
         shaped = [scores_K[i] - (beta * kl.k1[i] if beta else 0.0) for i in rows]
         scale = config.reward.scale_advantages
-        training.append(training_group(position, groups[position], rows, shaped, scale))
+        group = training_group(position, groups[position], rows, shaped, scale)
+        if config.optimizer.truncated == "mask":
+            ended = [groups[position].completions[i].finish_reason == "stop" for i in rows]
+            group = learned_from(group, [i for i, whole in enumerate(ended) if whole])
+        training.append(group)
     return training
 
 

@@ -1,7 +1,8 @@
 """What an iteration works with, and the constants its stages take from the settings."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import mlx.optimizers as optim
 
@@ -33,6 +34,8 @@ class Learner:
     evaluator: Evaluator
     optimizer: optim.AdamW
     ranks: Ranks = ALONE
+    tests: Mapping[str, Evaluator] = field(default_factory=dict)
+    """For each file of --test-prompts, by its name in the metrics."""
 
     def batch(self, state: RunState) -> list[Prompt]:
         """The prompts of the next iteration."""

@@ -5,13 +5,14 @@ in `grpo_trainer.py`); what differs has a name of its own.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_grpo.backend.device import cached_memory, peak_memory
 from mlx_grpo.core.finite import Skip
-from mlx_grpo.core.stats import source_means
+from mlx_grpo.core.stats import repetition, source_means
 from mlx_grpo.core.types import Group
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateStats
@@ -106,6 +107,7 @@ def iteration_metrics(
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
+        "completions/repetition": fmean(repetition(c.token_ids) for c in completions),
         "sampling/sampling_logp_difference/max": stats.logp_gap,
         "sampling/sampling_logp_difference/mean": stats.mean_logp_gap,
         "prompts/visited": len(state.spreads),

@@ -116,8 +116,8 @@ def update(
 
 
 def _size(group: TrainingGroup) -> tuple[int, int]:
-    """(completions, tokens)."""
-    return group.mask_KT.shape[0], int(group.mask_KT.sum().item())
+    """(completions, tokens) that a mean counts."""
+    return group.mask_KT.shape[0] + group.left_out, int(group.mask_KT.sum().item())
 
 
 def _reused(settings: UpdateSettings) -> int:

@@ -34,9 +34,15 @@ def _single(r: Record) -> list[Chart]:
             [_target_band(r)],
         ),
         Chart("Perplexity of reference answers", "held-out", _both(r, "", "eval_perplexity")),
+        *(_tested(r, name) for name in r.config.evaluation.test_names),
         Chart("Length", "tokens per answer", _both(r, *_twins("completions/mean_length"))),
         Chart(
             "Answers cut off", "share at the limit", _both(r, *_twins("completions/clipped_ratio"))
+        ),
+        Chart(
+            "Repetition",
+            "share of 4-grams said before",
+            _both(r, *_twins("completions/repetition")),
         ),
         Chart("Dead groups", "share that taught nothing", _trained(r, "frac_dead_groups")),
         Chart("Clip fraction", _clipped(r), _trained(r, "clip_ratio/region_mean")),
@@ -45,6 +51,11 @@ def _single(r: Record) -> list[Chart]:
         Chart("Peak memory by stage", "GB", _stages(r, "memory", 1e-9)),
         *_reward_model(r),
     ]
+
+
+def _tested(r: Record, name: str) -> Chart:
+    points = r.series(f"eval_{name}_reward")
+    return Chart(f"Reward on {name}", "raw score", [Line(name, points, "b", marks=True)])
 
 
 def _several(records: Sequence[Record]) -> list[Chart]:

@@ -15,6 +15,10 @@ WORSE_GOLD = 0.02
 """Relative fall of the gold judge that counts; below it is noise on a hundred prompts."""
 WORSE_PERPLEXITY = 1.05
 LONGER = 1.5
+REPEATED = 0.2
+"""Share of repeated 4-grams beyond which a growing one counts."""
+TOGETHER = 3
+"""Evaluations whose mean stands for each, where a peak is looked for: a single one is noise."""
 MOST = 0.5
 CLIPPED = 0.3
 """Share of clipped tokens: healthy runs stay far below."""
@@ -79,11 +83,13 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
             yield Finding(
                 "The reward rises while the gold judge falls",
                 f"{rose}, {name} {judged[0]:.3f} -> {judged[1]:.3f}",
-                "The reward is being fooled: read the answers with the largest gain below. Use an "
+                "The reward is being fooled: read the answers whose reward rose most. Use an "
                 "earlier checkpoint, lower --kl-targets, or fix the reward model (more pairs of "
                 "the kind it overrates; a custom --reward beside it).",
                 name,
             )
+        else:
+            yield from _past_the_peak(evaluations, name)
     perplexity = _ends(evaluations, "eval_perplexity")
     if perplexity and perplexity[1] > WORSE_PERPLEXITY * perplexity[0]:
         yield Finding(
@@ -92,6 +98,32 @@ def _hacking(evaluations: Sequence[Row], gold: Sequence[str]) -> Iterator[Findin
             "The model forgets how good answers read. Lower --kl-targets or --learning-rate; "
             "best/ holds the checkpoint before the damage, if one passed the gate.",
         )
+
+
+def _past_the_peak(evaluations: Sequence[Row], name: str) -> Iterator[Finding]:
+    """Over-optimisation (Gao et al. 2022, arXiv:2210.10760): from some iteration on the reward
+    rises while the gold judge falls."""
+    keys = ("eval_reward", f"eval_rewards/{name}/mean")
+    rows = [r for r in evaluations if all(r.get(key) is not None for key in keys)]
+    rewards, golds = ([fmean(r[k] for r in part) for part in _windows(rows)] for k in keys)
+    if len(golds) <= TOGETHER:
+        return
+    peak = golds.index(max(golds))
+    if rewards[-1] > rewards[peak] and golds[-1] < golds[peak] - WORSE_GOLD * abs(golds[peak]):
+        step = rows[peak + TOGETHER // 2]["step"]
+        yield Finding(
+            "The reward is over-optimised",
+            f"since about iteration {step} held-out reward {rewards[peak]:+.2f} -> "
+            f"{rewards[-1]:+.2f}, {name} {golds[peak]:.3f} -> {golds[-1]:.3f}, means of {TOGETHER} "
+            "evaluations",
+            "What the reward gained after that, the judge does not see. Use a checkpoint from "
+            "about there, train for fewer iterations, or lower --kl-targets.",
+            name,
+        )
+
+
+def _windows(rows: Sequence[Row]) -> list[Sequence[Row]]:
+    return [rows[i : i + TOGETHER] for i in range(len(rows) - TOGETHER + 1)]
 
 
 @dataclass(frozen=True)
@@ -115,6 +147,23 @@ RULES = (
         "Reward models often prefer long answers: compare 'longer one wins' in the output of "
         "train-rm. Add a --reward that charges for tokens, lower --max-completion-length, or try "
         "--loss-aggregation constant.",
+    ),
+    Rule(
+        "completions/mean_length",
+        lambda first, last: last < first / LONGER,
+        "Answers shrink",
+        "{first:.0f} -> {last:.0f} tokens, x {times:.2f}",
+        "The reward may pay for brevity alone: read the shortest answers. Answers that learn to "
+        "end by themselves also get shorter; then nothing is wrong. Else add a --reward that asks "
+        "for content, or lower --kl-targets.",
+    ),
+    Rule(
+        "completions/repetition",
+        lambda first, last: last > max(REPEATED, LONGER * first),
+        "Answers repeat themselves",
+        "{first:.0%} -> {last:.0%} of the 4-grams in an answer came before in it",
+        "The policy collapses into loops that the reward does not punish. Use an earlier "
+        "checkpoint, lower --kl-targets or --learning-rate, or add a --reward against repetition.",
     ),
     Rule(
         "frac_dead_groups",
@@ -145,8 +194,9 @@ RULES = (
         lambda first, last: last > MOST,
         "Most answers are cut off",
         "{last:.0%} reach --max-completion-length without an end",
-        "The reward sees fragments. Raise --max-completion-length, or reward answers that end by "
-        "themselves (finish_reasons).",
+        "The reward sees fragments. Raise --max-completion-length, reward answers that end by "
+        "themselves (finish_reasons, --soft-punish-cache), or learn only from those that do "
+        "(--truncated mask).",
     ),
 )
 

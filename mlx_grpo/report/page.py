@@ -15,23 +15,35 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of, flat_values, judge_label
+from mlx_grpo.config.settings import (
+    REPEATED,
+    SETTINGS,
+    decoding,
+    flag_of,
+    flat_values,
+    judge_label,
+)
 from mlx_grpo.config.sources import setting_help
 from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import visible
-from mlx_grpo.core.stats import WinRate, evenly
+from mlx_grpo.core.rng import permutation
+from mlx_grpo.core.stats import WinRate, evenly, mean_interval
 from mlx_grpo.report.charts import svg
 from mlx_grpo.report.figures import figures
+from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import Row
 from mlx_grpo.report.numbers import file_name, link
-from mlx_grpo.report.record import Record, gold_names
+from mlx_grpo.report.record import Record, gold_names, test_names
 from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
 EXAMPLES = 6
 MOST_ANSWERS = 500
 """In the table of answers; more would be a page of many megabytes."""
+WINNING = 0.6
+"""A win rate over the SFT model whose first evaluation is told."""
+NEVER = f"has not passed {WINNING:.0%}"
 Cell = tuple[str, ...]
 """A figure, and what stands smaller beside it."""
 
@@ -69,6 +81,8 @@ def render(records: Sequence[Record], title: str) -> Iterator[str]:
         unbroken=unbroken,
         answers=answers,
         examples=examples,
+        decoding=decoding,
+        chooser=chooser,
         settings=settings_table,
         command=training_command,
     )
@@ -105,7 +119,9 @@ def status(r: Record) -> str:
     place = f"iteration {r.step} of {r.config.run.num_iterations}"
     if r.running:
         return f"running, {place}"
-    return "finished" if r.finished else f"stopped at {place}"
+    if r.finished:
+        return f"ended early, {place}" if r.ended_early else "finished"
+    return f"stopped at {place}"
 
 
 def pace(r: Record) -> str:
@@ -133,7 +149,10 @@ def summary(r: Record) -> list[str]:
         f"{number(first, 'eval_reward', '+.2f')}."
     ]
     if rate := r.wins():
-        said.append(f"Its answer has the higher reward on {_interval(rate)}.")
+        said.append(
+            f"Of the {decoding(r.temperature)} answers, its own has the higher reward on "
+            f"{_interval(rate)}; {_reached(r)}."
+        )
     for name in r.config.gold_names:
         before, after = (e.get(f"eval_rewards/{name}/mean") for e in (first, now))
         if before is not None and after is not None:
@@ -149,7 +168,14 @@ def summary(r: Record) -> list[str]:
         f"perplexity of reference answers {perplexities[0]} (SFT model: {perplexities[1]}); an "
         f"answer has {lengths[0]} tokens (SFT model: {lengths[1]})."
     )
+    if r.finished and (lost := lost_since_best(r.rows, r.config.gold_names)):
+        said.append(lost)
     return said
+
+
+def _reached(r: Record) -> str:
+    step = r.winning_from(WINNING)
+    return f"its win rate {f'passed {WINNING:.0%} after {step} iterations' if step else NEVER}"
 
 
 def _interval(rate: WinRate) -> str:
@@ -168,6 +194,12 @@ def _warnings(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]
     ]
 
 
+def chooser(r: Record) -> Figure:
+    """The figure that chose the best checkpoint."""
+    metric = r.config.evaluation.best_metric
+    return Figure(metric.removeprefix("eval_"), metric, ".2f" if "perplexity" in metric else ".4g")
+
+
 def rows(records: Sequence[Record]) -> list[Figure]:
     """What the table has, of what the runs have."""
     judges = {f"eval_rewards/{name}/mean": name for name in gold_names(records)}
@@ -178,8 +210,25 @@ def rows(records: Sequence[Record]) -> list[Figure]:
         Figure("perplexity of reference answers", "eval_perplexity", ".2f"),
         Figure("length, tokens", "eval_completions/mean_length", ".1f"),
         Figure("share of answers cut off", "eval_completions/clipped_ratio", ".0%"),
+        *_rates(records),
+        *(
+            Figure(f"{what}, {test}", f"eval_{test}_{key.removeprefix('eval_')}", form)
+            for test in test_names(records)
+            for what, key, form in (
+                ("reward", "eval_reward", "+.3f"),
+                *((judge_label(name), key, ".3f") for key, name in judges.items()),
+                ("perplexity", "eval_perplexity", ".2f"),
+            )
+        ),
     ]
     return [f for f in table if any(f.key in r.chosen for r in records)]
+
+
+def _rates(records: Sequence[Record]) -> list[Figure]:
+    """`mean@n` and `pass@k` of rewards that are 0 or 1."""
+    keys = dict.fromkeys(key for r in records for key in r.chosen)
+    found = [re.fullmatch(r"eval_rewards/(.+)/(.+@\d+)", key) for key in keys]
+    return [Figure(f"{m[2]} of {m[1]}", m[0], ".1%") for m in found if m]
 
 
 @dataclass(frozen=True)
@@ -211,12 +260,23 @@ def table(records: Sequence[Record]) -> Table:
     ]
     judges = {"reward": "reward", **{f"rewards/{n}": judge_label(n) for n in gold_names(records)}}
     for key, judge in judges.items():
-        rates = [r.wins(key) for r in records]
-        if any(rates):
-            cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
-            name = f"wins over the SFT model by {judge}"
-            body.append((name, [(), _rate(pooled(rates)), (), *cells]))
+        heats = {decoding(r.temperature) for r in records}
+        how = f"{' or '.join(sorted(heats))} answers"
+        for test in ("", *test_names(records)):
+            rates = [r.wins(key, test) for r in records]
+            if any(rates):
+                cells: list[Cell] = [_rate(rate) for rate in rates] if several else []
+                name = f"wins over the SFT model by {judge}, {how}{test and f', {test}'}"
+                body.append((name, [(), _rate(pooled(rates)), (), *cells]))
+    effects: list[Cell] = [_signed(r.effect()) for r in records]
+    if any(effects):
+        name = "effect size by reward (Cohen's d)"
+        known = [d for r in records if (d := r.effect()) is not None]
+        body.append((name, [(), _spread(known, "+.2f"), (), *(effects if several else [])]))
     if several:
+        reached = [r.winning_from(WINNING) for r in records]
+        cells = [(f"iteration {step}",) if step else ("not yet",) for step in reached]
+        body.append((f"win rate by reward first over {WINNING:.0%}", [(), (), (), *cells]))
         taken = [(_taken(r), f"iteration {r.chosen['step']}") for r in records]
         body.append(("evaluation taken", [(), (), (), *taken]))
     title = "held-out prompts" + (" (mean ± sd)" if several else "")
@@ -251,9 +311,11 @@ def _change(records: Sequence[Record], figure: Figure) -> Cell:
     if not changes:
         return ()
     if figure.form.endswith("%"):  # a difference of shares is no share
-        *middle, last = _spread([100 * c for c in changes], "+.0f")
-        return (*middle, f"{last} points") if middle else (last, "points")
-    return _spread(changes, f"+{figure.form.removeprefix('+')}")
+        points = [100 * c for c in changes]
+        *middle, last = _spread(points, "+.0f")
+        return (*middle, f"{last} points", *_range(points, "+.0f")) if middle else (last, "points")
+    form = f"+{figure.form.removeprefix('+')}"
+    return *_spread(changes, form), *_range(changes, form)
 
 
 def _spread(values: Sequence[float], form: str) -> Cell:
@@ -261,6 +323,18 @@ def _spread(values: Sequence[float], form: str) -> Cell:
     if len(values) == 1:
         return (middle,)
     return middle, f"± {stdev(values):{form.replace('+', '')}}"
+
+
+def _range(values: Sequence[float], form: str) -> Cell:
+    """The 95 % interval of the mean over runs, in two lines: a phone has no room for one."""
+    if len(values) == 1:
+        return ()
+    low, high = mean_interval(values)
+    return f"{low:{form}} to", f"{high:{form}}"
+
+
+def _signed(value: float | None) -> Cell:
+    return () if value is None else (f"{value:+.2f}",)
 
 
 def _rate(rate: WinRate | None) -> Cell:
@@ -285,18 +359,24 @@ def unbroken(text: str) -> Markup:
 
 def answers(r: Record) -> list[tuple[Row, Row]]:
     """Answers before and after, from the largest gain in reward to the largest loss."""
+    pairs = sorted(_answered(r), key=lambda p: p[0]["reward"] - p[1]["reward"])
+    return evenly(pairs, MOST_ANSWERS)
+
+
+def examples(r: Record) -> list[tuple[Row, Row]]:
+    """Answers before and after, to prompts drawn by key: nobody chose them."""
+    pairs = _answered(r)
+    drawn = permutation(r.config.run.seed, "examples", n=len(pairs)) if pairs else []
+    return [pairs[i] for i in drawn[:EXAMPLES]]
+
+
+def _answered(r: Record) -> list[tuple[Row, Row]]:
     if not r.chosen["step"]:
         return []
     before, after = r.answered(0), r.answered(r.chosen["step"])
     pairs = [(before[i], after[i]) for i in before if i in after]
     pairs = [p for p in pairs if None not in (p[0]["reward"], p[1]["reward"])]
-    pairs.sort(key=lambda p: p[0]["reward"] - p[1]["reward"])
-    return evenly(pairs, MOST_ANSWERS)
-
-
-def examples(r: Record) -> list[tuple[Row, Row]]:
-    """Some of the answers, from the first to the last."""
-    return evenly(answers(r), EXAMPLES)
+    return pairs
 
 
 def settings_table(r: Record) -> list[tuple[str, str, bool, str]]:

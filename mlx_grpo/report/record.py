@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.stats import WinRate, win_rate
+from mlx_grpo.core.stats import WinRate, cohens_d, win_rate
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.learner import target_at
 from mlx_grpo.grpo.state import Best
@@ -43,7 +43,9 @@ class Record:
     config: TrainConfig
     rows: list[Row]
     answers: list[Row]
-    """Held-out answers of all evaluations; none in runs of older versions."""
+    """Held-out answers of all evaluations, sampled; none in runs of older versions."""
+    shown: list[Row]
+    """Those at --eval-temperature; none where that is --temperature."""
     learning_curve: list[Row]
     """Of the reward model, where its training left one."""
     origin: Row
@@ -66,8 +68,14 @@ class Record:
     @property
     def finished(self) -> bool:
         """Whether the last iteration was evaluated too, and nothing is at work."""
-        done = "eval_reward" in self.rows[-1] and self.step >= self.config.run.num_iterations
-        return done and not self.running
+        whole = self.step >= self.config.run.num_iterations
+        return "eval_reward" in self.rows[-1] and (whole or self.ended_early) and not self.running
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether --early-stopping-patience ended it."""
+        waited = self.rows[-1].get("eval_without_gain") or 0
+        return 0 < self.config.evaluation.patience <= waited
 
     @property
     def chosen(self) -> Row:
@@ -83,28 +91,67 @@ class Record:
         """(iteration, value) wherever a row has the key."""
         return [(r["step"], r[key]) for r in self.rows if r.get(key) is not None]
 
-    def answered(self, step: int) -> dict[str, Row]:
-        """Held-out answers of the evaluation after `step` iterations, by prompt id."""
-        return {a["id"]: a for a in self.answers if a["step"] == step}
+    def answered(self, step: int, test: str = "") -> dict[str, Row]:
+        """Held-out answers of the evaluation after `step` iterations, by prompt id, as people are
+        shown them; or those to a file of --test-prompts."""
+        rows = self.shown if test or self._shows else self.answers
+        return {a["id"]: a for a in rows if a["step"] == step and a.get("file", "") == test}
 
-    def wins(self, key: str = "reward") -> WinRate | None:
-        """How often the chosen evaluation's answer beats the SFT model's."""
-        first, last = self.answered(0), self.answered(self.chosen["step"])
+    @cached_property
+    def _shows(self) -> bool:
+        """Whether the evaluations that are compared have answers of their own to show; a run that
+        an older version began has them only for the later ones."""
+        return {0, self.chosen["step"]} <= {a["step"] for a in self.shown if "file" not in a}
+
+    @property
+    def temperature(self) -> float:
+        """Of the answers that are compared."""
+        own = self.config.evaluation.temperature
+        return own if self._shows else self.config.rollout.temperature
+
+    def wins(self, key: str = "reward", test: str = "") -> WinRate | None:
+        """How often the chosen evaluation's answer beats the SFT model's.
+
+        Args:
+            test: a file of --test-prompts by its name; empty for --eval-prompts.
+        """
+        scores = self.scores(self.chosen["step"], key, test)
+        return win_rate(*scores) if scores else None
+
+    def effect(self, key: str = "reward") -> float | None:
+        """Cohen's d of the chosen evaluation's answers over the SFT model's."""
+        scores = self.scores(self.chosen["step"], key)
+        return cohens_d(*scores) if scores else None
+
+    def scores(
+        self, step: int, key: str, test: str = ""
+    ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """What the SFT model's answers got, and those after `step` iterations, prompt by prompt;
+        None before the first iteration and where a score is missing."""
+        first, last = (self.answered(n, test) for n in (0, step))
         pairs = [(first[i].get(key), last[i].get(key)) for i in first if i in last]
-        if not self.chosen["step"] or not pairs or any(None in pair for pair in pairs):
+        if not step or not pairs or any(None in pair for pair in pairs):
             return None
         before, after = zip(*pairs, strict=True)
-        return win_rate(before, after)
+        return before, after
+
+    def winning_from(self, share: float) -> int | None:
+        """Iterations until the win rate over the SFT model by reward first passes a share."""
+        for row in self.evaluations:
+            scores = self.scores(row["step"], "reward")
+            if scores and win_rate(*scores).share > share:
+                return int(row["step"])
+        return None
 
     def decisions(self) -> list[tuple[Row, float, str]]:
         """(evaluation, its KL gate, whether it became best or why not), in order."""
-        decided, best = [], Best()
+        decided, best, metric = [], Best(), self.config.evaluation.best_metric
         for row in self.evaluations:
             gate = target_at(self.config, max(row["step"] - 1, 0))
-            kl, perplexity = (_number(row[name]) for name in ("eval_kl", "eval_perplexity"))
-            why = best.refusal(kl, perplexity, gate) if row["step"] else "SFT model"
+            kl, value = (_number(row.get(name)) for name in ("eval_kl", metric))
+            why = best.refusal(kl, value, gate, metric) if row["step"] else "SFT model"
             if row["eval_best"]:
-                best, why = Best(row["step"], perplexity), "best so far"
+                best, why = Best(row["step"], value), "best so far"
             decided.append((row, gate, why))
         return decided
 
@@ -112,6 +159,11 @@ class Record:
 def _number(value: float | None) -> float:
     """A figure of a row; the log has null where it was NaN or infinite."""
     return math.nan if value is None else value
+
+
+def test_names(records: Sequence[Record]) -> list[str]:
+    """The files of --test-prompts that any of the runs was measured on."""
+    return list(dict.fromkeys(name for r in records for name in r.config.evaluation.test_names))
 
 
 def gold_names(records: Sequence[Record]) -> list[str]:
@@ -130,6 +182,7 @@ def read(run: Path, running: bool) -> Record:
     return replace(
         found,
         answers=held_out_answers(run),
+        shown=_answers(run / log.EVAL_ANSWERS),
         learning_curve=[] if model == "none" else _log(Path(model) / LEARNING_CURVE),
         origin=_origin(run),
     )
@@ -147,7 +200,7 @@ def read_figures(run: Path, running: bool) -> Record:
         _check_figures(f"{run / log.METRICS}:{number}", row)
     if not any("eval_reward" in row for row in rows):
         raise InputError(f"{run}: nothing to report before the first evaluation")
-    return Record(run, config, rows, [], [], {}, running)
+    return Record(run, config, rows, [], [], [], {}, running)
 
 
 def held_out_answers(run: Path) -> list[Row]:

@@ -307,8 +307,10 @@ def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -
         controller = replace(controller, learning_rate=fresh.controller.learning_rate)
     if "kl_beta" in changed:
         controller = replace(controller, beta=fresh.controller.beta)
-    best = Best() if "eval_limit" in changed else restored.best
-    return replace(restored, controller=controller, best=best)
+    restored = replace(restored, controller=controller)
+    if {"eval_limit", "metric_for_best_model"}.intersection(changed):  # not to be compared
+        restored = replace(restored, best=Best(), peak=None, without_gain=0)
+    return restored
 
 
 def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:
@@ -332,15 +334,38 @@ def log_completions(
     log.append(run / log.COMPLETIONS, *rows)
 
 
-def log_evaluation(run: Path, step: int, evaluation: Evaluation) -> None:
-    """Append every held-out answer with its raw reward and what each source of it gave."""
+@dataclass(frozen=True)
+class Sides:
+    """An evaluation on sampled answers, and on those that people are shown; often the same."""
+
+    sampled: Evaluation
+    shown: Evaluation
+
+
+def log_evaluation(run: Path, step: int, held_out: Sides, tests: Mapping[str, Sides]) -> None:
+    """Append every held-out answer with its raw reward and what each source of it gave: those that
+    were sampled; in a log of their own those that people are shown, where these are others, and
+    those to each file of --test-prompts."""
+    log.append(run / log.EVAL_COMPLETIONS, *_held_out(step, held_out.sampled))
+    if held_out.shown is not held_out.sampled:
+        log.append(run / log.EVAL_ANSWERS, *_shown(step, held_out.shown))
+    for name, sides in tests.items():
+        rows = _shown(step, sides.shown)
+        log.append(run / log.EVAL_ANSWERS, *({**row, "file": name} for row in rows))
+
+
+def _shown(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
+    rows = _held_out(step, evaluation)
+    return [{**row, "temperature": evaluation.temperature} for row in rows]
+
+
+def _held_out(step: int, evaluation: Evaluation) -> list[dict[str, Any]]:
     answers = [(g.prompt, c) for g in evaluation.groups for c in g.completions]
-    rows = [
+    return [
         _answer(step, prompt, c, reward)
         | {f"rewards/{name}": scores[i] for name, scores in evaluation.by_source.items()}
         for i, ((prompt, c), reward) in enumerate(zip(answers, evaluation.rewards, strict=True))
     ]
-    log.append(run / log.EVAL_COMPLETIONS, *rows)
 
 
 def _answer(step: int, prompt: Prompt, completion: Completion, reward: float) -> dict[str, Any]:

@@ -55,7 +55,10 @@ def check_state(place: str, state: Mapping[str, Any]) -> None:
     """Raise InputError unless state.json has all that a run goes on from."""
     check_fields(place, state, STATE)
     check_fields(f"{place}: normalizer", state["normalizer"], {"mean": MAYBE, "std": MAYBE})
-    check_fields(f"{place}: best", state["best"], {"step": MAYBE, "perplexity": MAYBE})
+    value = "perplexity" if "perplexity" in state["best"] else "value"  # older states
+    check_fields(f"{place}: best", state["best"], {"step": MAYBE, value: MAYBE})
+    since = {"peak": MAYBE, "without_gain": WHOLE}
+    check_fields(place, state, {name: kind for name, kind in since.items() if name in state})
     for name, size in state["logs"].items():
         check_kind(f"{place}: logs", name, size, WHOLE)
 

@@ -18,7 +18,9 @@ METRICS = "metrics.jsonl"
 COMPLETIONS = "completions.jsonl"
 EVAL_COMPLETIONS = "eval_completions.jsonl"
 SKIPPED = "skipped.jsonl"
-LOGS = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, SKIPPED)
+EVAL_ANSWERS = "eval_answers.jsonl"
+"""Held-out answers as people are shown them: one per prompt, at --eval-temperature."""
+LOGS = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, SKIPPED, EVAL_ANSWERS)
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:

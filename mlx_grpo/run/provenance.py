@@ -35,6 +35,7 @@ def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[s
         "--eval-prompts": digest(Path(config.evaluation.prompts)),
         "--actor-model": directory_digest(Path(config.model.actor)),
         "--rm-model": rm,
+        **{f"--test-prompts {n}": digest(Path(p)) for n, p in config.evaluation.test_names.items()},
         **{f"--reward {r.name}": found for r in custom if (found := r.digest())},
     }
 

@@ -47,8 +47,10 @@ def guessed_pace(learner: Learner, evaluation: float) -> Pace:
     """From the first evaluation, which took so many seconds: an iteration does what the plan says
     it does, at the speed that the evaluation had."""
     planned = planner_for(learner.config, ranks=learner.ranks.size)
-    asked = -(-len(learner.evaluator.prompts) // learner.ranks.size)
+    evaluators = [learner.evaluator, *learner.tests.values()]
+    asked = -(-sum(len(e.prompts) for e in evaluators) // learner.ranks.size)
     one_answer = replace(planned.work, prompts=asked, k=1, kl_share=1.0)
+    samples = replace(one_answer, k=learner.evaluator.sampling.k)
     # which machine matters little: only the ratio is used
     machine = replace(MACS["m2"], reached=None)
 
@@ -57,7 +59,9 @@ def guessed_pace(learner: Learner, evaluation: float) -> Pace:
         times = estimate(costs, machine)
         return sum(times[stage].expected for stage in stages or times)
 
-    of_evaluation = seconds(one_answer, "rollout", "reward", "logprob")
+    of_evaluation = seconds(samples, "rollout", "reward", "logprob")
+    if learner.config.evaluation.temperature != learner.config.rollout.temperature:
+        of_evaluation += seconds(one_answer, "rollout", "reward")  # the answers that are shown
     return Pace(evaluation * seconds(planned.work) / of_evaluation, evaluation)
 
 

@@ -5,9 +5,9 @@ With several ranks all of them run this loop, step by step. Rank 0 writes the ru
 writer that writes nothing.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 from mlx_grpo.backend.awake import kept_awake
@@ -25,7 +25,7 @@ from mlx_grpo.grpo.metrics import Clock
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.rewards.functions import UserFunction
 from mlx_grpo.run import log
-from mlx_grpo.run.directory import Snapshot, check_vacant, with_date
+from mlx_grpo.run.directory import Sides, Snapshot, check_vacant, with_date
 from mlx_grpo.training.agreement import check_adapter, check_inputs, share_state
 from mlx_grpo.training.setup import LoadModels, load_learner, load_models, provenance_of
 from mlx_grpo.training.trackers import check_installed
@@ -184,7 +184,7 @@ def _loop(
             elif state != saved and _save_due(state, config):
                 saved = state
                 writer.save(state, before)
-            elif state.iteration == config.run.num_iterations:
+            elif _over(state, config):
                 break
             else:
                 safe_point()
@@ -209,14 +209,41 @@ def _loop(
 
 def _evaluate(learner: Learner, state: RunState, ui: Console, safe_point: SafePoint) -> Evaluated:
     """Evaluate on held-out prompts and decide whether this is the best checkpoint so far."""
-    step, clock = state.iteration, Clock()
+    step, clock, evaluator = state.iteration, Clock(), learner.evaluator
+    telling = (ui.progress, safe_point, learner.ranks)
+    policy, temperature = learner.policy(step), learner.config.evaluation.temperature
+    tests = {}
     with clock.stage("evaluate"), ui.working("evaluating on held-out prompts"):
-        found = learner.evaluator(learner.policy(step), ui.progress, safe_point, learner.ranks)
+        found = evaluator(policy, *telling)
+        shown = evaluator.shown(policy, found, temperature, *telling)
+        for name, test in learner.tests.items():
+            sampled = test(policy, *telling)
+            tests[name] = Sides(sampled, test.shown(policy, sampled, temperature, *telling))
+    figures, metric = found.metrics(), learner.config.evaluation.best_metric
+    value = _chosen_by(metric, figures, step)
     gate = target_at(learner.config, max(step - 1, 0))
-    refusal = state.best.refusal(found.kl, found.perplexity, gate) if step else "SFT model"
-    best = state.best if refusal else Best(step, found.perplexity)
-    metrics = {"step": step, **found.metrics(), "eval_best": not refusal, **clock.metrics()}
-    return Evaluated(replace(state, evaluated=step, best=best), found, metrics, refusal)
+    refusal = state.best.refusal(found.kl, value, gate, metric) if step else "SFT model"
+    best = state.best if refusal else Best(step, value)
+    state = state.after_evaluation(metric, value, best)
+    choice = {"eval_best": not refusal, "eval_without_gain": state.without_gain}
+    tested = {k: v for n, t in tests.items() for k, v in t.sampled.metrics(f"eval_{n}").items()}
+    metrics = {"step": step, **figures, **tested, **choice, **clock.metrics()}
+    return Evaluated(state, Sides(found, shown), tests, metrics, refusal)
+
+
+def _chosen_by(metric: str, figures: Mapping[str, float], step: int) -> float:
+    """The figure that chooses the best checkpoint; NaN where a later evaluation lacks it.
+
+    Raises:
+        InputError: the first evaluation has no such figure.
+    """
+    if metric not in figures and not step:
+        names = ", ".join(name.removeprefix("eval_") for name in figures)
+        raise InputError(
+            f"--metric-for-best-model: an evaluation of this run has no figure "
+            f"'{metric.removeprefix('eval_')}'; choose one of {names}"
+        )
+    return figures.get(metric, math.nan)
 
 
 def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
@@ -225,9 +252,15 @@ def _evaluation_due(state: RunState, config: TrainConfig) -> bool:
     return state.evaluated < state.iteration and (last or state.iteration % every == 0)
 
 
+def _over(state: RunState, config: TrainConfig) -> bool:
+    """Whether no further iteration comes, once this one is evaluated."""
+    impatient = 0 < config.evaluation.patience <= state.without_gain
+    return impatient or state.iteration == config.run.num_iterations
+
+
 def _save_due(state: RunState, config: TrainConfig) -> bool:
-    last = state.iteration == config.run.num_iterations
-    return state.iteration > 0 and (last or state.iteration % config.run.checkpoint_every == 0)
+    due = _over(state, config) or state.iteration % config.run.checkpoint_every == 0
+    return state.iteration > 0 and due
 
 
 def _check_skips(state: RunState, config: TrainConfig) -> None:

@@ -13,13 +13,10 @@ from mlx_grpo.backend.precision import Precision
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.types import Group, Prompt
-from mlx_grpo.data.leaks import leak_warnings
-from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
+from mlx_grpo.data.prompts import PromptRow, read_prompts
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
-from mlx_grpo.grpo.learner import Learner, sampling
-from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.grpo.evaluate import Evaluator
+from mlx_grpo.grpo.learner import Learner
 from mlx_grpo.models.backbone import Backbone, largest_state, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import check_length
@@ -38,11 +35,20 @@ from mlx_grpo.rewards.functions import (
     load_reward,
 )
 from mlx_grpo.rewards.mix import RewardMix
+from mlx_grpo.rewards.overlong import NAME as OVERLONG
+from mlx_grpo.rewards.overlong import soft_overlong_punishment
 from mlx_grpo.run.provenance import input_digests, recorded
+from mlx_grpo.training.held_out import (
+    asking,
+    read_tests,
+    sampling_held_out,
+    tokenized,
+    warn_of_leaks,
+)
 
 SAFE_IN_FP16 = 65504 / 4
 """Room for what other texts and a LoRA make of the largest state of one text."""
-RESERVED = frozenset({"reward", "reward_model", "judge"})
+RESERVED = frozenset({"reward", "reward_model", "judge", OVERLONG})
 """Names under which figures have scores that are no custom function's."""
 
 
@@ -128,9 +134,10 @@ def load_learner(
     plan = planner.plan()
     check_fits(planner, plan, ui)
     rows = training_rows(config)  # before the weights: a bad row is found at once
+    test_rows = read_tests(config, rows, ui)
     evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
     backbone = evaluator.backbone
-    prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
+    prompts = tokenized(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
     actor = new_actor(
         backbone,
         config.model.lora_rank,
@@ -142,7 +149,11 @@ def load_learner(
     )
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
-    return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks)
+    tests = {
+        name: asking(evaluator, config, config.evaluation.test_names[name], found, plan.choice, ui)
+        for name, found in test_rows.items()
+    }
+    return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks, tests)
 
 
 def load_evaluator(
@@ -152,19 +163,21 @@ def load_evaluator(
     plan: Plan | None = None,
     functions: Mapping[str, UserFunction] | None = None,
     trained: Callable[[], Sequence[PromptRow]] | None = None,
+    skip: int = 0,
 ) -> Evaluator:
     """Load backbone, rewards and held-out prompts: all that an evaluation needs but a policy.
 
     Args:
         functions: reward functions that were given as Python objects, by name.
         trained: gets the rows of the training prompts; None: as `config` names them.
+        skip: first held-out prompts to leave out, unless no others are there.
 
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
     rows = read_prompts(Path(config.evaluation.prompts), config.columns)
-    _warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
+    warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
     backbone = weights.backbone
@@ -172,34 +185,16 @@ def load_evaluator(
         ui.warn(backbone.note)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     check_length(backbone.path, backbone.config, longest)
-    held_out = _prompts(
-        config.evaluation.prompts, rows, backbone, config.data.max_prompt_length, ui
-    )
-    one_each = sampling(config, 1, plan.choice)
-
-    def ask(missing: Sequence[Prompt]) -> list[Group]:
-        model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        return rollout(
-            model,
-            tokenizer,
-            stop_ids,
-            missing,
-            one_each,
-            config.run.seed,
-            "references",
-            on_token=writing("reference answers", one_each, ui.progress),
-        )
-
-    prompts = held_out[: config.evaluation.limit or None]
-    return Evaluator(
+    evaluator = Evaluator(
         backbone=backbone,
         reference=Decoder(backbone.model, plan.choice.sizes),
-        prompts=tuple(prompts),
-        answers=reference_answers(backbone.tokenizer, prompts, ask),
+        prompts=(),
+        answers={},
         rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom),
-        sampling=one_each,
+        sampling=sampling_held_out(config, plan.choice),
         seed=config.run.seed,
     )
+    return asking(evaluator, config, config.evaluation.prompts, rows, plan.choice, ui, skip)
 
 
 def _custom_rewards(
@@ -215,12 +210,14 @@ def _custom_rewards(
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    return tuple(
+    custom = tuple(
         given_reward(spec, weight, functions)
         if spec.startswith(PYTHON)
         else load_reward(spec, weight, config.reward.timeout, ui.relay)
         for spec, weight in weighted
     )
+    limit, cache = config.rollout.max_completion_length, config.reward.soft_punish_cache
+    return (*custom, soft_overlong_punishment(limit, cache)) if cache else custom
 
 
 def without_given(config: TrainConfig) -> TrainConfig:
@@ -240,37 +237,6 @@ def without_given(config: TrainConfig) -> TrainConfig:
 def training_rows(config: TrainConfig) -> list[PromptRow]:
     """The rows of the training prompts, by the run's own column."""
     return read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
-
-
-def _warn_of_leaks(
-    config: TrainConfig,
-    trained: Callable[[], Sequence[PromptRow]],
-    held_out: Sequence[PromptRow],
-    ui: Console,
-) -> None:
-    try:
-        found = trained()
-    except InputError as e:  # an evaluation can do without them
-        ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
-        return
-    train_file, file = config.data.prompts, config.evaluation.prompts
-    for warning in leak_warnings(train_file, found, file, held_out):
-        ui.warn(warning)
-
-
-def _prompts(
-    file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
-) -> list[Prompt]:
-    prompts, too_long = tokenize_prompts(
-        Path(file),
-        rows,
-        backbone.tokenizer,
-        limit,
-        partial(ui.progress, f"tokenizing {file}"),
-    )
-    if too_long:
-        ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
-    return prompts
 
 
 def provenance_of(learner: Learner) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.iteration import Iteration
 from mlx_grpo.grpo.learner import Learner
 from mlx_grpo.grpo.state import RunState
+from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import new_findings
 from mlx_grpo.report.write import REPORT, try_report
 from mlx_grpo.run import directory, log
-from mlx_grpo.run.directory import Snapshot
+from mlx_grpo.run.directory import Sides, Snapshot
 from mlx_grpo.training.estimate import guessed_pace, measured_pace, say_how_long
 from mlx_grpo.training.trackers import Tracker, open_trackers
 from mlx_grpo.training.watch import look_around
@@ -32,7 +33,10 @@ class Evaluated:
 
     state: RunState
     """After it."""
-    evaluation: Evaluation
+    held_out: Sides
+    """On --eval-prompts."""
+    tests: dict[str, Sides]
+    """On each file of --test-prompts, by its name."""
     metrics: dict[str, Any]
     refusal: str
     """Why it is not the best checkpoint so far; empty if it is."""
@@ -142,19 +146,21 @@ class RunWriter:
 
     def evaluated(self, evaluated: Evaluated) -> None:
         """Log an evaluation, and keep the adapter if it is the best so far."""
-        step, evaluation = evaluated.state.iteration, evaluated.evaluation
-        config = self.learner.config
+        step, config = evaluated.state.iteration, self.learner.config
         directory.check_in_place(self.run)
         if step == 0:  # not before a whole evaluation went well: bad input leaves nothing behind
-            self._check_figures(evaluation)
+            for sides in (evaluated.held_out, *evaluated.tests.values()):
+                self._check_figures(sides.sampled)
             directory.open_new(self.run, config)
         if not evaluated.refusal:
             actor = self.learner.roles.actor.model
             directory.save_named_adapter(self.run, "best", actor)
         self._log(evaluated.metrics)
-        directory.log_evaluation(self.run, step, evaluation)
+        directory.log_evaluation(self.run, step, evaluated.held_out, evaluated.tests)
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
+        for name, sides in evaluated.tests.items():
+            self.ui.evaluation(step, sides.sampled.metrics(), f"({name})")
         for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
             self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         if step == 0:
@@ -164,7 +170,8 @@ class RunWriter:
 
     def _check_figures(self, evaluation: Evaluation) -> None:
         """Raise InputError that names the source of a figure that is NaN or infinite."""
-        for group, reward in zip(evaluation.groups, evaluation.rewards, strict=True):
+        groups = (g for g in evaluation.groups for _ in g.completions)
+        for group, reward in zip(groups, evaluation.rewards, strict=True):
             if not math.isfinite(reward):
                 self.learner.evaluator.rewards.check_finite(group)
         if not math.isfinite(evaluation.perplexity):
@@ -230,6 +237,17 @@ class RunWriter:
                 "last one"
             )
         self.ui.end_view()
+        evaluation, total = self.learner.config.evaluation, self.learner.config.run.num_iterations
+        if state.iteration < total:
+            figure, count = evaluation.best_metric.removeprefix("eval_"), state.without_gain
+            waited = "evaluation" if count == 1 else f"{count} evaluations"
+            self.ui.say(
+                f"ended after iteration {state.iteration} of {total}: {figure} did not improve in "
+                f"the last {waited}; to go on, type: "
+                f"{directory.resume_command(self.run)} --early-stopping-patience 0"
+            )
+        if lost := lost_since_best(self._rows, self.learner.config.gold_names):
+            self.ui.say(lost)
         adapters = "final/" if state.best.step is None else "best/ and final/"
         self.ui.say(
             f"done: {self.run} (adapters in {adapters}, metrics in {log.METRICS}, report in "

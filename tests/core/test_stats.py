@@ -1,8 +1,18 @@
 """Win rates with intervals that hold what they promise."""
 
+from itertools import combinations
+
 import pytest
 
-from mlx_grpo.core.stats import WinRate, win_rate
+from mlx_grpo.core.stats import (
+    WinRate,
+    cohens_d,
+    mean_interval,
+    pass_at_k,
+    pass_rates,
+    repetition,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +59,37 @@ def test_the_second_policy_is_the_one_that_wins() -> None:
 def test_policies_are_compared_on_the_same_prompts() -> None:
     with pytest.raises(ValueError, match="zip"):
         win_rate([1.0], [1.0, 2.0])
+
+
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer() -> None:
+    answers = [1, 0, 0, 1, 0]
+    for k in range(1, 6):
+        subsets = list(combinations(answers, k))
+        assert pass_at_k(2, 5, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_rates_are_means_over_prompts_of_rewards_that_are_0_or_1() -> None:
+    scores = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert pass_rates(scores, 4) == {"mean@4": 5 / 8, "pass@2": 0.75, "pass@4": 1.0}
+    assert pass_rates([1.0, 0.0, 0.0], 3).keys() == {"mean@3", "pass@2", "pass@3"}
+    assert pass_rates([None, 1.0, 1.0, 0.0], 2) == {"mean@2": 0.5, "pass@2": 1.0}
+    assert pass_rates([0.5, 1.0], 2) == pass_rates([None, None], 2) == {}
+    assert pass_rates([1.0, 0.0], 1) == {}
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    # 2, 4, 9: mean 5, deviation 3.6056, t(2) = 4.303
+    assert mean_interval([2.0, 4.0, 9.0]) == pytest.approx((-3.957, 13.957), abs=1e-3)
+    low, high = mean_interval([0.0, 1.0] * 50)
+    assert 0.5 - low == pytest.approx(high - 0.5) == pytest.approx(0.1026, abs=1e-3)
+
+
+def test_an_effect_size_is_in_pooled_deviations() -> None:
+    assert cohens_d([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == 1.0
+    assert cohens_d([1.0], [2.0]) == cohens_d([1.0, 1.0], [2.0, 2.0]) == 0.0
+
+
+def test_repetition_is_the_share_of_n_grams_that_came_before() -> None:
+    assert repetition([1, 2, 3, 4, 5, 6]) == repetition([1, 2, 3]) == repetition([]) == 0
+    assert repetition([7] * 8) == 1 - 1 / 5
+    assert repetition([1, 2, 1, 2, 1], n=2) == 1 - 2 / 4

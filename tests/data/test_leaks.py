@@ -97,3 +97,36 @@ def test_an_evaluation_whose_training_prompts_are_gone_says_that_it_cannot_check
     assert "cannot check whether held-out prompts were trained on: gone.jsonl: no such file" in (
         capsys.readouterr().err
     )
+
+
+def limited(finished_run: Path, place: Path, limit: int) -> Path:
+    """A copy of a run whose first held-out prompts alone chose best/."""
+    run = Path(shutil.copytree(finished_run, place))
+    text = (run / "config.toml").read_text()
+    assert text.count("\nlimit = 0\n") == 1
+    (run / "config.toml").write_text(text.replace("\nlimit = 0\n", f"\nlimit = {limit}\n"))
+    return run
+
+
+def test_a_run_is_judged_on_held_out_prompts_that_did_not_choose_best(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = limited(finished_run, tmp_path / "run", 1)
+    compared = compare_run(run, None, "best", QUIET)
+    assert [g.prompt.id for g in compared.after.groups] == ["rain", "bees"]
+    assert len(compare_run(run, None, "", QUIET, limit=1).after.groups) == 1
+    assert "chose best/" not in capsys.readouterr().err
+
+
+def test_prompts_that_also_chose_best_are_counted_where_it_is_judged(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare_run(finished_run, None, "best", QUIET)
+    said = capsys.readouterr().err
+    assert "3 of its 3 prompts also chose best/" in said and "use others to judge it" in said
+    compare_run(finished_run, None, "final", QUIET)
+    assert "chose best/" not in capsys.readouterr().err
+    run = limited(finished_run, tmp_path / "run", 1)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Why TEA?"}, {"prompt": "Why rain?"}])
+    compare_run(run, other, "best", QUIET)
+    assert f"{other}: 1 of its 2 prompts also chose best/" in capsys.readouterr().err

@@ -1,9 +1,15 @@
 """What a comparison lists: every judge of the answers, once, with its ties."""
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_grpo.console.output import Console
-from mlx_grpo.evaluation.compare import Comparison, contests, show_comparison
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Completion, Group, Prompt
+from mlx_grpo.evaluation.compare import Comparison, contests, strata
+from mlx_grpo.evaluation.judge import Verdicts
+from mlx_grpo.evaluation.table import comparison_json, show_comparison
 from mlx_grpo.grpo.evaluate import Evaluation
 
 
@@ -60,3 +66,40 @@ def test_ties_stand_beside_every_win_rate(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "reward (2 ties)" in out and "67%" in out  # one won, two tied
     assert "gold judge " in out and "gold judge (" not in out
+
+
+def asked(categories: list[str | None]) -> tuple[Group, ...]:
+    """Prompts with such a field, or none, and an answer each."""
+    return tuple(
+        Group(
+            Prompt(f"p{i}", ({"content": "?"},), (1,), None, {"category": c} if c else {}),
+            (Completion((2,), "so", "stop", (0.0,)),),
+        )
+        for i, c in enumerate(categories)
+    )
+
+
+def test_wins_are_told_apart_by_a_field_of_the_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = asked(["fact", "poem", "fact"])
+    before, after = (
+        replace(evaluation(r, model=r, gold=g), groups=groups)
+        for r, g in (([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]), ([2.0, 1.0, 4.0], [1.0, 1.0, 0.0]))
+    )
+    comparison = Comparison(before, after, "best", "p.jsonl", by="category")
+    verdicts = Verdicts((1.0, 0.5, 0.0), 1, 0)
+    found = comparison_json(comparison, verdicts)["by"]["category"]
+    assert list(found) == ["fact", "poem"]
+    assert [found[c]["count"] for c in found] == [2, 1]
+    assert [found[c]["wins"]["reward"]["share"] for c in found] == [1.0, 0.0]
+    assert found["fact"]["wins"]["gold"]["tie_rate"] == 0.5
+    assert found["poem"]["wins"]["judge"]["share"] == 0.5
+    show_comparison(Console(), comparison, verdicts)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "by category" in out and "fact (2)" in out
+    assert "judge (1 tie, 33%)" in out
+
+
+def test_a_prompt_without_the_field_is_named() -> None:
+    prompts = [g.prompt for g in asked(["fact", None])]
+    with pytest.raises(InputError, match=r"p.jsonl: row 'p1' has no field 'category'; add it"):
+        strata("p.jsonl", prompts, "category")

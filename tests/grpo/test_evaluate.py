@@ -109,3 +109,33 @@ def test_another_seed_draws_other_answers(evaluator: Evaluator) -> None:
     policy = evaluator.reference
     other = replace(evaluator, seed=4)
     assert other(policy).groups != evaluator(policy).groups
+
+
+def moved(backbone: Backbone) -> Decoder:
+    """A policy away from the reference."""
+    adapted = add_lora(backbone.model, rank=2, scale=2.0, seed=1)
+    drawn = {n: mx.full(v.shape, 0.05) for n, v in lora_parameters(adapted).items() if "_b" in n}
+    set_parameters(adapted, drawn)
+    return Decoder(adapted)
+
+
+def test_answers_that_are_shown_are_greedy_and_the_kl_stays_on_samples(
+    evaluator: Evaluator, backbone: Backbone
+) -> None:
+    policy = moved(backbone)
+    sampled = evaluator(policy)
+    shown = evaluator.shown(policy, sampled, 0.0)
+    assert (shown.kl, shown.perplexity) == (sampled.kl, sampled.perplexity)
+    assert [len(g.completions) for g in shown.groups] == [1, 1] and shown.temperature == 0
+    assert replace(evaluator, seed=4).shown(policy, sampled, 0.0).groups == shown.groups
+    assert shown.groups != tuple(Group(g.prompt, g.completions[:1]) for g in sampled.groups)
+    assert evaluator.at(policy, 0.0) == shown
+
+
+def test_at_the_temperature_of_the_samples_nothing_is_answered_twice(
+    evaluator: Evaluator, backbone: Backbone
+) -> None:
+    policy, one_each = moved(backbone), replace(evaluator, sampling=Sampling(k=1, max_tokens=6))
+    sampled = one_each(policy)
+    assert one_each.shown(policy, sampled, 1.0) is sampled
+    assert one_each.at(policy, 1.0) == sampled

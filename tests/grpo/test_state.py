@@ -1,10 +1,13 @@
-"""The rule of the best checkpoint: the KL gate first, then the perplexity."""
+"""The rule of the best checkpoint: the KL gate first, then the metric that chooses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from mlx_grpo.grpo.state import Best
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.grpo.learner import first_state
+from mlx_grpo.grpo.state import Best, improves
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,47 @@ def test_the_first_to_pass_the_gate_is_best_whatever_its_perplexity() -> None:
 def test_the_gate_is_named_before_the_perplexity() -> None:
     assert Best(50, 8.0).refusal(0.03, 9.0, gate=0.02).startswith("KL above")
     assert Best(50, 8.0).refusal(0.01, 9.0, gate=0.02) == "perplexity not better"
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "better"),
+    [
+        ("eval_reward", 2.0, True),
+        ("eval_reward", 0.5, False),
+        ("eval_rewards/right/pass@4", 2.0, True),
+        ("eval_perplexity", 0.5, True),
+        ("eval_perplexity", 2.0, False),
+        ("eval_kl", 0.5, True),
+        ("eval_reward", math.inf, False),
+        ("eval_reward", 1.0, False),
+    ],
+)
+def test_rewards_are_better_when_higher_and_all_else_when_lower(
+    metric: str, value: float, better: bool
+) -> None:
+    assert improves(metric, value, 1.0) == better
+    assert not improves(metric, math.nan, None)
+
+
+def test_a_reward_that_chooses_stays_behind_the_kl_gate() -> None:
+    best = Best(50, 8.0)
+    assert best.refusal(0.03, 9.0, 0.02, "eval_reward").startswith("KL above")
+    assert best.refusal(0.01, 9.0, 0.02, "eval_reward") == ""
+    assert best.refusal(0.01, 7.0, 0.02, "eval_reward") == "reward not better"
+
+
+def test_evaluations_without_a_gain_are_counted_from_the_peak_and_not_from_the_sft_model() -> None:
+    state, counts = first_state(TrainConfig()), []
+    for step, reward in enumerate([9.0, 1.0, 3.0, 2.0, 3.0, 4.0]):
+        state = replace(state, iteration=step)
+        state = state.after_evaluation("eval_reward", reward, state.best)
+        counts.append(state.without_gain)
+    assert counts == [0, 0, 0, 1, 2, 0]
+    assert first_state(TrainConfig()).with_json(state.to_json()) == state
+
+
+def test_a_state_of_an_older_version_keeps_its_best_perplexity() -> None:
+    saved = first_state(TrainConfig()).to_json()
+    saved = {n: v for n, v in saved.items() if n not in ("peak", "without_gain")}
+    old = {**saved, "best": {"step": 50, "perplexity": 8.0}}
+    assert first_state(TrainConfig()).with_json(old).best == Best(50, 8.0)

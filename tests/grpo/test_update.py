@@ -9,9 +9,9 @@ import pytest
 
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.types import Parameters, TrainingGroup
-from mlx_grpo.grpo.advantages import group_advantages
+from mlx_grpo.grpo.advantages import group_advantages, is_dead, learned_from
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.loss import Aggregation, Clip
 from mlx_grpo.grpo.update import UpdateSettings, UpdateStats, update
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
@@ -178,3 +178,35 @@ def test_packed_weights_in_bf16_learn_like_dense_ones() -> None:
     ]
     assert stats[0].steps == 1
     assert stats[0].grad_norm == pytest.approx(stats[1].grad_norm, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "heavier"), [("sequence", 1), ("token", 14 / 10), ("constant", 1)]
+)
+def test_completions_left_out_count_in_a_mean_over_completions_and_not_over_tokens(
+    aggregation: Aggregation, heavier: float
+) -> None:
+    settings = replace(SETTINGS, aggregation=aggregation)
+    zeroed = replace(group_of(1), advantages_K=mx.array([1.0, 0.0, 0.2]))
+    alone = learned_from(group_of(1), [0, 2])
+    assert alone.tokens_KT.shape[0] == 2 and alone.left_out == 1
+    expected, found = (
+        updated_by(Decoder(actor_of("llama")), new_optimizer(1e-2, 0.0), [group], settings)
+        for group in (zeroed, alone)
+    )
+    assert found.loss == pytest.approx(heavier * expected.loss, rel=1e-5)
+    assert found.grad_norm == pytest.approx(heavier * expected.grad_norm, rel=1e-5)
+    assert found.tokens == expected.tokens - 4  # and they are not computed
+
+
+def test_a_group_of_which_nothing_is_learned_costs_no_step_and_weighs_as_before() -> None:
+    decoder, gone = Decoder(actor_of("llama")), learned_from(group_of(1), [])
+    assert is_dead(gone) and gone.left_out == 3
+    stats = updated_by(decoder, new_optimizer(1e-2, 0.0), [gone], SETTINGS)
+    assert stats.steps == 0
+    pair = replace(SETTINGS, minibatch_size=2)
+    both, beside_a_dead_one = (
+        updated_by(Decoder(actor_of("llama")), new_optimizer(1e-2, 0.0), groups, pair)
+        for groups in ([rewarded(2), gone], [rewarded(2), rewarded(1, (1.0, 1.0, 1.0))])
+    )
+    assert both.loss == pytest.approx(beside_a_dead_one.loss, rel=1e-6)

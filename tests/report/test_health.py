@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import findings, new_findings
 
 HEALTHY = {
@@ -56,6 +57,8 @@ def test_a_healthy_run_gets_no_warning() -> None:
     ("figure", "first", "last", "title"),
     [
         ("completions__mean_length", 40.0, 61.0, "Answers grow"),
+        ("completions__mean_length", 40.0, 26.0, "Answers shrink"),
+        ("completions__repetition", 0.05, 0.3, "Answers repeat themselves"),
         ("frac_dead_groups", 0.1, 0.6, "Most groups teach nothing"),
         ("clip_ratio__region_mean", 0.0, 0.4, "The clip silences many tokens"),
         (
@@ -103,6 +106,43 @@ def test_a_second_judge_that_falls_later_is_news() -> None:
     told = [rows(0.6, 0.6, 0), rows(0.5, 0.6, 10), rows(0.5, 0.4, 20)]
     (news,) = new_findings(told, ["gold", "form"])
     assert "form 0.600 -> 0.400" in news.evidence
+
+
+def judged(golds: list[float], rewards: list[float]) -> list[dict[str, Any]]:
+    """Evaluations with these means."""
+    return [
+        {**EVALUATION, "step": 10 * i, "eval_reward": reward, "eval_rewards/gold/mean": gold}
+        | {"eval_best": True}
+        for i, (gold, reward) in enumerate(zip(golds, rewards, strict=True))
+    ]
+
+
+def test_a_reward_that_rises_on_past_the_peak_of_the_judge_is_over_optimised() -> None:
+    golds = [0.5, 0.6, 0.7, 0.8, 0.7, 0.6, 0.6]
+    rising = [0.1 * i for i in range(7)]
+    (found,) = findings(judged(golds, rising), ["gold"])
+    assert found.title == "The reward is over-optimised"
+    assert "since about iteration 30 held-out reward +0.30 -> +0.50, gold 0.733 -> 0.633" in (
+        found.evidence
+    )
+    assert findings(judged(golds, rising[::-1]), ["gold"]) == []  # the reward falls as well
+    assert findings(judged([0.5, 0.6, 0.7, 0.6, 0.7, 0.7, 0.7], rising), ["gold"]) == []  # noise
+    (fell,) = findings(judged([0.5, 0.6, 0.7, 0.8, 0.6, 0.5, 0.4], rising), ["gold"])
+    assert fell.title == "The reward rises while the gold judge falls"  # that, and not both
+
+
+def test_what_final_has_lost_against_best_is_said() -> None:
+    rows = judged([0.5, 0.7, 0.6], [0.0, 1.0, 2.0])
+    rows[2] |= {"eval_best": False, "eval_kl": 0.03, "eval_perplexity": None}
+    assert lost_since_best(rows, ["gold"]) == (
+        "final/ (iteration 20) has lost against best/ (iteration 10): gold judge 0.700 -> 0.600, "
+        "perplexity 20.00 -> not finite, KL 0.0100 -> 0.0300."
+    )
+    rows[2] |= {"eval_rewards/gold/mean": 0.8, "eval_kl": 0.01, "eval_perplexity": 20.0}
+    assert lost_since_best(rows, ["gold"]).endswith(
+        "has lost nothing against best/ (iteration 10) in reward, gold judge, perplexity, KL."
+    )
+    assert lost_since_best(rows[:2]) == lost_since_best([]) == ""
 
 
 def test_noise_of_a_gold_judge_is_no_fall() -> None:

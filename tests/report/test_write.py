@@ -18,7 +18,7 @@ from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import STEERING, InputError
-from mlx_grpo.core.stats import WinRate
+from mlx_grpo.core.stats import WinRate, cohens_d
 from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page
 from mlx_grpo.report import write as report
@@ -48,7 +48,8 @@ def test_the_summary_gives_the_figures_of_the_best_evaluation_and_of_the_first(r
     assert "At the best checkpoint, after 30 iterations" in said
     assert "reward on held-out prompts is +3.00; the SFT model has +0.00" in said
     # of 12 prompts, four lose and eight win: Wilson's interval
-    assert "higher reward on 67% (95 % interval 39% to 86%) of the prompts." in said
+    told = "higher reward on 67% (95 % interval 39% to 86%) of the prompts;"
+    assert f"{told} its win rate passed 60% after 10 iterations." in said
     assert (
         "The gold judge scores the answers 0.610 on average (SFT model: 0.700); it prefers" in said
     )
@@ -66,13 +67,27 @@ def test_each_evaluation_is_decided_on_with_its_reason(run: Path) -> None:
     assert read(run, False).decisions()[2][2] == "perplexity not better"
 
 
-def test_answers_are_shown_from_the_largest_gain_to_the_largest_loss(run: Path) -> None:
-    pairs = page.examples(read(run, False))
-    gains = [after["reward"] - before["reward"] for before, after in pairs]
-    assert len(pairs) == page.EXAMPLES
-    assert gains == sorted(gains, reverse=True)
-    assert all(before["step"] == 0 and after["step"] == 30 for before, after in pairs)
-    assert {before["id"] == after["id"] for before, after in pairs} == {True}
+def test_answers_that_are_shown_are_drawn_by_key_and_not_by_reward(run: Path) -> None:
+    ids = [before["id"] for before, _ in page.examples(read(run, False))]
+    assert len(set(ids)) == page.EXAMPLES
+    lines = (run / log.EVAL_COMPLETIONS).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    write_jsonl(run / log.EVAL_COMPLETIONS, [r | {"reward": -r["reward"]} for r in rows])
+    assert [before["id"] for before, _ in page.examples(read(run, False))] == ids
+
+
+def test_greedy_answers_are_compared_and_shown_where_a_run_has_them(run: Path) -> None:
+    sampled = log.read(run / log.EVAL_COMPLETIONS)
+    greedy = [r | {"completion": "so", "reward": float(r["step"])} for r in sampled]
+    write_jsonl(run / log.EVAL_ANSWERS, [r for r in greedy if r["step"]])
+    assert read(run, False).temperature == 1  # an older version took the first ones
+    write_jsonl(run / log.EVAL_ANSWERS, greedy)
+    record = read(run, False)
+    assert record.wins() == WinRate(12.0, 12) and record.temperature == 0
+    assert {after["completion"] for _, after in page.examples(record)} == {"so"}
+    said = words(write_report([run]).read_text())
+    assert "Of the greedy answers, its own has the higher reward on 100%" in said
+    assert "wins over the SFT model by reward, greedy answers 100%" in said
 
 
 def test_warnings_stand_on_the_page_with_what_to_try(run: Path) -> None:
@@ -161,7 +176,7 @@ def test_several_runs_give_mean_and_spread(run: Path, tmp_path: Path) -> None:
     assert target == tmp_path / "runs" / "report.html"
     said = words(target.read_text())
     # rewards 3.0 and 3.1: sample standard deviation 0.0707
-    assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 ± 0.000 +3.000 +3.100" in said
+    assert "reward +0.050 ± 0.071 +3.050 ± 0.071 +3.000 ± 0.000 +3.000 to +3.000 +3.000" in said
     assert said.count("Best checkpoint") == 2
     assert "each run" in said  # in the legends
 
@@ -179,9 +194,13 @@ def test_win_rates_of_several_runs_are_pooled_and_show_their_ties(tmp_path: Path
     runs = [write_run(tmp_path / f"seed-{s}", seed=s) for s in (1, 2, 3)]
     said = words(write_report(runs).read_text())
     # 24 of 36 prompts, and each run's 8 of 12: Wilson's intervals
-    each = " 67% (39% to 86%)" * 3
-    assert f"wins over the SFT model by reward 67% (50% to 80%){each}" in said
-    assert "wins over the SFT model by gold judge 50% (34% to 66%) 36 ties" in said
+    each, how = " 67% (39% to 86%)" * 3, "sampled (temperature 1) answers"
+    assert f"wins over the SFT model by reward, {how} 67% (50% to 80%){each}" in said
+    assert f"wins over the SFT model by gold judge, {how} 50% (34% to 66%) 36 ties" in said
+    assert "win rate by reward first over 60% iteration 10 iteration 10 iteration 10" in said
+    # twelve rewards 0 to 11; eight rise by 1.5 and four fall by as much
+    effect = cohens_d(range(12), [i + (1.5 if i > 3 else -1.5) for i in range(12)])
+    assert f"effect size by reward (Cohen's d) {effect:+.2f} ± 0.00" in said
     assert pooled([None, WinRate(1.5, 4, 1), WinRate(2.0, 4, 0)]) == WinRate(3.5, 8, 1)
     assert pooled([None]) is None
 

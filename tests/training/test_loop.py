@@ -15,6 +15,7 @@ from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import locked
+from mlx_grpo.report.record import read
 from mlx_grpo.run import log, provenance
 from mlx_grpo.training.loop import train
 from tests.helpers.interrupted import interrupted_in
@@ -76,7 +77,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed = run_of(config, resume=True)
 
     assert rows(resumed) == rows(whole)
-    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3], log.EVAL_ANSWERS):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
 
 
@@ -93,7 +94,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(
 def assert_equal(run: Path, whole: Path) -> None:
     """The same run, bit for bit."""
     assert rows(run) == rows(whole)
-    for name in ("final/adapters.safetensors", *log.LOGS[1:3]):
+    for name in ("final/adapters.safetensors", *log.LOGS[1:3], log.EVAL_ANSWERS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     for name in ("adapter.safetensors", "optimizer.safetensors"):
         last = "checkpoints/step-000004"
@@ -373,3 +374,67 @@ def test_every_held_out_answer_is_logged_with_its_rewards(whole: Path) -> None:
             given = [a["reward"] for a in answers if a["step"] == row["step"]]
             assert sum(given) / len(given) == pytest.approx(row["eval_reward"])
     assert {"id", "prompt", "completion", "finish_reason", "rewards/reward_model"} < set(answers[0])
+
+
+def test_a_run_ends_when_what_chooses_best_has_not_improved_for_so_long(
+    train_arguments: dict[str, Any], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the KL only grows at first, so the first evaluation stays the best
+    changes = {"metric_for_best_model": "kl", "early_stopping_patience": 1, "eval_every": 1}
+    config = train_config(**{**train_arguments, **changes})
+    assert train(config, Console())
+    evaluations = [r for r in rows(config.run_directory) if "eval_reward" in r]
+    assert [r["eval_without_gain"] for r in evaluations] == [0, 0, 1]
+    assert evaluations[2]["eval_kl"] > evaluations[1]["eval_kl"]
+    assert "kl did not improve in the last evaluation; to go on" in capsys.readouterr().out
+    assert step_names(config.run_directory) == ["step-000002"]
+    assert (config.run_directory / "final").is_dir()
+    record = read(config.run_directory, running=False)
+    assert record.finished and record.ended_early
+    assert record.decisions()[2][2] == "kl not better"
+
+    again = run_of(config, resume=True)  # it is over, and stays so
+    assert rows(again)[-1]["step"] == 2
+    patient = run_of(with_settings(config, early_stopping_patience=0), resume=True)
+    same = [r for r in rows(patient) if "reward" in r]
+    assert same == [r for r in rows(whole) if "reward" in r]
+
+
+def test_a_figure_that_no_evaluation_has_cannot_choose(train_arguments: dict[str, Any]) -> None:
+    config = train_config(**train_arguments, metric_for_best_model="gold")
+    with pytest.raises(InputError, match="no figure 'gold'; choose one of reward, kl, perplexity"):
+        train(config, QUIET)
+    assert not (config.run_directory / "config.toml").exists()
+
+
+def test_completions_that_are_cut_off_can_be_left_out_and_long_ones_punished(
+    train_arguments: dict[str, Any],
+) -> None:
+    changes = {"truncated": "mask", "soft_punish_cache": 64, "num_iterations": 1}
+    config = train_config(**{**train_arguments, **changes, "max_completion_length": 64})
+    run = run_of(config)
+    answers = log.read(run / log.COMPLETIONS)
+    for step, row in enumerate((r for r in rows(run) if "reward" in r), 1):
+        assert row["rewards/soft_overlong_punishment/mean"] == pytest.approx(
+            -row["completions/mean_length"] / 64
+        )
+        ended = [a["finish_reason"] == "stop" for a in answers if a["step"] == step]
+        groups = [ended[i : i + 3] for i in range(0, len(ended), 3)]
+        assert row["frac_dead_groups"] == sum(not any(g) for g in groups) / len(groups)
+    assert 0 < sum(a["finish_reason"] == "stop" for a in answers) < len(answers)
+
+
+def test_greedy_answers_stand_beside_the_sampled_ones(whole: Path) -> None:
+    shown = log.read(whole / log.EVAL_ANSWERS)
+    assert Counter(a["step"] for a in shown) == {0: 3, 2: 3, 4: 3}
+    assert {a["temperature"] for a in shown} == {0.0}
+    sampled = log.read(whole / log.EVAL_COMPLETIONS)
+    assert [a["completion"] for a in shown] != [a["completion"] for a in sampled]
+
+
+def test_answers_are_taken_once_where_people_are_shown_the_samples(
+    train_arguments: dict[str, Any], whole: Path
+) -> None:
+    run = run_of(train_config(**train_arguments, eval_temperature=1.0))
+    assert not (run / log.EVAL_ANSWERS).exists()
+    assert rows(run) == rows(whole)

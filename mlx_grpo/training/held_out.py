@@ -1,0 +1,120 @@
+"""The files of held-out prompts: read, checked for leaks, and given to an evaluator.
+
+The first one, --eval-prompts, chooses best/; those of --test-prompts only measure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Group, Prompt
+from mlx_grpo.data.leaks import chosen_by_warnings, leak_warnings
+from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
+from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
+from mlx_grpo.grpo.learner import sampling
+from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.models.backbone import Backbone
+from mlx_grpo.plan.memory import Choice
+
+
+def read_tests(
+    config: TrainConfig, trained: Sequence[PromptRow], ui: Console
+) -> dict[str, list[PromptRow]]:
+    """The rows of each file of --test-prompts, by its name in the metrics; warns of prompts that
+    are trained on or choose best/ as well.
+
+    Raises:
+        InputError: a bad row, or none.
+    """
+    chose_file, limit = config.evaluation.prompts, config.evaluation.limit or None
+    found = {}
+    for name, file in config.evaluation.test_names.items():
+        rows = found[name] = read_prompts(Path(file), config.columns)
+        chose = read_prompts(Path(chose_file), config.columns)[:limit]
+        for warning in (
+            *leak_warnings(config.data.prompts, trained, file, rows),
+            *chosen_by_warnings(file, rows, chose_file, chose),
+        ):
+            ui.warn(warning)
+    return found
+
+
+def sampling_held_out(config: TrainConfig, choice: Choice) -> Sampling:
+    """How held-out prompts are sampled: several answers each, no more at a time than an iteration
+    has."""
+    how = sampling(config, config.evaluation.num_generations, choice)
+    if how.k == 1 or how.decode_rows:
+        return how
+    return replace(how, decode_rows=max(how.k, config.data.batch_size * config.rollout.K))
+
+
+def asking(
+    evaluator: Evaluator,
+    config: TrainConfig,
+    file: str,
+    rows: Sequence[PromptRow],
+    choice: Choice,
+    ui: Console,
+    skip: int = 0,
+) -> Evaluator:
+    """The same evaluator with the prompts of a file.
+
+    Args:
+        skip: first prompts to leave out, unless no others are there.
+    """
+    backbone, one_each = evaluator.backbone, sampling(config, 1, choice)
+
+    def ask(missing: Sequence[Prompt]) -> list[Group]:
+        model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
+        return rollout(
+            model,
+            tokenizer,
+            stop_ids,
+            missing,
+            one_each,
+            config.run.seed,
+            "references",
+            on_token=writing("reference answers", one_each, ui.progress),
+        )
+
+    held_out = tokenized(file, rows, backbone, config.data.max_prompt_length, ui)
+    prompts = (held_out[skip:] or held_out)[: config.evaluation.limit or None]
+    answers = reference_answers(backbone.tokenizer, prompts, ask)
+    return replace(evaluator, prompts=tuple(prompts), answers=answers)
+
+
+def warn_of_leaks(
+    config: TrainConfig,
+    trained: Callable[[], Sequence[PromptRow]],
+    held_out: Sequence[PromptRow],
+    ui: Console,
+) -> None:
+    """Warn of held-out prompts that are trained on, and of files with few different ones."""
+    try:
+        found = trained()
+    except InputError as e:  # an evaluation can do without them
+        ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
+        return
+    train_file, file = config.data.prompts, config.evaluation.prompts
+    for warning in leak_warnings(train_file, found, file, held_out):
+        ui.warn(warning)
+
+
+def tokenized(
+    file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
+) -> list[Prompt]:
+    """The prompts of a file; those that are too long are counted in a warning."""
+    prompts, too_long = tokenize_prompts(
+        Path(file),
+        rows,
+        backbone.tokenizer,
+        limit,
+        partial(ui.progress, f"tokenizing {file}"),
+    )
+    if too_long:
+        ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
+    return prompts

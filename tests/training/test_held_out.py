@@ -1,0 +1,104 @@
+"""Several files of held-out prompts, and several answers to each of their prompts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_grpo.config.settings import train_config, with_settings
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.evaluation.compare import compare_run
+from mlx_grpo.evaluation.table import comparison_json, show_comparison
+from mlx_grpo.models.decoder import Sizes
+from mlx_grpo.plan.memory import Choice
+from mlx_grpo.report.record import read
+from mlx_grpo.report.write import write_report
+from mlx_grpo.run import log
+from mlx_grpo.training.held_out import sampling_held_out
+from mlx_grpo.training.loop import train
+from tests.helpers.tiny import write_jsonl
+
+QUIET = Console(quiet=True)
+RIGHT = "def right(completion_ids): return [float(sum(ids) % 2) for ids in completion_ids]"
+
+
+@pytest.fixture(scope="module")
+def run(run_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one iteration, rewarded with 0 or 1, with two test files and four answers a prompt."""
+    root = tmp_path_factory.mktemp("held-out")
+    (root / "rewards.py").write_text(RIGHT)
+    held_out = json.loads(Path(run_settings["eval_prompts"]).read_text().splitlines()[0])
+    files = {
+        "hard": [{"prompt": "what is salt?"}, {"prompt": "what is moss?"}],
+        "seen": [{"prompt": held_out["prompt"]}],
+    }
+    for name, rows in files.items():
+        write_jsonl(root / f"{name}.jsonl", rows)
+    config = train_config(
+        **{**run_settings, "rm_model": "none", "num_iterations": 1, "kl_targets": (5.0,)},
+        reward=(f"{root / 'rewards.py'}:right",),
+        output=str(root / "run"),
+        test_prompts=tuple(str(root / f"{name}.jsonl") for name in files),
+        num_generations_eval=4,
+        metric_for_best_model="rewards/right/pass@2",
+    )
+    assert train(config, QUIET)
+    return root / "run"
+
+
+def test_each_test_file_is_measured_under_its_name_and_chooses_nothing(run: Path) -> None:
+    rows = [r for r in log.read(run / log.METRICS) if "eval_reward" in r]
+    assert len(rows) == 2
+    for row in rows:
+        assert {"eval_hard_reward", "eval_hard_kl", "eval_seen_rewards/right/mean@4"} < row.keys()
+        assert row["eval_rewards/right/pass@4"] >= row["eval_rewards/right/pass@2"]
+        assert row["eval_rewards/right/mean@4"] == pytest.approx(row["eval_reward"])
+    record = read(run, running=False)
+    assert record.chosen["eval_best"] and record.config.evaluation.best_metric in rows[1]
+    assert set(record.answered(1, "hard")) == {"1", "2"} and len(record.answered(1)) == 3
+
+
+def test_the_report_has_each_file_with_its_win_rate(run: Path) -> None:
+    said = write_report([run]).read_text()
+    for name in ("hard", "seen"):
+        assert f"reward, {name}" in said and f"Reward on {name}" in said
+        assert f"greedy answers, {name}" in said.replace("</span>", "")
+    assert "pass@4 of right" in said
+
+
+def test_a_run_is_compared_on_its_first_test_file_with_pass_rates(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared = compare_run(run, None, "", Console())
+    assert compared.prompts.endswith("hard.jsonl") and len(compared.after.groups) == 2
+    show_comparison(Console(), compared)
+    assert "pass@4 of right, sampled" in capsys.readouterr().out
+    written = comparison_json(compared, None)
+    assert written["temperature"] == 0 and "eval_rewards/right/mean@4" in written["samples"]["grpo"]
+
+
+def test_a_test_prompt_that_also_chooses_best_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_settings(read(run, False).config, output=str(tmp_path / "again"))
+    assert train(config, QUIET, dry_run=True)
+    assert "seen.jsonl: 1 of its 1 prompts also chose best/" in capsys.readouterr().err
+
+
+def test_two_test_files_of_one_name_are_refused(train_arguments: dict[str, Any]) -> None:
+    config = train_config(**train_arguments, test_prompts=("a/x.jsonl", "b/x.csv"))
+    with pytest.raises(InputError, match="--test-prompts: must be files of different names"):
+        train(config, QUIET)
+
+
+def test_several_answers_a_prompt_are_decoded_no_more_at_a_time_than_an_iteration_has() -> None:
+    config = train_config(batch_size=4, K=3, num_generations_eval=16)
+    choice = Choice(dense=True, value_bytes=4, decode_rows=0, sizes=Sizes())
+    assert sampling_held_out(config, choice).decode_rows == 16
+    eight = with_settings(config, num_generations_eval=8)
+    assert sampling_held_out(eight, choice).decode_rows == 12
+    assert sampling_held_out(eight, replace(choice, decode_rows=5)).decode_rows == 5
+    assert sampling_held_out(with_settings(config, num_generations_eval=1), choice).decode_rows == 0
