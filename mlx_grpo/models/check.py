@@ -52,7 +52,7 @@ def _differences(decoder: Decoder) -> dict[str, float]:
     infinite = mx.isinf(logits_KLV).any().item()
     h_prompt, h_rows = decoder.forward(prompt_1S, rows_KT)
     expected_KTV = logits_KLV[:, PROMPT - 1 : -1]
-    if mx.isnan(logits_KLV).any().item() or decoder.dtype == mx.float16 and infinite:
+    if mx.isnan(logits_KLV).any().item() or (decoder.dtype == mx.float16 and infinite):
         return {}  # damaged weights, or fp16: others say so with the remedy
     if infinite:
         raise InputError("some of its logits are infinite")
