@@ -23,10 +23,11 @@ def test_every_configuration_stands_in_the_page_once() -> None:
     assert named == list(CONFIGS), "run: python -m bench.families_table"
 
 
-@pytest.mark.parametrize("name", ["llama", "lfm2", "gemma4 shared"])
+@pytest.mark.parametrize("name", ["lfm2", "mamba2", "falcon_h1", "gemma3n", "gpt2", "gpt_oss"])
 def test_a_family_works_as_actor_as_reward_model_and_in_4_bits(name: str) -> None:
     found = outcome(name)
-    assert found.works and not found.packed and found.coverage > 0.9
+    assert found.works and not found.packed
+    assert 0 < found.coverage < 1
 
 
 def test_a_family_that_cannot_be_taken_apart_is_refused_in_a_line() -> None:
