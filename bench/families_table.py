@@ -152,7 +152,7 @@ def _correlation(a_KV: mx.array, b_KV: mx.array) -> float:
 def coverage(model: nn.Module) -> float:
     """Share of the blocks' weights in layers that get a LoRA."""
     covered = total = 0
-    adapted = add_lora(model, rank=1, scale=1.0, seed=0)
+    adapted = add_lora(model, rank=1, scale=1.0, seed=0, expert_rank=1)
     for block, with_lora in zip(model.layers, adapted.layers, strict=True):
         places = tuple(f"{n}." for n, m in with_lora.named_modules() if "lora_a" in m)
         for name, value in tree_flatten(block.parameters()):

@@ -57,7 +57,7 @@ def _floating(value: mx.array) -> bool:
 
 def actor_on(model: nn.Module) -> nn.Module:
     """The model with a LoRA that has left its starting point, in train mode."""
-    actor = add_lora(model, rank=4, scale=2.0, seed=1)
+    actor = add_lora(model, rank=4, scale=2.0, seed=1, expert_rank=2)
     move_lora(actor, 0.1, seed=2)
     return actor.train()
 
