@@ -204,7 +204,8 @@ def run(line: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shell(line: str, place: str) -> None:
-    path = {"PYTHONPATH": WITHOUT_TORCH, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    packages = f"{WITHOUT_TORCH}{os.pathsep}{ROOT}"  # of this checkout, not what is installed
+    path = {"PYTHONPATH": packages, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
     done = subprocess.run(
         line, shell=True, capture_output=True, text=True, timeout=300, env={**os.environ, **path}
     )

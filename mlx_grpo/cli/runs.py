@@ -23,7 +23,7 @@ def runs(
 
     ui = Console(quiet)
     found = listed(folder)
-    ui.table("", COLUMNS, [one.row for one in found])
+    ui.table(f"Runs in {folder}", COLUMNS, [one.row for one in found])
     for one in found:
         if one.next:
             ui.say(f"{one.run}: {one.next}")

@@ -13,6 +13,7 @@ from mlx_grpo import __version__
 from mlx_grpo.cli import app, main
 from mlx_grpo.training import loop as trainer
 from tests.helpers.interrupted import interrupted_in
+from tests.helpers.loops import ending
 
 
 @pytest.fixture
@@ -56,12 +57,12 @@ def test_several_seeds_run_one_after_the_other(
 def test_a_stop_during_one_seed_does_not_start_the_next(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_loop", lambda *_: False)
+    monkeypatch.setattr(trainer, "_loop", ending(False))
     # a shell's `train && eval` must not go on to eval
     assert command(monkeypatch, "train", "--quiet", "--seed", "1", "--seed", "2", *flags) == 130
     assert not (tmp_path / "runs").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(trainer, "_loop", lambda *_: True)
+    monkeypatch.setattr(trainer, "_loop", ending(True))
     seen: list[int] = []
     real = trainer.first_state
     monkeypatch.setattr(trainer, "first_state", lambda c: (seen.append(c.run.seed), real(c))[1])

@@ -13,6 +13,7 @@ from mlx_grpo.distributed.ranks import ALONE
 from mlx_grpo.training import loop as trainer
 from mlx_grpo.training import setup
 from mlx_grpo.training.loop import train
+from tests.helpers.loops import ending
 from tests.helpers.tiny import write_jsonl
 
 QUIET = Console(quiet=True)
@@ -69,7 +70,7 @@ def test_a_bad_row_is_found_before_weights_are_loaded_for_several_seeds(
 def test_a_stop_during_one_seed_leaves_the_rest(
     configs: list[TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_loop", lambda *_: False)
+    monkeypatch.setattr(trainer, "_loop", ending(False))
     started: list[int] = []
     real = trainer.first_state
     monkeypatch.setattr(trainer, "first_state", lambda c: (started.append(c.run.seed), real(c))[1])
