@@ -169,7 +169,8 @@ RULES = (
         "frac_dead_groups",
         lambda first, last: last > MOST,
         "Most groups teach nothing",
-        "{last:.0%} of the groups have equal rewards for all of their answers",
+        "{last:.0%} of the groups have equal rewards for all answers that are learned from, or no "
+        "such answer",
         "Raise --K or --temperature, try --prompt-sampling adaptive, use a reward with more steps "
         "between bad and good, or choose prompts that the model gets right some of the time.",
     ),

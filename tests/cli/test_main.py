@@ -161,7 +161,7 @@ def test_version_and_help(
 def test_a_shell_completes_commands_and_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words, expected in (("tr", {"train", "train-rm"}), ("eval --ev", {"--eval-reward"})):
+    for words, expected in (("tr", {"train", "train-rm"}), ("eval --eval-r", {"--eval-reward"})):
         typed = f"mlx-grpo {words}"
         monkeypatch.setenv("_MLX_GRPO_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", typed)
