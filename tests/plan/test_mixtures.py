@@ -1,20 +1,23 @@
 """What is planned for mixtures of experts and for states of a fixed size, against what is there."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_grpo.config.settings import train_config
 from mlx_grpo.models.backward import Pass, States, gradients
 from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.lora import add_lora, lora_parameters
 from mlx_grpo.plan import footprint as plan_footprint
 from mlx_grpo.plan.footprint import footprint_of
 from mlx_grpo.plan.memory import Choice, RewardFootprint, Workload, predict
-from tests.helpers.mixtures import COMMON, EXPERTS, MIXTURES, tiny_mixture
-from tests.helpers.tiny import model_of
+from mlx_grpo.plan.planner import planner_for, way_out
+from tests.helpers.mixtures import COMMON, EXPERTS, MIXTURES, mixture_config, tiny_mixture
+from tests.helpers.tiny import model_of, write_model_of
 
 WORK = Workload(1, 4, 64, 64, lora_rank=4, expert_rank=2)
 DENSE = Choice(dense=True, value_bytes=4, decode_rows=4, sizes=Sizes(head_bytes=4 << 20))
@@ -91,3 +94,19 @@ def test_a_mixture_whose_mlp_has_another_name_is_not_planned_in_chunks() -> None
         whole, chunked = (predict(found, RewardFootprint(), WORK, c, 1) for c in (DENSE, cut))
         assert (chunked.stages["logprob"] < whole.stages["logprob"]) == cuttable
         assert found.cuttable == cuttable
+
+
+def test_a_mixture_that_does_not_fit_is_told_the_rank_at_which_it_would(tmp_path: Path) -> None:
+    config = mixture_config("qwen3_moe", num_experts=64)
+    actor = write_model_of(tmp_path / "mixture", config)
+    settings = train_config(
+        actor_model=str(actor),
+        rm_model="none",
+        reward=("x.py:f",),
+        expert_lora_rank=64,
+        max_completion_length=16,
+        memory_limit="100MB",
+    )
+    planner = planner_for(settings)
+    assert not planner.plan().fits
+    assert way_out(planner).startswith("it fits with --expert-lora-rank ")
