@@ -1,8 +1,8 @@
 """Measured against planned peak memory of a whole iteration, stage by stage.
 
 usage: python bench/memory/measure.py [--shape gemma-2b] [--limit 2.5GB] [--rm adapter|full|none]
-           [--prompts 1] [--k 6] [--prompt 256] [--completion 256] [--rank 16] [--depth 0]
-           [--weights auto|dense|packed] [--steps 1] [--json FILE]
+           [--prompts 1] [--k 6] [--prompt 256] [--completion 256] [--rank 16] [--expert-rank 2]
+           [--depth 0] [--weights auto|dense|packed] [--steps 1] [--json FILE]
 
 Random weights of a model's shape, no download. Every answer has the full length. The run is cut to
 fit `--limit` as the planner chooses for the same model and lengths: rollout, reward, log-probs,
@@ -115,7 +115,10 @@ def planned(args: argparse.Namespace) -> Plan:
         "adapter": RewardFootprint(model.lora_bytes(8)),
         "full": RewardFootprint(model=model),
     }
-    work = Workload(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps)
+    work = Workload(
+        *(args.prompts, args.k, args.prompt, args.completion, args.rank, args.steps),
+        expert_rank=args.expert_rank,
+    )
     dense = args.weights == "dense" or (args.weights == "auto" and device_name() == "cpu")
     size = precision_for(dense).dtype.size
     limit = parse_bytes(args.limit) or recommended_memory()
@@ -151,7 +154,7 @@ def measure(args: argparse.Namespace, plan: Plan, place: Path) -> list[dict[str,
     choice = plan.choice
     limit_memory(plan.limit, plan.weights + plan.reward_model + plan.adapter)
     model = loaded(args.shape, args.depth, choice.dense)
-    actor = Decoder(add_lora(model, args.rank, 2.0, seed=0), choice.sizes)
+    actor = Decoder(add_lora(model, args.rank, 2.0, 0, 0, args.expert_rank), choice.sizes)
     reference = Decoder(model, choice.sizes)
     reward = judge_of(args, plan, model, place)
     stored = place / "stored"
@@ -244,8 +247,8 @@ def main() -> None:
         metavar=("ROWS", "MLP_TOKENS", "HEAD_MIB"),
         help="instead of the planner's choice; 0: all",
     )
-    numbers = {"prompts": 1, "k": 6, "prompt": 256, "completion": 256, "rank": 16, "depth": 0}
-    zeros = {"decode-rows": 0, "steps": 1, "iterations": 1}
+    numbers = {"prompts": 1, "k": 6, "prompt": 256, "completion": 256, "rank": 16, "expert-rank": 2}
+    zeros = {"depth": 0, "decode-rows": 0, "steps": 1, "iterations": 1}
     for name, default in (numbers | zeros).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--plan-only", action="store_true", help="measure nothing")

@@ -80,7 +80,7 @@ def canonical(config: dict[str, Any]) -> Any | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     with suppress(Exception):  # the classes check types, and raise what they like
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        return CONFIG_MAPPING[config["model_type"]].from_dict(plain_floats(config))
     return None
 
 

@@ -70,6 +70,12 @@ INERT = {
 """Say nothing about the numbers of a text, or are looked at below."""
 LOST = "e_score_correction_bias"
 """Chooses the experts of a token."""
+GROUPS = {
+    "mamba2": "n_groups",
+    "granitemoehybrid": "mamba_n_groups",
+    "falcon_h1": "mamba_n_groups",
+}
+"""Of a state space, where mlx-lm takes the norm behind it over all groups together."""
 SIZES = ("_size", "_dim", "_rank", "_bias", "_eps", "dropout", "_pdrop", "num_", "n_", "_layers")
 """Parts of names whose effect is in the shapes of the tensors, which are checked, or in none."""
 ROPE_READ = {
@@ -149,7 +155,7 @@ def findings(config: dict[str, Any], translated: dict[str, Any]) -> Findings:
     if isinstance(text, dict) and hasattr(known, "text_config"):
         family = text_family(family, str(text.get("model_type")))
         known, translated = known.text_config, text
-    missing = [*_rope(known, translated, family)]
+    missing = [*_rope(known, translated, family), *_groups(known)]
     unknown = []
     for name, value in differing(known):
         if name in INERT or _read(name, known, family):
@@ -220,6 +226,14 @@ def _rope(known: Any, translated: dict[str, Any], family: Family) -> Iterator[st
     for name, value in scaling.items():
         if name not in read and value not in (None, _usual(name)) and not isinstance(value, dict):
             yield f"{name} {value!r} of rope_type {kind!r}"
+
+
+def _groups(known: Any) -> Iterator[str]:
+    """Groups of a state space with a norm each."""
+    name = GROUPS.get(str(getattr(known, "model_type", "")), "")
+    count = getattr(known, name, 1) if getattr(known, "mamba_rms_norm", True) else 1
+    if count != 1:
+        yield f"{name} {count}"
 
 
 def _usual(name: str) -> Any:

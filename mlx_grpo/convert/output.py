@@ -105,7 +105,8 @@ def write_adapter(opened: OpenedSource, directory: Path, sft: Path) -> None:
 
 def _embedding_rows(model: nn.Module) -> int:
     kinds = nn.Embedding | nn.QuantizedEmbedding
-    return next(m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds))
+    # a family that learns positions has an embedding of them too, and fewer
+    return max(m.weight.shape[0] for _, m in model.named_modules() if isinstance(m, kinds))
 
 
 def lazily(directory: Path, adapter: Path | None = None) -> Callable[[], nn.Module]:

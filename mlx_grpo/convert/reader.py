@@ -15,6 +15,7 @@ from mlx_grpo.convert.families import plain_floats
 from mlx_grpo.convert.gguf import read_gguf, write_tokenizer
 from mlx_grpo.convert.heads import checked_head, prefixes_of, split_head, what_else
 from mlx_grpo.convert.source import Source, licence, locate
+from mlx_grpo.convert.stored_names import known_names
 from mlx_grpo.convert.tensors import Tensors, read_tensors, tensor_files
 from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.convert.translate import translated
@@ -115,7 +116,8 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
     if what := what_else(config, ()):
         raise InputError(f"{place}: this is {what}")
     files, prefixes = tensor_files(source.path, "model", scratch), prefixes_of(config)
-    found = _plain_names(read_tensors(files))
+    family = str(config.get("model_type"))
+    found = known_names(read_tensors(files), family)
     rest, stored, _ = split_head(found.arrays, prefixes)
     head = checked_head(source.path, config, stored, found.files, scratch)
     if not head and (what := what_else(config, found.arrays)):
@@ -134,7 +136,7 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
         config = _untied(config)
 
     def tensors() -> Tensors:
-        again = _plain_names(read_tensors(files))
+        again = known_names(read_tensors(files), family)
         return Tensors(split_head(again.arrays, prefixes)[0], again.files)
 
     return OpenedSource(
@@ -147,15 +149,6 @@ def _open_model(source: Source, scratch: Path) -> OpenedSource:
         write_tokenizer=partial(copy_tokenizer, source.path),
         licence=licence(source.path),
     )
-
-
-def _plain_names(tensors: Tensors) -> Tensors:
-    """Without the prefix that TRL's value-head models put before a language model's names."""
-    wrapper = "pretrained_model."
-    if not any(n.startswith(wrapper) for n in tensors.arrays):
-        return tensors
-    arrays = {n.removeprefix(wrapper): v for n, v in tensors.arrays.items()}
-    return Tensors(arrays, {n.removeprefix(wrapper): f for n, f in tensors.files.items()})
 
 
 def _differs_from_embedding(name: str, arrays: Parameters) -> bool:

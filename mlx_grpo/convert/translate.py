@@ -11,8 +11,13 @@ from typing import Any
 from mlx_grpo.convert.families import Family, canonical, mlx_family, text_family
 from mlx_grpo.models.directory import EXACT_UP_TO, rope_fields
 
-LAYER_NAMES = {"granitemoehybrid": {"full_attention": "attention"}}
+LAYER_NAMES = {
+    "granitemoehybrid": {"full_attention": "attention", "linear_attention": "mamba"},
+}
 """Kinds of layers that transformers 5 renamed and mlx-lm calls as before."""
+
+TEXT_ALONE = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Text parts of multimodal families that are stored alone, which mlx-lm knows as a part only."""
 
 NONE_MEANS = {"position_embedding_type": "nope"}
 """Where transformers' default is None and mlx-lm's is not."""
@@ -23,6 +28,8 @@ def translated(config: dict[str, Any]) -> dict[str, Any]:
 
     Translating it again changes nothing.
     """
+    if whole := TEXT_ALONE.get(str(config.get("model_type"))):
+        config = {**config, "model_type": whole, "text_config": config}
     family = mlx_family(config)
     return _translated(config, family) if family else config | rope_fields(config)
 
@@ -63,8 +70,16 @@ def _left_out(config: dict[str, Any], known: Any, family: Family) -> dict[str, A
             value = known.hidden_size // known.num_attention_heads
         if value is not None or family.needs(name):
             found[name] = value
+    if family.takes("global_head_dim") and (widths := _widths_of_full_attention(known)):
+        found["global_head_dim"] = widths.pop()
     needed = {n: None for n in ("rope_scaling",) if family.needs(n) and n not in config}
     return {**needed, **found}
+
+
+def _widths_of_full_attention(known: Any) -> set[int]:
+    """Of a head, where transformers 5 gives them layer by layer."""
+    own = known.to_dict().get("per_layer_config") or {}
+    return {part["head_dim"] for part in own.values() if "head_dim" in part}
 
 
 def _with_windows(config: dict[str, Any], known: Any, family: Family) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def rope_fields(config: dict[str, Any]) -> dict[str, Any]:
         found["rope_theta"] = main["rope_theta"]
     if "partial_rotary_factor" in main:
         found["partial_rotary_factor"] = main["partial_rotary_factor"]
-    if (kind := main.get("rope_type", "default")) != "default":
+    # who computes "proportional" reads rope_parameters itself
+    if (kind := main.get("rope_type", "default")) not in ("default", "proportional"):
         # some families of mlx-lm look for the kind under its older name
         scaling = {k: v for k, v in main.items() if k not in ("rope_theta", "sliding_attention")}
         found["rope_scaling"] = {**scaling, "type": kind}

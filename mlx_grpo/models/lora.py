@@ -30,8 +30,6 @@ from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import share
 from mlx_grpo.models.lora_targets import EXPERTS, lora_keys
 
-LORA_LAYERS = (LoRALinear, LoRASwitchLinear)
-
 
 class AddmmLoRALinear(LoRALinear):
     """mlx-lm's layer with fewer passes over its output: in W x + scale * (x A) B the last product,
@@ -119,8 +117,8 @@ def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any])
 
 
 def lora_modules(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    """Name and module of every LoRA layer, sorted by name."""
-    return sorted((n, m) for n, m in model.named_modules() if isinstance(m, LORA_LAYERS))
+    """Name and module of every LoRA layer, sorted by name; a family may have a kind of its own."""
+    return sorted((n, m) for n, m in model.named_modules() if "lora_a" in m)
 
 
 def lora_parameters(model: nn.Module) -> Parameters:
@@ -156,7 +154,7 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
         (i, name)
         for i, block in enumerate(model.layers)
         for name, module in block.named_modules()
-        if isinstance(module, LORA_LAYERS)
+        if "lora_a" in module
     ]
     write_json(
         directory / "adapter_config.json",

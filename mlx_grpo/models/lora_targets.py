@@ -22,8 +22,10 @@ from mlx_grpo.models.families import gemma3n
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 LATENT = (MultiLinear, QuantizedMultiLinear)
-ROUTER_NAMES = ("gate", "router", "classifier", "wg")
-"""Parts of a name of which mlx-lm's routers have one."""
+ROUTERS = ("router", "classifier")
+"""Parts of names that nothing but routers have in mlx-lm."""
+GATES = ("gate", "wg")
+"""In other routers' names, and in those of layers that are none."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,13 @@ def _kind(name: str, module: nn.Module, block: nn.Module) -> str | None:
 
 
 def _routes(name: str, module: nn.Module, block: nn.Module) -> bool:
-    """Whether a layer gives a score to each expert of its block."""
-    if not any(part in name for part in ROUTER_NAMES) or module.get("weight") is None:
+    """Whether a layer gives a score to each expert of its block; by its name, or by its outputs
+    where the name does not tell."""
+    if module.get("weight") is None:
+        return False
+    if any(part in ROUTERS for part in name.split(".")):
+        return True
+    if not any(part in name for part in GATES):
         return False
     counts = {m.weight.shape[0] for _, m in block.named_modules() if isinstance(m, EXPERTS)}
     return module.weight.ndim == 2 and module.weight.shape[0] in counts

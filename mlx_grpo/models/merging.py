@@ -75,5 +75,7 @@ def _add_to(weight: mx.array, layer: LoRALinear) -> None:
         return
     for some in in_parts(weight):
         update = (layer.scale * layer.lora_b[some]) @ layer.lora_a[some]
-        weight[some] = weight[some] + update.astype(weight.dtype)
+        merged_some = weight[some] + update.astype(weight.dtype)
+        mx.eval(merged_some)  # before it is put in: a graph that reads the weight would copy it
+        weight[some] = merged_some
         mx.eval(weight)

@@ -27,6 +27,7 @@ from mlx_grpo.models.trainable import check_trainable
 SCALES = (".scales", ".biases")
 MLPS = (MLP, "feed_forward", "block_sparse_moe", "ffn", "moe", "shared_mlp", "experts", "router")
 """Parts of a block that hold its MLP, as the families of mlx-lm call them."""
+SHARED = 5
 HEADS = ("num_attention_heads", "n_heads", "num_heads", "n_head", "attention_heads")
 
 
@@ -67,6 +68,8 @@ class Footprint:
     """Of a row's states in all blocks that do not grow with its tokens: windows, recurrences."""
     scan_values: int = 0
     """Of the largest recurrent state of a block."""
+    cuttable: bool = True
+    """Whether its MLPs can run over some tokens at a time."""
     coverage: Coverage | None = None
     """What a LoRA reaches."""
 
@@ -130,6 +133,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         active_experts=active,
         state_values=states.fixed,
         scan_values=states.scan,
+        cuttable=all(MLP in block for block in model.layers),
         coverage=coverage(model),
     )
 
@@ -147,14 +151,14 @@ def _of_kind(block: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
 def _widths(block: nn.Module, chosen: int) -> tuple[int, int]:
     """(width of what an MLP holds of a token, outputs of all other linear layers).
 
-    A mixture holds for each chosen expert what it reads and writes beside what is between: three
-    arrays stand for the MLP of a block elsewhere.
+    A mixture holds for each chosen expert what it reads and writes beside what is between. `SHARED`
+    of that stands for the width of an MLP: a fit to measured blocks of Granite's shape.
     """
     linears = {n: _shape(m) for n, m in block.named_modules() if isinstance(m, LINEAR)}
     mlp = [max(w) for n, w in linears.items() if n.split(".")[0] in MLPS]
     outward = sum(w[1] for n, w in linears.items() if n.split(".")[0] not in MLPS)
     experts = [sum(_shape(m)) for m in _of_kind(block, EXPERTS)]
-    return max(mlp, default=0) + chosen * sum(experts) // 3, outward
+    return max(mlp, default=0) + chosen * sum(experts) // SHARED, outward
 
 
 @dataclass(frozen=True)

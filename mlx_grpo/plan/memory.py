@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from mlx_grpo.backend.kernels import TILE
+from mlx_grpo.backend.precision import EXPANDED_BYTES
 from mlx_grpo.models.decoder import PREFILL_TOKENS, Sizes
 from mlx_grpo.plan.footprint import Footprint
 
@@ -239,7 +240,7 @@ def _scores(model: Footprint, work: Workload, choice: Choice) -> float:
 
 def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tuple[float, float]:
     """(forward, backward) of one block over a pass of so many tokens."""
-    width, chunk = 4.0 * model.mlp, choice.sizes.mlp_tokens
+    width, chunk = 4.0 * model.mlp, choice.sizes.mlp_tokens if model.cuttable else 0
     states, projected = 4.0 * tokens * model.hidden, 4.0 * tokens * model.attention
     scores = _scores(model, work, choice)
     forward = 3.2 * tokens * width + 12.8 * states + 0.2 * scores
@@ -269,7 +270,9 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     cached = grown * rows * held * choice.value_bytes
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
     undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
-    return int(undo + cached + max(5.0 * 4 * rows * model.vocabulary, prefill))
+    working = cached + max(5.0 * 4 * rows * model.vocabulary, prefill)
+    merging = 3 * EXPANDED_BYTES if choice.merges and model.expert_lora_width else 0
+    return int(undo + max(working, merging))
 
 
 def _reward(model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice) -> int:

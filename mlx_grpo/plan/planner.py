@@ -155,6 +155,10 @@ def way_out(planner: Planner) -> str:
         if fits(max_completion_length=length):
             return f"it fits with --max-completion-length {length}"
         length //= 2
+    if planner.model.expert_lora_width and fits(expert_lora_rank=0):
+        for rank in range(planner.config.model.expert_lora_rank - 1, -1, -1):
+            if fits(expert_lora_rank=rank):
+                return f"it fits with --expert-lora-rank {rank}"
     rank = planner.config.model.lora_rank // 2
     while rank >= 1:
         if fits(lora_rank=rank):

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 
@@ -187,3 +188,14 @@ def test_experts_in_16_bits_get_a_lora_where_gather_mm_takes_fp32_alone() -> Non
         ).dtype
         == mx.bfloat16
     )
+
+
+def test_a_router_that_knows_more_choices_than_experts_stays_frozen() -> None:
+    model, block = nn.Module(), nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.experts = SwitchLinear(8, 4, 3)
+    block.mlp.router = {"classifier": nn.Linear(8, 5), "norm": nn.Linear(8, 8)}
+    block.mlp.gate_proj = nn.Linear(8, 4)
+    model.layers = [block]
+    assert lora_keys(model) == ["mlp.experts", "mlp.gate_proj"]
+    assert coverage(model).router_layers == 2
