@@ -19,7 +19,10 @@ OTHER_NAMES = {
     "learning_rate": ("lr", "actor_learning_rate"),
     "log": ("report_to", "log_with", "use_wandb"),
     "lora_rank": ("lora_r", "rank"),
-    "lora_scale": ("lora_alpha", "alpha"),
+    "lora_target_modules": ("target_modules", "keys", "lora_keys"),
+    "lr_scheduler_type": ("lr_schedule", "lr_scheduler"),
+    "lora_alpha": ("alpha",),
+    "lora_layers": ("num_layers",),
     "loss_aggregation": ("loss_type", "grpo_loss_type", "loss_agg_mode"),
     "max_completion_length": (
         *("max_new_tokens", "max_tokens", "max_response_length", "generate_max_len"),
@@ -45,7 +48,6 @@ OTHER_NAMES = {
 """Our field: names elsewhere. Where two mean nearly the same, the help text says what ours does."""
 NOTES = {
     "kl_targets": "which holds the KL at a target in place of a fixed weight",
-    "lora_scale": "which is alpha / rank",
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
     "batch_size": "which counts prompts per rollout",

@@ -6,6 +6,7 @@ rank.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,28 @@ class AddmmLoRALinear(LoRALinear):
         return mx.addmm(y, x @ a, b, alpha=self.scale)
 
 
-def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int = 0) -> nn.Module:
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    scale: float,
+    seed: int,
+    blocks: int = 0,
+    targets: Sequence[str] = (),
+) -> nn.Module:
     """A tree that shares the arrays of `model` and has fresh fp32 LoRA layers; the draw depends on
     seed and layer name.
 
     Args:
         blocks: how many of the last blocks get a LoRA; 0 means all.
+        targets: which linear layers, see `targeted`; empty means all.
+
+    Raises:
+        InputError: a target that the model does not have.
     """
     count = blocks or len(model.layers)
-    adapted = with_lora_modules(model, count, {"rank": rank, "scale": scale, "dropout": 0.0})
+    adapted = with_lora_modules(
+        model, count, {"rank": rank, "scale": scale, "dropout": 0.0}, targets
+    )
     fresh: Parameters = {}
     for name, module in lora_modules(adapted):
         inputs, r = module.lora_a.shape
@@ -55,12 +69,15 @@ def add_lora(model: nn.Module, rank: int, scale: float, seed: int, blocks: int =
     return adapted
 
 
-def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any]) -> nn.Module:
+def with_lora_modules(
+    model: nn.Module, blocks: int, parameters: dict[str, Any], targets: Sequence[str] = ()
+) -> nn.Module:
     """A tree that shares the arrays of `model` and has LoRA layers, their values still to be set.
 
     Args:
         blocks: how many of the last blocks, at least 1.
-        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer.
+        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer, or those of
+            `targets`.
     """
     adapted = share(model)
     adapted.freeze()
@@ -72,10 +89,25 @@ def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any])
             if isinstance(module, nn.Linear | nn.QuantizedLinear)
         }
     )
+    keys = targeted(keys, targets)
     linear_to_lora_layers(adapted, blocks, {**parameters, "keys": keys})
     for _, module in lora_modules(adapted):
         module.__class__ = AddmmLoRALinear
     return adapted
+
+
+def targeted(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Those of a block's linear layers that a target names, whole (`self_attn.q_proj`) or by its
+    last parts (`q_proj`), as PEFT's `target_modules` do; all of them if there are no targets.
+
+    Raises:
+        InputError: a target that names none.
+    """
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise InputError(f"--lora-target-modules: no layer '{target}'; this model has {known}")
+    return [n for n in names if not targets or any(f".{n}".endswith(f".{t}") for t in targets)]
 
 
 def lora_modules(model: nn.Module) -> list[tuple[str, LoRALinear]]:
@@ -118,7 +150,8 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
         directory / "adapter_config.json",
         {
             "fine_tune_type": "lora",
-            "num_layers": len({block for block, _ in places}),
+            # mlx-lm adapts the last ones, so from the first that has a LoRA to the end
+            "num_layers": len(model.layers) - min(int(block) for block, _ in places),
             "lora_parameters": {
                 "rank": rank,
                 "scale": modules[0][1].scale,

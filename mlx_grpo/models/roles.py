@@ -1,5 +1,6 @@
 """Actor and reference on one set of frozen weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_grpo.models.backbone import Backbone
@@ -26,12 +27,17 @@ def new_actor(
     seed: int,
     sizes: Sizes = WHOLE,
     layers: int = 0,
+    targets: Sequence[str] = (),
 ) -> Decoder:
     """The backbone with a fresh LoRA, which starts as the backbone itself.
 
     Args:
         layers: how many of the last blocks get one; 0 means all.
+        targets: which linear layers get one; empty means all.
+
+    Raises:
+        InputError: a target that the model does not have.
     """
-    actor = add_lora(backbone.model, rank, scale, seed, layers)
+    actor = add_lora(backbone.model, rank, scale, seed, layers, targets)
     actor.train()  # some model families have kernels without a gradient in eval mode
     return Decoder(actor, sizes)

@@ -1,6 +1,7 @@
 """Sizes of a model from its shapes alone: modules are built, no weight is read."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.safetensors import safetensors_header
 from mlx_grpo.models.directory import load_lazily, parameter_count
+from mlx_grpo.models.lora import targeted
 from mlx_grpo.models.mlp_chunks import MLP
 
 SCALES = (".scales", ".biases")
@@ -39,7 +41,7 @@ class Footprint:
     block_weights: int
     """Of all linear layers of all blocks."""
     lora_width: int
-    """Inputs plus outputs of all linear layers of all blocks: values per rank of a LoRA."""
+    """Inputs plus outputs of all linear layers with a LoRA: values per rank, of all blocks."""
     cache_values: int
     """Keys and values of one token in all blocks."""
     embedding_bytes: int
@@ -56,16 +58,19 @@ class Footprint:
         return 4 * rank * self.lora_width * self.trained_blocks(layers) // self.blocks
 
 
-def footprint(path: Path) -> Footprint:
+def footprint(path: Path, targets: Sequence[str] = ()) -> Footprint:
     """Of a model directory, from its configuration and headers.
+
+    Args:
+        targets: the linear layers that get a LoRA, see `targeted`; empty means all.
 
     Raises:
         InputError: no model there, or one that cannot be loaded.
     """
-    return footprint_of(load_lazily(path)[0], parameter_count(path))
+    return footprint_of(load_lazily(path)[0], parameter_count(path), targets)
 
 
-def footprint_of(model: nn.Module, parameters: int) -> Footprint:
+def footprint_of(model: nn.Module, parameters: int, targets: Sequence[str] = ()) -> Footprint:
     """Of a model whose weights need not be evaluated: shapes cost no arithmetic.
 
     Raises:
@@ -101,7 +106,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         heads=heads,
         vocabulary=logits.shape[-1],
         block_weights=sum(i * o for layer in model.layers for i, o in _linear_shapes(layer)),
-        lora_width=sum(i + o for layer in model.layers for i, o in _linear_shapes(layer)),
+        lora_width=_lora_width(model, targets),
         cache_values=sum(s[1] * s[3] for s in kv_shapes),
         embedding_bytes=embedding_bytes,
         packed_block_bytes=sum(_packed_bytes(layer) for layer in model.layers),
@@ -120,6 +125,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _linear_shapes(block: nn.Module) -> list[tuple[int, int]]:
     return [_shape(m) for _, m in block.named_modules() if _is_linear(m)]
+
+
+def _lora_width(model: nn.Module, targets: Sequence[str]) -> int:
+    shapes = [
+        (name, sum(_shape(module)))
+        for layer in model.layers
+        for name, module in layer.named_modules()
+        if _is_linear(module)
+    ]
+    wanted = set(targeted(sorted({name for name, _ in shapes}), targets))
+    return sum(width for name, width in shapes if name in wanted)
 
 
 def _packed_bytes(block: nn.Module) -> int:
