@@ -100,7 +100,7 @@ def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[st
 
 
 def test_the_one_night_example_plans_a_night_on_an_m2_pro() -> None:
-    config = build_config(EXAMPLES / "gemma-2b-one-night.toml", {"memory_limit": "2.5GB"})
+    config = build_config(Path("gemma-2b-one-night"), {"memory_limit": "2.5GB"})
     check(config)
     judge = RewardFootprint(GEMMA_2B.lora_bytes(8))
     planner = Planner(config, GEMMA_2B, judge, here=False, ranks=1)

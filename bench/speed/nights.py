@@ -3,16 +3,16 @@
 usage: python -m bench.speed.nights
 
 Prompts and answers of 256 tokens, K = 6, a reward adapter. `defaults` is what `mlx-grpo train`
-does, `one night` is examples/gemma-2b-one-night.toml with a LoRA on half of the model's blocks. The
+does, `one night` is the preset gemma-2b-one-night with a LoRA on half of the model's blocks. The
 memory is what MLX plans with on a Mac of that size (bench/memory/macs.py), and 2.5 GB.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 
-from pathlib import Path
 
 from bench.memory.macs import limit_of
 from bench.memory.measure import sizes_of
+from mlx_grpo.config.presets import PRESETS
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.plan.devices import device
@@ -20,7 +20,7 @@ from mlx_grpo.plan.footprint import Footprint
 from mlx_grpo.plan.memory import RewardFootprint
 from mlx_grpo.plan.planner import Planner
 
-ONE_NIGHT = Path(__file__).parents[2] / "examples" / "gemma-2b-one-night.toml"
+ONE_NIGHT = PRESETS / "gemma-2b-one-night.toml"
 MACS = (("m1", 8), ("m2", 16), ("m2-pro", 16), ("m3-pro", 36), ("m4", 24), ("m4-max", 48))
 SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-2b", "llama-3.2-3b")
 

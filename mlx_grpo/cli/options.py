@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mlx_grpo.config.other_names import ours_for
-from mlx_grpo.config.settings import REPEATED, SETTINGS, flag_of
+from mlx_grpo.config.presets import preset_names
+from mlx_grpo.config.settings import REPEATED, SETTINGS, JsonObject, flag_of
 from mlx_grpo.config.sources import field_help, field_types, setting_help, setting_types
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -38,7 +39,10 @@ PANELS = {
 }
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(help="TOML file with any of these settings, such as `batch_size = 8`."),
+    typer.Option(
+        help="TOML file with any of these settings, such as `batch_size = 8`, or the name of a "
+        f"preset: {', '.join(preset_names())}."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Warnings and errors only.")]
 JsonFile = Annotated[
@@ -165,12 +169,12 @@ def _option(flag: Flag) -> inspect.Parameter:
     if typing.get_origin(flag.kind) is typing.Literal:
         text += f" One of: {', '.join(typing.get_args(flag.kind))}."
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    shown = "" if default is None else shown
     text += f" (default: {shown})" if shown else ""
     # read as text, so that one place checks types for flags and files
     plain = list[str] if flag.repeated else str
-    metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(
-        flag.kind, "CHOICE" if "One of" in text else "LIST"
-    )
+    names = {int: "INT", float: "NUMBER", str: "TEXT", str | None: "TEXT", JsonObject: "JSON"}
+    metavar = names.get(flag.kind, "CHOICE" if "One of" in text else "LIST")
     option = typer.Option(
         flag_of(flag.name),
         help=text,

@@ -1,5 +1,6 @@
 """Refuse settings that cannot work, naming flag, value and bound."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +32,8 @@ AT_LEAST_ZERO = {
     "expert_lora_rank",
     "lora_blocks",
     "lora_layers",
+    "lora_alpha",
+    "warmup_ratio",
     "update_rows",
     "clip_range_high",
     "show_every",
@@ -119,6 +122,7 @@ def check(config: TrainConfig, more_rewards: bool = False) -> None:
     if not more_rewards:
         _check_rewards(config, must)
     _check_kl(config, must)
+    _check_scales(config, must)
 
 
 def _check_rewards(config: TrainConfig, must: Any) -> None:
@@ -127,6 +131,17 @@ def _check_rewards(config: TrainConfig, must: Any) -> None:
     must("reward_weights", len(reward.weights) in counts, "as many numbers as --reward")
     some = reward.model != "none" or bool(reward.functions)
     must("rm_model", some, "a directory, or give --reward")
+
+
+def _check_scales(config: TrainConfig, must: Any) -> None:
+    model, reward = config.model, config.reward
+    scale = model.lora_alpha / model.lora_rank
+    same = math.isclose(scale, model.lora_scale, rel_tol=1e-6)
+    must("lora_scale", not scale or same, f"{scale:g}, which is --lora-alpha / --lora-rank")
+    must("warmup_ratio", config.optimizer.warmup_ratio < 1, "below 1")
+    if reward.multi_objective_aggregation == "normalize_then_sum":
+        rule = "none with --multi-objective-aggregation normalize_then_sum, which scales them"
+        must("scale_advantages", reward.scale_advantages == "none", rule)
 
 
 def _check_kl(config: TrainConfig, must: Any) -> None:

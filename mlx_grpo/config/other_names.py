@@ -1,4 +1,7 @@
-"""What other trainers (TRL, mlx-lm, mlx-lm-lora, verl, OpenRLHF) call our settings."""
+"""What other trainers (TRL, Unsloth, mlx-lm, mlx-lm-lora, verl, OpenRLHF) call our settings.
+
+docs/coming-from.md shows the same names side by side; a test holds the two together.
+"""
 
 OTHER_NAMES = {
     "K": ("num_generations", "group_size", "n_samples_per_prompt"),
@@ -7,6 +10,7 @@ OTHER_NAMES = {
         *("per_device_train_batch_size", "generation_batch_size", "train_batch_size"),
         "rollout_batch_size",
     ),
+    "chat_template": ("chat_template_path",),
     "checkpoint_every": ("save_steps", "save_every", "steps_per_save", "save_freq"),
     "clip_range": ("epsilon", "epsilon_low", "cliprange", "clip_ratio", "clip_eps", "eps_clip"),
     "clip_range_high": ("epsilon_high", "clip_ratio_high"),
@@ -20,7 +24,10 @@ OTHER_NAMES = {
     "learning_rate": ("lr", "actor_learning_rate"),
     "log": ("report_to", "log_with", "use_wandb"),
     "lora_rank": ("lora_r", "rank"),
-    "lora_scale": ("lora_alpha", "alpha"),
+    "lora_target_modules": ("target_modules", "keys", "lora_keys"),
+    "lr_scheduler_type": ("lr_schedule", "lr_scheduler"),
+    "lora_alpha": ("alpha",),
+    "lora_layers": ("num_layers", "finetune_last_n_layers"),
     "loss_aggregation": ("loss_type", "grpo_loss_type", "loss_agg_mode"),
     "max_completion_length": (
         *("max_new_tokens", "max_tokens", "max_response_length", "generate_max_len"),
@@ -50,7 +57,6 @@ OTHER_NAMES = {
 """Our field: names elsewhere. Where two mean nearly the same, the help text says what ours does."""
 NOTES = {
     "kl_targets": "which holds the KL at a target in place of a fixed weight",
-    "lora_scale": "which is alpha / rank",
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
     "truncated": "with the value mask",

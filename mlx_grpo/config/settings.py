@@ -7,7 +7,7 @@ flags become settings: `sources.py`.
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 REPEATED = ("reward", "eval_reward", "test_prompts", "log")
 """Settings whose flag may be given several times."""
@@ -19,12 +19,17 @@ FREE = (
 ROUNDING = ("decode_rows", "rows_per_pass", "memory_limit", "rm_residency")
 """May change as well: only the order of sums depends on them, so the last bits may differ. A change
 that makes the weights be held in another form is compared separately."""
-BY_CONTENT = ("prompts", "eval_prompts", "test_prompts", "actor_model", "rm_model")
+BY_CONTENT = (
+    *("prompts", "eval_prompts", "test_prompts", "actor_model", "rm_model"),
+    "chat_template",
+)
 """Paths: their content counts, not their place. Everything else shapes the numbers,
 `num_iterations` too, because the phases of the KL target are shares of it."""
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Weights = Literal["auto", "packed", "dense"]
+JsonObject = NewType("JsonObject", str)
+"""A JSON object as a text, keys sorted, or nothing; a TOML file may give it as a table."""
 
 
 def named(flat: str, default: Any) -> Any:
@@ -52,6 +57,12 @@ class ModelSettings:
     template_date: str = ""
     """Date that a chat template sees as today, such as 2026-01-31; empty means the day on which the
     run starts, and the run keeps it."""
+    chat_template: str = ""
+    """File with a Jinja chat template to use in place of the SFT model's own. A reward model that
+    has a template of its own keeps it."""
+    chat_template_kwargs: JsonObject = JsonObject("")
+    """Arguments of the SFT model's chat template as JSON, such as '{"enable_thinking": true}'.
+    Thinking is off unless this turns it on."""
     lora_rank: int = 16
     """Rank of the LoRA on the linear layers of the blocks."""
     expert_lora_rank: int = 2
@@ -59,6 +70,11 @@ class ModelSettings:
     of experts. 0 leaves the experts frozen. Routers always are."""
     lora_scale: float = 2.0
     """Factor of the LoRA (absolute: what other libraries write as alpha / rank)."""
+    lora_alpha: float = 0.0
+    """The same as alpha, which sets --lora-scale to alpha / --lora-rank; 0 means that --lora-scale
+    is given."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Linear layers that get a LoRA, such as q_proj,v_proj or self_attn.q_proj; empty means all."""
     lora_layers: int = 0
     """Last blocks that get a LoRA. Fewer cost less, because the backward pass ends there; 0 means
     all."""
@@ -74,6 +90,9 @@ class DataSettings:
     """Field of both prompt files that holds the prompt, if it is not `prompt` or `messages`."""
     response_column: str = ""
     """Field of --eval-prompts that holds the reference answer, if it is not `response`."""
+    system_prompt: str | None = None
+    """System message of every prompt, training and held-out, in place of the rows' own. An empty
+    one removes theirs. Reward models and reward functions see it as well."""
     max_prompt_length: int = 256
     """Prompts longer than this many tokens, chat template included, are skipped and counted."""
     batch_size: int = 16
@@ -121,8 +140,14 @@ class RewardSettings:
     """Decay of the moving mean and standard deviation that normalise scores."""
     clip: float = named("reward_clip", 5.0)
     """Normalised scores are clipped to plus or minus this."""
-    scale_advantages: Literal["none", "std"] = "none"
-    """Whether advantages are divided by the group's standard deviation."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    """Whether several rewards are summed as they are, or each is first normalised within its group
+    (GDPO), so that one of larger numbers does not drown the others."""
+    scale_advantages: Literal["none", "group", "batch", "std"] = "none"
+    """Whether advantages are divided by a standard deviation: of the group's scores, or of all of
+    the iteration. std is the older name of group."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,11 @@ class OptimizerSettings:
 
     learning_rate: float = 1e-4
     """Learning rate of AdamW. LoRA needs a higher one than full fine-tuning."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the run's iterations, from its full value towards zero.
+    Under --kl-control lr it multiplies the rate that the controller sets."""
+    warmup_ratio: float = 0.0
+    """Share of the iterations over which the learning rate first rises to its full value."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5

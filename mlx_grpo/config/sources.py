@@ -20,7 +20,15 @@ from typing import Any, Literal
 
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.other_names import ours_for
-from mlx_grpo.config.settings import SETTINGS, TrainConfig, flag_of, flat_values, train_config
+from mlx_grpo.config.presets import config_file
+from mlx_grpo.config.settings import (
+    SETTINGS,
+    JsonObject,
+    TrainConfig,
+    flag_of,
+    flat_values,
+    train_config,
+)
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.limits import read_bounded
 
@@ -100,6 +108,10 @@ def typed(place: str, kind: Any, value: Any) -> Any:
         InputError: `place` and what it must be.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in arguments:  # `str | None`: None is what no flag and no file can say
+        return None if value is None else typed(place, arguments[0], value)
+    if kind is JsonObject:
+        return _json_object(place, value)
     if origin is Literal:
         if value not in arguments:
             raise InputError(f"{place}: must be one of {', '.join(arguments)}, not {value!r}")
@@ -128,6 +140,19 @@ def typed(place: str, kind: Any, value: Any) -> Any:
     raise InputError(f"{place}: must be {_TYPE_NAMES[kind]}{kept}, not {value!r}")
 
 
+def _json_object(place: str, value: Any) -> str:
+    """A JSON object in one form, whether it came as a text or as a table."""
+    try:
+        if value == "":
+            return ""
+        found = json.loads(value) if isinstance(value, str) else value
+        if isinstance(found, dict):
+            return json.dumps(found, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise InputError(f'{place}: must be a JSON object such as {{"a": 1}}, not {value!r}')
+
+
 def _held(place: str, number: Any, by: str, least: float, most: float) -> Any:
     """A number of a size that what computes with it can hold; others become 0 or infinity there."""
     if number and not least <= abs(number) <= most:
@@ -138,12 +163,16 @@ def _held(place: str, number: Any, by: str, least: float, most: float) -> Any:
 _TYPE_NAMES = {str: "a text", int: "a whole number", float: "a finite number"}
 
 
+_TABLES = ("chat_template_kwargs",)
+"""Keys whose value is a table."""
+
+
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= (
             _flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
+            if isinstance(value, Mapping) and key.replace("-", "_") not in _TABLES
             else {f"{prefix}{key}": value}
         )
     return flat
@@ -177,11 +206,15 @@ def build_config(
         InputError: unknown setting, wrong type, or a value out of range.
     """
     values: dict[str, Any] = {}
+    file = config_file(file) if file else None
     for key, value in (read_toml(file) if file else {}).items():
         name = flat_name(str(file), key)
         values[name] = typed(f"{file}: {key}", setting_types()[name], value)
     for name, value in (flags or {}).items():
         values[name] = typed(flag_of(name), setting_types()[name], value)
+    if "lora_scale" not in values and values.get("lora_alpha"):
+        rank = values.get("lora_rank", SETTINGS["lora_rank"].default)
+        values["lora_scale"] = values["lora_alpha"] / max(rank, 1)
     config = train_config(**values)
     check(config, more_rewards)
     return config
@@ -206,5 +239,6 @@ def to_toml(config: TrainConfig) -> str:
             lines += [f"[{section}]"]
         # JSON's texts, numbers and lists are TOML's too, but for DEL
         written = json.dumps(values[s.flat], ensure_ascii=False).replace("\x7f", "\\u007f")
-        lines += [f"# {' '.join(setting_help()[s.flat].split())}", f"{s.field} = {written}", ""]
+        line = f"# {s.field} is not set" if values[s.flat] is None else f"{s.field} = {written}"
+        lines += [f"# {' '.join(setting_help()[s.flat].split())}", line, ""]
     return "\n".join(lines)

@@ -11,8 +11,8 @@ from mlx_lm.utils import load_tokenizer
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.limits import check_directory, time_limit
 from mlx_grpo.core.types import FinishReason
-from mlx_grpo.data.clock import pinned
 from mlx_grpo.data.messages import Message
+from mlx_grpo.data.template import Template
 from mlx_grpo.data.template_bounds import bounded
 
 QUESTION, ANSWER = "gravel", "tulip"
@@ -22,6 +22,9 @@ LONGEST_RENDERING = 10.0
 """Seconds for one conversation; a template takes a millisecond."""
 LONGEST_FRAME, LONGEST_SHARE = 100_000, 100
 """Characters a template may add, and how often it may repeat what was said."""
+
+
+OWN_TEMPLATE = Template()
 
 
 class TemplateRefusal(Exception):
@@ -208,36 +211,38 @@ def load_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -
     Raises:
         InputError: damaged files, no chat template, or one that leaves out what is said.
     """
-    tokenizer = read_chat_tokenizer(path, eos_token_ids, date)
+    tokenizer = read_chat_tokenizer(path, eos_token_ids, Template(date))
     check_template(path, tokenizer)
     return tokenizer
 
 
-def read_chat_tokenizer(path: Path, eos_token_ids: Any = None, date: str = "") -> Any:
+def read_chat_tokenizer(
+    path: Path, eos_token_ids: Any = None, template: Template = OWN_TEMPLATE
+) -> Any:
     """mlx-lm's wrapper of the tokenizer in `path`; its chat template is not run, so this may be
     called in any thread.
 
     Args:
         eos_token_ids: what ends an answer, where it is more than the tokenizer's own.
-        date: what its chat template sees as today, YYYY-MM-DD; empty means the clock.
+        template: what is changed about its chat template.
 
     Raises:
-        InputError: damaged files, or no chat template.
+        InputError: damaged files, no chat template, or an argument that it does not read.
     """
     check_directory(path)
+    text = template.text()
+    # said outright: left open, transformers asks at the terminal whether to run what it finds
+    options = {"trust_remote_code": False, **({} if text is None else {"chat_template": text})}
     try:
-        # said outright: left open, transformers asks at the terminal whether to run what it finds
-        no_code = {"trust_remote_code": False}
-        tokenizer = load_tokenizer(path, no_code, eos_token_ids=eos_token_ids)
+        tokenizer = load_tokenizer(path, options, eos_token_ids=eos_token_ids)
     except Exception as e:  # the tokenizers library raises plain exceptions for a damaged file
         raise InputError(f"{path}: cannot load the tokenizer: {one_line(e)}") from e
     if not tokenizer.has_chat_template:
         raise InputError(
             f"{path}/tokenizer_config.json: no chat template; use an instruction-tuned model, or "
-            "put one into chat_template.jinja beside it"
+            "give one with --chat-template, or put it into chat_template.jinja beside it"
         )
-    if date:
-        tokenizer.chat_template = pinned(tokenizer.chat_template, date)
+    tokenizer.chat_template = template.applied(tokenizer.chat_template)
     return tokenizer
 
 

@@ -37,6 +37,18 @@ def row_messages(place: str, row: dict[str, Any]) -> tuple[Message, ...]:
     return messages
 
 
+def with_system(place: str, messages: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """The conversation with this system message and no other; with none if it is empty.
+
+    Raises:
+        InputError: nothing else is in it.
+    """
+    others = tuple(m for m in messages if m["role"] not in ("system", "developer"))
+    if not others:
+        raise InputError(f"{place}: holds a system message alone, which --system-prompt replaces")
+    return ({"role": "system", "content": system}, *others) if system else others
+
+
 def _prompt(place: str, row: dict[str, Any]) -> tuple[str, Any]:
     """(field, value) of what holds the prompt."""
     given = [n for n in ("prompt", "messages") if row.get(n) is not None]

@@ -11,7 +11,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key, permutation
 from mlx_grpo.core.types import Prompt
 from mlx_grpo.data.chat import encoded, prompt_text
-from mlx_grpo.data.messages import Message, row_messages
+from mlx_grpo.data.messages import Message, row_messages, with_system
 from mlx_grpo.data.tables import Row, own_id, read_rows, row_number
 
 KNOWN = ("id", "prompt", "messages", "conversations", "response")
@@ -40,11 +40,15 @@ def load_prompts(
     return tokenize_prompts(path, read_prompts(path, columns), tokenizer, max_tokens)
 
 
-def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[PromptRow]:
+def read_prompts(
+    path: Path, columns: Mapping[str, str] | None = None, system: str | None = None
+) -> list[PromptRow]:
     """Read prompts without a tokenizer.
 
     Args:
         columns: what `prompt` and `response` are called in the file.
+        system: the system message of every prompt in place of the rows' own; an empty one removes
+            theirs, None keeps them.
 
     Raises:
         InputError: a bad row, or none.
@@ -55,6 +59,8 @@ def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[P
     rows = []
     for identifier, (place, row) in zip(_ids(found), found, strict=True):
         messages, response = row_messages(place, row), row.get("response")
+        if system is not None:
+            messages = with_system(place, messages, system)
         if response is not None and not (isinstance(response, str) and response.strip()):
             raise InputError(f"{place}: field 'response' must be a text that is not empty")
         fields = {k: v for k, v in row.items() if k not in KNOWN}

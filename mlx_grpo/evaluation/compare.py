@@ -139,9 +139,15 @@ def _evaluated(
 def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui: Console) -> None:
     """Warn if prompts that are compared on have chosen best/."""
     file, chose_file = config.evaluation.prompts, own.evaluation.prompts
-    judging = [r for r in read_prompts(Path(file), config.columns) if r.id in asked]
+    judging = [
+        r
+        for r in read_prompts(Path(file), config.columns, config.data.system_prompt)
+        if r.id in asked
+    ]
     try:
-        chose = read_prompts(Path(chose_file), own.columns)[: own.evaluation.limit or None]
+        chose = read_prompts(Path(chose_file), own.columns, own.data.system_prompt)[
+            : own.evaluation.limit or None
+        ]
     except InputError as e:
         ui.warn(f"cannot check whether these prompts chose best/: {e}")
         return

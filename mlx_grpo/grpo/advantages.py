@@ -15,21 +15,29 @@ import mlx.core as mx
 from mlx_grpo.core.padding import completion_arrays, rows_of, sampled_logps
 from mlx_grpo.core.types import Group, TrainingGroup
 
-AdvantageScale = Literal["none", "std"]
+AdvantageScale = Literal["none", "group", "batch", "std"]
 STD_EPSILON = 1e-4
 
 
-def group_advantages(rewards_PK: mx.array, scale: AdvantageScale = "none") -> mx.array:
-    """Advantages [P, K]: reward minus group mean, optionally divided by the group's deviation.
+def group_advantages(
+    rewards_PK: mx.array, scale: AdvantageScale = "none", batch_std: float = 1.0
+) -> mx.array:
+    """Advantages [P, K]: reward minus group mean, optionally divided by a deviation.
 
     Source: arXiv:2402.03300, section 4.1.2; `none` is Dr. GRPO's choice, arXiv:2503.20783, section
-    3.1. The standard deviation is the sample one (K - 1), as in TRL.
+    3.1; `batch` that of Lite PPO, arXiv:2508.08221. The standard deviation is the sample one
+    (K - 1), as in TRL.
+
+    Args:
+        batch_std: of all scores of the iteration, for `batch`.
     """
     centred_PK = rewards_PK - rewards_PK.mean(axis=-1, keepdims=True)
     # Equal rewards must give exact zeros: a group without a preference costs no update.
     equal_P1 = (rewards_PK == rewards_PK[:, :1]).all(axis=-1, keepdims=True)
     centred_PK = mx.where(equal_P1, 0.0, centred_PK)
-    if scale == "std":
+    if scale == "batch":
+        centred_PK = centred_PK / (batch_std + STD_EPSILON)
+    if scale in ("group", "std"):
         ddof = 1 if rewards_PK.shape[-1] > 1 else 0
         centred_PK = centred_PK / (
             mx.std(rewards_PK, axis=-1, keepdims=True, ddof=ddof) + STD_EPSILON
@@ -62,6 +70,7 @@ def training_group(
     rows: Sequence[int],
     shaped_scores: Sequence[float],
     scale: AdvantageScale = "none",
+    batch_std: float = 1.0,
 ) -> TrainingGroup:
     """Completions of a group with their advantages over one another.
 
@@ -69,6 +78,7 @@ def training_group(
         position: of the group in the iteration.
         rows: which completions.
         shaped_scores: of these, as they are compared.
+        batch_std: see `group_advantages`.
     """
     chosen = [group.completions[i] for i in rows]
     tokens_KT, mask_KT = completion_arrays(chosen)
@@ -78,7 +88,7 @@ def training_group(
         tokens_KT=tokens_KT,
         mask_KT=mask_KT,
         sampled_logp_KT=sampled_logps(chosen),
-        advantages_K=group_advantages(mx.array([list(shaped_scores)]), scale)[0],
+        advantages_K=group_advantages(mx.array([list(shaped_scores)]), scale, batch_std)[0],
     )
 
 

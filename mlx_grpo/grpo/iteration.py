@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import pstdev
+from itertools import chain
+from statistics import pstdev, stdev
 from typing import Any
 
 from mlx_grpo.console.output import Console
@@ -17,7 +18,13 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group, TrainingGroup
 from mlx_grpo.distributed.gather import all_groups, all_rewards
 from mlx_grpo.grpo.advantages import is_dead, learned_from, rows_that_teach, training_group
-from mlx_grpo.grpo.learner import Learner, sampling, target_at, update_settings
+from mlx_grpo.grpo.learner import (
+    Learner,
+    learning_rate_at,
+    sampling,
+    target_at,
+    update_settings,
+)
 from mlx_grpo.grpo.metrics import (
     Clock,
     iteration_metrics,
@@ -31,6 +38,7 @@ from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import update
 from mlx_grpo.models.lora import scale_adapter
 from mlx_grpo.models.merging import merged_for_rollout
+from mlx_grpo.rewards.decoupled import decoupled_scores
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ def iterate(
         check_finite("reward", dict(enumerate(raw_PK)))
         normalizer = state.normalizer.observe([r for row in raw_PK for r in row])
         scores_PK = [[normalizer(r) for r in row] for row in raw_PK]
+        if config.reward.multi_objective_aggregation == "normalize_then_sum":
+            scores_PK = decoupled_scores(by_source, learner.evaluator.rewards.weights, k)
         with stage("logprob"), ranks.failing_together():
             measured = measured_rows(
                 config.run.seed, state.iteration, len(groups), k, config.kl.measured_share
@@ -94,7 +104,8 @@ def iterate(
             k1 = {p: list(kl.k1.values()) for p, kl in zip(positions, kls, strict=True)}
             check_finite("logprob", k1)
         with stage("update"):
-            learner.optimizer.learning_rate = state.controller.learning_rate
+            rate = learning_rate_at(config, state)
+            learner.optimizer.learning_rate = rate
             training = _advantages(learner, state, groups, scores_PK, kls)
             settings = update_settings(config, target, learner.choice)
             stats = update(roles.actor, learner.optimizer, training, settings, safe_point, ranks)
@@ -113,6 +124,7 @@ def iterate(
     )
     metrics = {
         **iteration_metrics(state, groups, raw_PK, by_source, kl, dead, stats, target),
+        "learning_rate": rate,
         "kl/decay": controller.decay,
         **clock.iteration_metrics(sampled_tokens(groups), stats.tokens),
     }
@@ -135,14 +147,14 @@ def _advantages(
 ) -> list[TrainingGroup]:
     """The completions that teach most, of the groups of this rank's share, with advantages."""
     config, beta = learner.config, state.controller.penalty
+    scale, batch_std = config.reward.scale_advantages, stdev(chain.from_iterable(scores_PK))
     positions = range(len(groups))[learner.ranks.share]
     training = []
     for position, kl in zip(positions, kls, strict=True):
         scores_K = scores_PK[position]
         rows = rows_that_teach(scores_K, config.optimizer.update_rows)
         shaped = [scores_K[i] - (beta * kl.k1[i] if beta else 0.0) for i in rows]
-        scale = config.reward.scale_advantages
-        group = training_group(position, groups[position], rows, shaped, scale)
+        group = training_group(position, groups[position], rows, shaped, scale, batch_std)
         if config.optimizer.truncated == "mask":
             ended = [groups[position].completions[i].finish_reason == "stop" for i in rows]
             group = learned_from(group, [i for i, whole in enumerate(ended) if whole])

@@ -13,6 +13,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.kl_controller import KLController, kl_target
 from mlx_grpo.grpo.loss import Clip
+from mlx_grpo.grpo.lr_schedule import rate_factor
 from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateSettings
@@ -78,6 +79,15 @@ def target_at(config: TrainConfig, iteration: int) -> float:
     """KL target of an iteration, counted from 0."""
     kl = config.kl
     return kl_target(iteration, config.run.num_iterations, kl.schedule, kl.targets, kl.phases)
+
+
+def learning_rate_at(config: TrainConfig, state: RunState) -> float:
+    """Learning rate of the next iteration: what the controller says, times the schedule."""
+    o = config.optimizer
+    factor = rate_factor(
+        state.iteration, config.run.num_iterations, o.lr_scheduler_type, o.warmup_ratio
+    )
+    return state.controller.learning_rate * factor
 
 
 def update_settings(config: TrainConfig, target: float, choice: Choice) -> UpdateSettings:

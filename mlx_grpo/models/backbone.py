@@ -13,7 +13,13 @@ from mlx.utils import tree_flatten
 
 from mlx_grpo.backend.precision import Precision, apply_precision, choose_precision
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.data.chat import check_template, read_chat_tokenizer, stop_at_end_of_turn
+from mlx_grpo.data.chat import (
+    OWN_TEMPLATE,
+    check_template,
+    read_chat_tokenizer,
+    stop_at_end_of_turn,
+)
+from mlx_grpo.data.template import Template
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.block_calls import States
 from mlx_grpo.models.check import check_decoder
@@ -57,11 +63,13 @@ class Backbone:
         return load_unchanged(self.path, self.stamps)
 
 
-def load_backbone(path: Path, precision: Precision | None = None, date: str = "") -> Backbone:
+def load_backbone(
+    path: Path, precision: Precision | None = None, template: Template = OWN_TEMPLATE
+) -> Backbone:
     """Load an mlx-lm directory, frozen and in the form of the compute precision.
 
     Args:
-        date: what the chat template sees as today, YYYY-MM-DD; empty means the clock.
+        template: what is changed about the chat template.
 
     Raises:
         InputError: no such directory, damaged or unreadable weights, a tokenizer without a chat
@@ -73,10 +81,10 @@ def load_backbone(path: Path, precision: Precision | None = None, date: str = ""
     model, config = load_lazily(path)
     precision = precision or choose_precision(parameter_count(path))
     with ThreadPoolExecutor(1) as beside:  # Python's work beside that of MLX, which waits for files
-        reading = beside.submit(read_chat_tokenizer, path, config.get("eos_token_id"), date)
+        reading = beside.submit(read_chat_tokenizer, path, config.get("eos_token_id"), template)
         _in_form(model, precision)
         tokenizer = reading.result()
-    check_template(path, tokenizer)
+    check_template(Path(template.file or path), tokenizer)
     check_decoder(Decoder(model))
     try:
         note = stop_at_end_of_turn(tokenizer)

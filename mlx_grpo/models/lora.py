@@ -11,6 +11,7 @@ one, which adds nothing, and `expert_rank` beside `rank` says what is real.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.backbone import share
-from mlx_grpo.models.lora_targets import EXPERTS, lora_keys
+from mlx_grpo.models.lora_targets import EXPERTS, lora_keys, targeted
 
 
 class AddmmLoRALinear(LoRALinear):
@@ -68,6 +69,7 @@ def add_lora(
     seed: int,
     blocks: int = 0,
     expert_rank: int = 0,
+    targets: Sequence[str] = (),
 ) -> nn.Module:
     """A tree that shares the arrays of `model` and has fresh fp32 LoRA layers; the draw depends on
     seed and layer name.
@@ -75,9 +77,13 @@ def add_lora(
     Args:
         blocks: how many of the last blocks get a LoRA; 0 means all.
         expert_rank: of the LoRA on each expert of a mixture; 0 leaves experts without.
+        targets: which layers, see `targeted`; empty means all.
+
+    Raises:
+        InputError: a target that the model does not have.
     """
     parameters = {"rank": rank, "expert_rank": expert_rank, "scale": scale, "dropout": 0.0}
-    adapted = with_lora_modules(model, blocks or len(model.layers), parameters)
+    adapted = with_lora_modules(model, blocks or len(model.layers), parameters, targets)
     fresh: Parameters = {}
     for name, module in lora_modules(adapted):
         for leaf, value in tree_flatten(module.trainable_parameters()):
@@ -93,18 +99,21 @@ def add_lora(
     return adapted
 
 
-def with_lora_modules(model: nn.Module, blocks: int, parameters: dict[str, Any]) -> nn.Module:
+def with_lora_modules(
+    model: nn.Module, blocks: int, parameters: dict[str, Any], targets: Sequence[str] = ()
+) -> nn.Module:
     """A tree that shares the arrays of `model` and has LoRA layers, their values still to be set.
 
     Args:
         blocks: how many of the last blocks, at least 1.
-        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer, and experts where
-            `expert_rank` is not 0. It and `linear_rank` are those of `rank` where they are missing.
+        parameters: mlx-lm's `lora_parameters`; without `keys` every linear layer or those of
+            `targets`, and experts where `expert_rank` is not 0. It and `linear_rank` are those of
+            `rank` where they are missing.
     """
     adapted = share(model)
     adapted.freeze()
     linear_rank, expert_rank = (parameters.get(n, parameters["rank"]) for n in OWN_RANKS)
-    keys = parameters.get("keys") or lora_keys(adapted, experts=expert_rank > 0)
+    keys = parameters.get("keys") or targeted(lora_keys(adapted, expert_rank > 0), targets)
     modules = [m for block in adapted.layers for m in block.named_modules()]
     experts = {name for name, module in modules if isinstance(module, EXPERTS)}
     for rank, own in ((linear_rank, set(keys) - experts), (expert_rank, set(keys) & experts)):
@@ -160,6 +169,7 @@ def save_adapter(directory: Path, model: nn.Module, dtype: mx.Dtype | None = Non
         directory / "adapter_config.json",
         {
             "fine_tune_type": "lora",
+            # mlx-lm adapts the last ones, so from the first that has a LoRA to the end
             "num_layers": len(model.layers) - min(i for i, _ in places),
             "lora_parameters": {
                 "rank": max(ranks.values()),

@@ -8,6 +8,7 @@ switch layers). Frozen stay:
 - multi-head latent projections (mlx-lm's MultiLinear), for which mlx-lm has no LoRA.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.backbone import share
 from mlx_grpo.models.families import gemma3n
 
@@ -84,13 +86,32 @@ def lora_keys(model: nn.Module, experts: bool = True) -> list[str]:
     )
 
 
-def adapted_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of all blocks that get a LoRA, experts among them."""
+def targeted(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Those of a block's layers that a target names, whole (`self_attn.q_proj`) or by its
+    last parts (`q_proj`), as PEFT's `target_modules` do; all of them if there are no targets.
+
+    Raises:
+        InputError: a target that names none.
+    """
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+            raise InputError(f"--lora-target-modules: no layer '{target}'; this model has {known}")
+    return [n for n in names if not targets or any(f".{n}".endswith(f".{t}") for t in targets)]
+
+
+def adapted_layers(model: nn.Module, targets: Sequence[str] = ()) -> list[nn.Module]:
+    """The layers of all blocks that get a LoRA, experts among them; those of `targets` if given.
+
+    Raises:
+        InputError: a target that names none.
+    """
+    keys = targeted(lora_keys(model), targets)
     return [
         module
         for block in model.layers
         for name, module in block.named_modules()
-        if isinstance(module, (*LINEAR, *EXPERTS)) and not _routes(name, module, block)
+        if name in keys and isinstance(module, (*LINEAR, *EXPERTS))
     ]
 
 

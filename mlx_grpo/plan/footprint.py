@@ -1,6 +1,7 @@
 """Sizes of a model from its shapes alone: modules are built, no weight is read."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Footprint:
     block_weights: int
     """Of all linear layers of all blocks."""
     lora_width: int
-    """Inputs plus outputs of all linear layers of all blocks: values per rank of a LoRA."""
+    """Inputs plus outputs of all linear layers with a LoRA: values per rank, of all blocks."""
     cache_values: int
     """Keys and values of one token in all blocks."""
     embedding_bytes: int
@@ -88,16 +89,19 @@ class Footprint:
         return rank * self.lora_width + experts
 
 
-def footprint(path: Path) -> Footprint:
+def footprint(path: Path, targets: Sequence[str] = ()) -> Footprint:
     """Of a model directory, from its configuration and headers.
+
+    Args:
+        targets: the linear layers that get a LoRA, see `targeted`; empty means all.
 
     Raises:
         InputError: no model there, or one that cannot be loaded.
     """
-    return footprint_of(load_lazily(path)[0], parameter_count(path))
+    return footprint_of(load_lazily(path)[0], parameter_count(path), targets)
 
 
-def footprint_of(model: nn.Module, parameters: int) -> Footprint:
+def footprint_of(model: nn.Module, parameters: int, targets: Sequence[str] = ()) -> Footprint:
     """Of a model whose weights need not be evaluated: shapes cost no arithmetic.
 
     Raises:
@@ -111,6 +115,7 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
     hidden, embedding_bytes = _embedding(model)
     linears = [m for block in model.layers for m in _of_kind(block, (*LINEAR, *LATENT))]
     experts = [m for block in model.layers for m in _of_kind(block, EXPERTS)]
+    adapted = adapted_layers(model, targets)
     active = chosen / max((m.num_experts for m in experts), default=1)
     return Footprint(
         parameters=parameters,
@@ -125,11 +130,13 @@ def footprint_of(model: nn.Module, parameters: int) -> Footprint:
         vocabulary=states.vocabulary,
         block_weights=sum(map(weight_count, linears))
         + int(active * sum(map(weight_count, experts))),
-        lora_width=sum(sum(_shape(m)) for m in adapted_layers(model) if isinstance(m, LINEAR)),
+        lora_width=sum(sum(_shape(m)) for m in adapted if isinstance(m, LINEAR)),
         cache_values=states.per_token,
         embedding_bytes=embedding_bytes,
         packed_block_bytes=sum(map(_packed_bytes, [*linears, *experts])),
-        expert_lora_width=sum(m.num_experts * sum(_shape(m)) for m in experts),
+        expert_lora_width=sum(
+            m.num_experts * sum(_shape(m)) for m in adapted if isinstance(m, EXPERTS)
+        ),
         active_experts=active,
         state_values=states.fixed,
         scan_values=states.scan,

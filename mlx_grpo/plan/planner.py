@@ -113,9 +113,8 @@ def planner_for(config: TrainConfig, here: bool = True, ranks: int = 1) -> Plann
     Raises:
         InputError: a model is missing or cannot be loaded.
     """
-    return Planner(
-        config, footprint(Path(config.model.actor)), reward_footprint(config), here, ranks
-    )
+    model = footprint(Path(config.model.actor), config.model.lora_target_modules)
+    return Planner(config, model, reward_footprint(config), here, ranks)
 
 
 def reward_footprint(config: TrainConfig) -> RewardFootprint:

@@ -13,6 +13,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
 from mlx_grpo.data.chat import answer_tokens, end_of_turn, load_chat_tokenizer, prompt_tokens
 from mlx_grpo.data.pairs import PairRow, read_pairs, told
+from mlx_grpo.data.template import Template
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model, reward_config
 from mlx_grpo.reward_modeling.quality import (
@@ -87,7 +88,11 @@ def evaluate_rm(
     skipped = Counter(row.unusable for row in rows if row.unusable)
     date = (config.get("training") or {}).get("template_date", "")
     limit_memory(recommended_memory(), 0)
-    backbone = load_backbone(actor, date=date) if actor and config["kind"] == "adapter" else None
+    backbone = (
+        load_backbone(actor, template=Template(date))
+        if actor and config["kind"] == "adapter"
+        else None
+    )
     model = load_reward_model(rm, backbone, date=date)
     tokenizer = backbone.tokenizer if backbone else load_chat_tokenizer(rm, date=date)
     asked: dict[str, list[PairRow]] = {}

@@ -37,6 +37,7 @@ from mlx_grpo.data.pairs import (
     told,
 )
 from mlx_grpo.data.tables import digest
+from mlx_grpo.data.template import Template
 from mlx_grpo.files.atomic import atomic_directory, write_json, write_text
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.files.safetensors import save_arrays
@@ -186,7 +187,7 @@ def _load(config: RewardTrainConfig) -> Backbone:
     path = Path(config.model)
     limit_memory(recommended_memory(), 0)
     precision = choose_precision(parameter_count(path), asked(config.precision, config.weights))
-    return load_backbone(path, precision, config.template_date)
+    return load_backbone(path, precision, Template(config.template_date))
 
 
 def _counted(groups: Sequence[PairGroup]) -> str:

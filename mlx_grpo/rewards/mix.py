@@ -59,6 +59,12 @@ class RewardMix:
             yield reward.name, reward.weight, reward(group, safe_point)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of the sources that count, by name."""
+        model = {"reward_model": self.model_weight} if self.model else {}
+        return {n: w for n, w in {**model, **{r.name: r.weight for r in self.custom}}.items() if w}
+
+    @property
     def at_once(self) -> bool:
         """Whether scoring all groups in one call is far cheaper than one by one."""
         return isinstance(self.model, StreamedRewardModel)

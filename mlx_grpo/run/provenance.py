@@ -18,7 +18,7 @@ from mlx_grpo.config.settings import (
     flat_values,
 )
 from mlx_grpo.data.tables import digest
-from mlx_grpo.files.manifest import directory_digest
+from mlx_grpo.files.manifest import directory_digest, sha256
 from mlx_grpo.rewards.functions import CustomReward
 
 
@@ -30,12 +30,14 @@ def versions() -> dict[str, str]:
 def input_digests(config: TrainConfig, custom: Sequence[CustomReward]) -> dict[str, str]:
     """sha256 of every input, by the flag that names it."""
     rm = "none" if config.reward.model == "none" else directory_digest(Path(config.reward.model))
+    template = config.model.chat_template
     return {
         "--prompts": digest(Path(config.data.prompts)),
         "--eval-prompts": digest(Path(config.evaluation.prompts)),
         "--actor-model": directory_digest(Path(config.model.actor)),
         "--rm-model": rm,
         **{f"--test-prompts {n}": digest(Path(p)) for n, p in config.evaluation.test_names.items()},
+        **({"--chat-template": sha256(Path(template))} if template else {}),
         **{f"--reward {r.name}": found for r in custom if (found := r.digest())},
     }
 

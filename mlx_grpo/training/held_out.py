@@ -33,8 +33,8 @@ def read_tests(
     chose_file, limit = config.evaluation.prompts, config.evaluation.limit or None
     found = {}
     for name, file in config.evaluation.test_names.items():
-        rows = found[name] = read_prompts(Path(file), config.columns)
-        chose = read_prompts(Path(chose_file), config.columns)[:limit]
+        rows = found[name] = read_prompts(Path(file), config.columns, config.data.system_prompt)
+        chose = read_prompts(Path(chose_file), config.columns, config.data.system_prompt)[:limit]
         for warning in (
             *leak_warnings(config.data.prompts, trained, file, rows),
             *chosen_by_warnings(file, rows, chose_file, chose),

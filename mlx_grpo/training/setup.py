@@ -14,6 +14,7 @@ from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.prompts import PromptRow, read_prompts
+from mlx_grpo.data.template import Template
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.learner import Learner
@@ -85,16 +86,22 @@ def load_models(config: TrainConfig, plan: Plan) -> FrozenModels:
 
 def load_policy(config: TrainConfig, precision: Precision) -> Backbone:
     """The SFT model; in bf16 where it was not asked for in fp16 and would leave fp16's range."""
-    path, date = Path(config.model.actor), config.model.template_date
-    backbone = load_backbone(path, precision, date)
+    path, template = Path(config.model.actor), template_of(config)
+    backbone = load_backbone(path, precision, template)
     if precision.dtype != mx.float16 or (most := largest_state(backbone)) < SAFE_IN_FP16:
         return backbone
     told = f"{path}: a state between its blocks reaches {most:.0f} of the 65504 that fp16 holds"
     if asked_in(config).dtype == "fp16":
         return replace(backbone, note=f"{told}; --precision bf16 has room")
     del backbone  # not both at once
-    backbone = load_backbone(path, replace(precision, dtype=mx.bfloat16), date)
+    backbone = load_backbone(path, replace(precision, dtype=mx.bfloat16), template)
     return replace(backbone, note=f"{told}, so it computes in bf16")
+
+
+def template_of(config: TrainConfig) -> Template:
+    """What a run changes about the SFT model's chat template."""
+    model = config.model
+    return Template(model.template_date, model.chat_template, model.chat_template_kwargs)
 
 
 class SharedModels:
@@ -102,11 +109,11 @@ class SharedModels:
     models and plan are the same."""
 
     def __init__(self) -> None:
-        self._of: tuple[str, str, str, Plan] | None = None
+        self._of: tuple[str, str, Template, Plan] | None = None
         self._weights: FrozenModels | None = None
 
     def __call__(self, config: TrainConfig, plan: Plan) -> FrozenModels:
-        wanted = (config.model.actor, config.reward.model, config.model.template_date, plan)
+        wanted = (config.model.actor, config.reward.model, template_of(config), plan)
         if self._weights is None or self._of != wanted:
             self._weights = None  # not both at once
             self._of, self._weights = wanted, load_models(config, plan)
@@ -146,6 +153,7 @@ def load_learner(
         plan.choice.sizes,
         config.model.lora_layers,
         config.model.expert_lora_rank,
+        config.model.lora_target_modules,
     )
     roles = Roles(backbone, actor, evaluator.reference)
     optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
@@ -176,7 +184,8 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
-    rows = read_prompts(Path(config.evaluation.prompts), config.columns)
+    system = config.data.system_prompt
+    rows = read_prompts(Path(config.evaluation.prompts), config.columns, system)
     warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
     plan = plan or planner_for(config).plan()
     weights = load(config, plan)
@@ -236,7 +245,8 @@ def without_given(config: TrainConfig) -> TrainConfig:
 
 def training_rows(config: TrainConfig) -> list[PromptRow]:
     """The rows of the training prompts, by the run's own column."""
-    return read_prompts(Path(config.data.prompts), {"prompt": config.data.prompt_column})
+    columns = {"prompt": config.data.prompt_column}
+    return read_prompts(Path(config.data.prompts), columns, config.data.system_prompt)
 
 
 def provenance_of(learner: Learner) -> dict[str, Any]:

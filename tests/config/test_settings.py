@@ -286,3 +286,52 @@ def test_flat_names_are_unique_and_every_section_is_a_table() -> None:
     assert [line for line in to_toml(TrainConfig()).splitlines() if line.startswith("[")] == [
         f"[{name}]" for name in sections
     ]
+
+
+def test_alpha_sets_the_scale_as_alpha_by_rank() -> None:
+    model = build_config(flags={"lora_alpha": "48", "lora_rank": "8"}).model
+    assert (model.lora_scale, model.lora_alpha) == (6.0, 48.0)
+
+
+def test_alpha_and_a_scale_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InputError, match=r"--lora-scale: must be 6, which is --lora-alpha / --lor"):
+        build_config(flags={"lora_alpha": 48, "lora_rank": 8, "lora_scale": 2})
+    with pytest.raises(InputError, match="--lora-scale: must be 3"):
+        check(train_config(lora_alpha=48.0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "chat_template_kwargs = '{\"enable_thinking\": true}'",
+        "chat_template_kwargs = {enable_thinking = true}",
+        "[model]\nchat_template_kwargs = {enable_thinking = true}",
+        "[model.chat-template-kwargs]\nenable_thinking = true",
+    ],
+)
+def test_arguments_of_the_template_are_json_or_a_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.toml").write_text(text + "\n")
+    found = build_config(tmp_path / "run.toml").model.chat_template_kwargs
+    assert found == '{"enable_thinking": true}'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "true", '{"a": NaN}', "'x'"])
+def test_arguments_of_the_template_that_are_no_json_object_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--chat-template-kwargs: must be a JSON object"):
+        build_config(flags={"chat_template_kwargs": text})
+
+
+@pytest.mark.parametrize("system", [None, "", "Answer in verse."])
+def test_no_system_prompt_an_empty_one_and_a_text_survive_the_file(
+    tmp_path: Path, system: str | None
+) -> None:
+    config = train_config(system_prompt=system)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert build_config(tmp_path / "run.toml") == config
+
+
+def test_rewards_that_are_normalised_each_are_not_scaled_again() -> None:
+    gdpo = {"multi_objective_aggregation": "normalize_then_sum"}
+    assert build_config(flags=gdpo)
+    with pytest.raises(InputError, match="--scale-advantages: must be none with --multi-obj"):
+        build_config(flags={**gdpo, "scale_advantages": "group"})

@@ -323,3 +323,25 @@ def test_a_text_with_a_lone_surrogate_is_refused_however_it_is_spelled(tmp_path:
         path.write_text(f'{{"prompt": "a {escape}"}}\n')
         with pytest.raises(InputError, match=r"p\.jsonl:1: .* stands alone"):
             list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("system", "roles"),
+    [(None, ["system", "user"]), ("", ["user"]), ("Be kind.", ["system", "user"])],
+)
+def test_a_forced_system_prompt_replaces_the_rows_own(
+    tmp_path: Path, system: str | None, roles: list[str]
+) -> None:
+    row = {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "why"}]}
+    plain = {"prompt": "how"}
+    path = write_jsonl(tmp_path / "p.jsonl", [row, plain])
+    first, second = (r.messages for r in prompts.read_prompts(path, system=system))
+    assert [m["role"] for m in first] == roles
+    assert first[0]["content"] == {None: "own", "": "why"}.get(system, system)
+    assert [m["content"] for m in second] == ([system, "how"] if system else ["how"])
+
+
+def test_a_row_that_is_a_system_message_alone_has_nothing_left_to_ask(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "system", "content": "own"}]}
+    with pytest.raises(InputError, match=r"p\.jsonl:1: holds a system message alone"):
+        prompts.read_prompts(write_jsonl(tmp_path / "p.jsonl", [row]), system="")

@@ -50,3 +50,17 @@ def test_advantages_divide_by_the_deviation_only_when_asked() -> None:
     rewards_PK = mx.array([[1.0, 2.0, 3.0]])
     assert group_advantages(rewards_PK).tolist() == [[-1.0, 0.0, 1.0]]
     assert group_advantages(rewards_PK, "std").tolist()[0] == pytest.approx([-1, 0, 1], abs=1e-3)
+
+
+def test_advantages_divide_by_the_deviation_of_the_batch_when_asked() -> None:
+    rewards_PK = mx.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    found = group_advantages(rewards_PK, "batch", batch_std=4.0)
+    assert found.tolist()[0] == pytest.approx([-0.25, 0, 0.25], abs=1e-4)
+    assert found.tolist()[1] == [0, 0, 0]
+
+
+def test_group_is_the_name_of_what_std_was() -> None:
+    rewards_PK = mx.array([SCORES])
+    assert mx.array_equal(
+        group_advantages(rewards_PK, "group"), group_advantages(rewards_PK, "std")
+    )

@@ -207,3 +207,31 @@ def test_scaling_an_adapter_scales_what_it_adds(backbone: Backbone) -> None:
     scale_adapter(actor, 0.25)
     assert mx.allclose(layers[1](x) - layers[0](x), 0.25 * added, atol=1e-5).item()
     assert mx.abs(added).max().item() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (("q_proj", "v_proj"), {"self_attn.q_proj", "self_attn.v_proj"}),
+        (("mlp.up_proj",), {"mlp.up_proj"}),
+        (("mlp.up_proj", "up_proj"), {"mlp.up_proj"}),
+    ],
+)
+def test_a_lora_on_named_layers_alone_is_saved_and_loaded(
+    backbone: Backbone, tmp_path: Path, targets: tuple[str, ...], names: set[str]
+) -> None:
+    actor = add_lora(backbone.model, RANK, SCALE, seed=1, targets=targets)
+    adapted = {n.split(".", 3)[3].rpartition(".")[0] for n in lora_parameters(actor)}
+    assert adapted == names
+    save_adapter(tmp_path / "a", actor)
+    assert lora_parameters(load_adapter(backbone.model, tmp_path / "a")).keys() == (
+        lora_parameters(actor).keys()
+    )
+
+
+@pytest.mark.parametrize("target", ["proj", "q_pro", "layers.0.self_attn.q_proj"])
+def test_a_target_that_is_no_layer_is_refused_with_those_that_are(
+    backbone: Backbone, target: str
+) -> None:
+    with pytest.raises(InputError, match=rf"--lora-target-modules: no layer '{target}'.*q_proj"):
+        add_lora(backbone.model, RANK, SCALE, seed=1, targets=("v_proj", target))

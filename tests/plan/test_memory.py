@@ -179,3 +179,9 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="--memory-limit"):
         parse_bytes(text)
+
+
+def test_a_footprint_counts_the_layers_with_a_lora_alone(sft: Path) -> None:
+    found, model = footprint(sft, ("v_proj",)), load_backbone(sft).model
+    adapter = lora_parameters(add_lora(model, rank=4, scale=2.0, seed=0, targets=("v_proj",)))
+    assert found.lora_bytes(4) == sum(v.nbytes for v in adapter.values())
