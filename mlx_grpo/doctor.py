@@ -29,7 +29,7 @@ from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.directory import load_lazily, parameter_count, weight_files
 from mlx_grpo.models.reward_model import REWARD_CONFIG, check_fingerprint
-from mlx_grpo.models.trainable import family
+from mlx_grpo.models.stand_ins import family
 from mlx_grpo.plan.devices import seconds_of
 from mlx_grpo.plan.footprint import footprint_of
 
