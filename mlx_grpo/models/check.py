@@ -42,6 +42,20 @@ def check_decoder(decoder: Decoder) -> None:
             )
 
 
+def check_batches(decoder: Decoder) -> None:
+    """Look whether a model takes prompts of different length together, as a rollout gives them to
+    it; lazily, so that no weight is read.
+
+    Raises:
+        InputError: it does not; names its family.
+    """
+    tokens_KL = mx.zeros((ROWS, PROMPT + COMPLETION), mx.int32)
+    try:
+        _of_rollout(decoder, tokens_KL, mx.zeros((ROWS, PROMPT + COMPLETION, decoder.vocabulary)))
+    except Exception as e:  # whatever a model's own code raises
+        raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+
+
 def _differences(decoder: Decoder) -> dict[str, float]:
     """Of what the two ways give; nothing where the model's own values are not finite."""
     shape = (ROWS, PROMPT + COMPLETION)

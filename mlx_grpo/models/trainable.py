@@ -2,6 +2,7 @@
 
 import mlx.nn as nn
 
+from mlx_grpo.models.check import check_batches
 from mlx_grpo.models.decoder import Decoder
 
 
@@ -11,4 +12,4 @@ def check_trainable(model: nn.Module) -> None:
     Raises:
         InputError: it cannot be taken apart; with the name of its family.
     """
-    Decoder(model)
+    check_batches(Decoder(model))

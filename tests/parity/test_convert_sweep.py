@@ -49,7 +49,9 @@ REFUSALS = {
     "this architecture cannot be trained here": (
         "gemma2 no softcap",
         "gemma3_text layer_types",
+        "llama dynamic",
     ),
+    "mlx-lm does not compute scale_attn_by_inverse_layer_idx True": ("gpt2 inverse layer idx",),
     "mlx-lm does not compute final_logit_softcapping 5.0 for": ("gemma3_text softcap",),
     "mlx-lm does not compute use_bidirectional_attention True for": ("gemma3_text bidirectional",),
     "tensor 'lm_head.bias' is missing": ("phimoe",),
