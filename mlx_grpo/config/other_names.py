@@ -25,6 +25,8 @@ OTHER_NAMES = {
         *("max_new_tokens", "max_tokens", "max_response_length", "generate_max_len"),
         "response_length",
     ),
+    "environment": ("environment_factory", "env"),
+    "max_tool_calling_iterations": ("max_turns", "max_tool_calls"),
     "max_grad_norm": ("grad_clip", "max_norm"),
     "max_prompt_length": ("prompt_max_len", "max_seq_length"),
     "minibatch_size": (
@@ -48,6 +50,7 @@ NOTES = {
     "lora_scale": "which is alpha / rank",
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
+    "max_tool_calling_iterations": "which counts answers of tools, one less than turns",
     "batch_size": "which counts prompts per rollout",
 }
 

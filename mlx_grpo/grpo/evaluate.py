@@ -17,6 +17,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.reference import kl_to_reference, mean_kl
 from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.merging import merged_for_rollout
@@ -72,6 +73,8 @@ class Evaluator:
     rewards: RewardMix
     sampling: Sampling
     seed: int
+    acting: Acting | None = None
+    """Environments that answer the policy, in training too."""
 
     def __call__(
         self,
@@ -98,6 +101,7 @@ class Evaluator:
                 on_token=writing("held-out answers", self.sampling, after_each),
                 safe_point=safe_point,
                 share=ranks.share,
+                acting=self.acting,
             )
         groups = all_groups(ranks, mine, self.prompts)
         found: Rewards = ([], {})
@@ -114,7 +118,7 @@ class Evaluator:
             reward=sum(flat) / len(flat),
             kl=0.0 if policy is self.reference else self._kl(mine, after_each, ranks),
             perplexity=perplexity(policy, self.prompts, self.answers, after_each, ranks),
-            mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
+            mean_length=sum(c.model_tokens for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=tuple(flat),
             groups=tuple(groups),

@@ -16,10 +16,13 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Group, Prompt
 from mlx_grpo.data.leaks import leak_warnings
 from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
+from mlx_grpo.data.tools import tools_for
 from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.files.manifest import sha256
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
 from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone, largest_state, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import check_length
@@ -30,10 +33,12 @@ from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_stre
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
 from mlx_grpo.plan.planner import asked_in, planner_for, precision_of
 from mlx_grpo.plan.tables import check_fits
+from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.rewards.functions import (
     PYTHON,
     CustomReward,
     UserFunction,
+    environment_reward,
     given_reward,
     load_reward,
 )
@@ -130,7 +135,8 @@ def load_learner(
     rows = training_rows(config)  # before the weights: a bad row is found at once
     evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
     backbone = evaluator.backbone
-    prompts = _prompts(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
+    limit = config.data.max_prompt_length
+    prompts = _prompts(config.data.prompts, rows, backbone, limit, ui, evaluator.acting)
     actor = new_actor(
         backbone,
         config.model.lora_rank,
@@ -162,6 +168,9 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
+    environments = _environments(config, ui)
+    if environments and environments.rewards:
+        custom = (environment_reward(environments), *custom)
     rows = read_prompts(Path(config.evaluation.prompts), config.columns)
     _warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
     plan = plan or planner_for(config).plan()
@@ -171,8 +180,12 @@ def load_evaluator(
         ui.warn(backbone.note)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     check_length(backbone.path, backbone.config, longest)
+    acting = None
+    if environments:
+        tools = tools_for(backbone.tokenizer, environments.tools)
+        acting = Acting(environments, tools, config.rollout.max_tool_calling_iterations)
     held_out = _prompts(
-        config.evaluation.prompts, rows, backbone, config.data.max_prompt_length, ui
+        config.evaluation.prompts, rows, backbone, config.data.max_prompt_length, ui, acting
     )
     one_each = sampling(config, 1, plan.choice)
 
@@ -195,10 +208,17 @@ def load_evaluator(
         reference=Decoder(backbone.model, plan.choice.sizes),
         prompts=tuple(prompts),
         answers=reference_answers(backbone.tokenizer, prompts, ask),
-        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom),
+        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom, environments),
         sampling=one_each,
         seed=config.run.seed,
+        acting=acting,
     )
+
+
+def _environments(config: TrainConfig, ui: Console) -> Environments | None:
+    if not config.rollout.environment:
+        return None
+    return Environments(config.rollout.environment, config.rollout.tool_timeout, ui.relay)
 
 
 def _custom_rewards(
@@ -258,7 +278,12 @@ def _warn_of_leaks(
 
 
 def _prompts(
-    file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
+    file: str,
+    rows: Sequence[PromptRow],
+    backbone: Backbone,
+    limit: int,
+    ui: Console,
+    acting: Acting | None = None,
 ) -> list[Prompt]:
     prompts, too_long = tokenize_prompts(
         Path(file),
@@ -266,6 +291,7 @@ def _prompts(
         backbone.tokenizer,
         limit,
         partial(ui.progress, f"tokenizing {file}"),
+        acting.tools if acting else None,
     )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")
@@ -275,5 +301,8 @@ def _prompts(
 def provenance_of(learner: Learner) -> dict[str, Any]:
     """What the run's numbers come from, see `provenance.recorded`."""
     digests = input_digests(learner.config, learner.evaluator.rewards.custom)
+    environments = learner.evaluator.rewards.environments
+    if environments and environments.file:
+        digests["--environment"] = sha256(Path(environments.file))
     held = str(learner.roles.backbone.precision)
     return recorded(learner.config, digests, held, learner.ranks.size)
