@@ -47,6 +47,25 @@ class Counter:
         return float(self.total)
 
 
+class Adder:
+    """Adds up what the model gives it, and a random number."""
+
+    def reset(self, **row: object) -> None:
+        self.total = random.randint(0, 9)
+
+    def add(self, number: int) -> str:
+        """Add.
+
+        Args:
+            number: it
+        """
+        self.total += number + random.randint(0, 9)
+        return str(self.total)
+
+    def reward(self) -> float:
+        return float(self.total % 10)
+
+
 class OneTurn:
     """No tools: the model answers, and that is all."""
 
