@@ -12,26 +12,39 @@ from typing import Any
 HERE = Path(__file__).parent
 TRAIN, HELD_OUT = 240, 60
 LOW, HIGH = 1, 300
-EXAMPLE = '<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+CALL = '<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+RESPONSE = "<tool_response>\n{text}\n</tool_response>"
+
+
+def call(name: str, **arguments: int) -> str:
+    """A tool call as a model writes it."""
+    return CALL.format(name=name, arguments=json.dumps(arguments))
+
+
+def talk(*texts: str) -> list[dict[str, str]]:
+    """Messages of the user and the assistant in turn: a model of this size needs to be shown."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
 def game(number: int) -> dict[str, Any]:
-    """A prompt of the number game."""
-    call = EXAMPLE.format(name="guess", arguments=f'{{"number": {(LOW + HIGH) // 2}}}')
-    text = (
-        f"Find my secret number between {LOW} and {HIGH}. Guess with a call, then use the hint for "
-        f"the next guess. First guess: {call}"
-    )
-    return {"prompt": text, "secret": number, "low": LOW, "high": HIGH, "response": call}
+    """A prompt of the number game, with a game that was played before."""
+    ask = f"Find my secret number from {LOW} to {HIGH}."
+    shown = []
+    for guess, hint in ((150, "higher"), (225, "lower"), (187, "higher")):
+        shown += [call("guess", number=guess), RESPONSE.format(text=f"the secret is {hint}")]
+    shown += [call("guess", number=206), RESPONSE.format(text="correct, the game is over")]
+    messages = talk(ask, *shown, "Found it.", ask)
+    row = {"secret": number, "low": LOW, "high": HIGH}
+    return {"messages": messages, **row, "response": call("guess", number=150)}
 
 
 def sum_of(number: int) -> dict[str, Any]:
-    """A prompt of the calculator, by the number of the instance."""
+    """A prompt of the calculator, by the number of the instance, with a sum that was done."""
     drawn = random.Random(number)
     a, b = drawn.randint(500, 4999), drawn.randint(500, 4999)
-    call = EXAMPLE.format(name="add", arguments=f'{{"a": {a}, "b": {b}}}')
-    text = f"What is {a} + {b}? Call the tool add, then say the result."
-    return {"prompt": text, "answer": a + b, "response": call}
+    shown = (call("add", a=731, b=1846), RESPONSE.format(text=2577), "It is 2577.")
+    messages = talk("What is 731 + 1846?", *shown, f"What is {a} + {b}?")
+    return {"messages": messages, "answer": a + b, "response": call("add", a=a, b=b)}
 
 
 def main() -> None:

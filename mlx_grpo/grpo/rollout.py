@@ -7,9 +7,9 @@ iteration, prompt, sample, position), so a sample does not depend on which rows 
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +39,13 @@ class Sampling:
     """0 takes the likeliest token."""
     decode_rows: int = 0
     """Rows decoded together; 0 means all."""
+
+
+class Talks(Protocol):
+    """What `_decode` asks at the end of a turn."""
+
+    def go_on(self, ended: Mapping[int, Sequence[int]], room: int) -> dict[int, tuple[int, ...]]:
+        """See `Conversations.go_on`."""
 
 
 def rollout(
@@ -125,7 +132,7 @@ def _decode(
     seed: int,
     paths: Sequence[tuple[str | int, ...]],
     at_each_token: Callable[[int, int], None],
-    talks: Conversations | None = None,
+    talks: Talks | None = None,
 ) -> list[tuple[list[int], list[float], list[bool]]]:
     """Token ids, log-probs and whether they were sampled, of every row; a step is queued before the
     last one is read.
