@@ -37,7 +37,7 @@ class Cut:
     def go_on(self, ended: Mapping[int, Sequence[int]], room: int) -> dict[int, tuple[int, ...]]:
         """Each row, with an observation where its turn is over."""
         over = [i for i, ids in ended.items() if len(ids) >= self.next.get(i, self.turn)]
-        found: dict[int, tuple[int, ...]] = {i: () for i in ended}
+        found: dict[int, tuple[int, ...]] = dict.fromkeys(ended, ())
         asked = [i for i in over if self.turns.get(i, 1) < TURNS]
         results = self.environments.call([Action(str(i), "add", {"a": i, "b": 2}) for i in asked])
         for i, result in zip(asked, results, strict=True):
@@ -72,7 +72,7 @@ def main() -> None:
         return max(len(ids) for ids, _, _ in drawn), time.perf_counter() - start
 
     timed(4, None)
-    length, turns = timed(4096, Cut(backbone, environments, given.turn))
+    length, turns = timed(TURNS * (given.turn + 64), Cut(backbone, environments, given.turn))
     _, one = timed(length, None)
     environments.close()
     sys.stdout.write(
