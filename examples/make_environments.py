@@ -42,8 +42,11 @@ def sum_of(number: int) -> dict[str, Any]:
     """A prompt of the calculator, by the number of the instance, with a sum that was done."""
     drawn = random.Random(number)
     a, b = drawn.randint(500, 4999), drawn.randint(500, 4999)
-    shown = (call("add", a=731, b=1846), RESPONSE.format(text=2577), "It is 2577.")
-    messages = talk("What is 731 + 1846?", *shown, f"What is {a} + {b}?")
+    said = []
+    for x, y in ((731, 1846), (4088, 2514), (1250, 963)):
+        result = RESPONSE.format(text=x + y)
+        said += [f"What is {x} + {y}?", call("add", a=x, b=y), result, f"It is {x + y}."]
+    messages = talk(*said, f"What is {a} + {b}?")
     return {"messages": messages, "answer": a + b, "response": call("add", a=a, b=b)}
 
 
