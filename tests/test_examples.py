@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from examples.calculator import Calculator, right
 from examples.constraints import all_met, constraints
+from examples.number_game import NumberGame
 from mlx_grpo.config.checks import check
 from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import build_config
@@ -76,6 +78,42 @@ def test_the_files_are_what_their_script_makes(
     runpy.run_path(str(EXAMPLES / "make_constraints.py"), run_name="__main__")
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes()
+
+
+def test_the_prompts_of_the_environments_are_what_their_script_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_environments.py", "--out", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "make_environments.py"), run_name="__main__")
+    made = sorted(tmp_path.iterdir())
+    assert len(made) == 4
+    for file in made:
+        assert file.read_bytes() == (EXAMPLES / file.name).read_bytes()
+
+
+def test_the_number_game_rewards_a_found_number_most() -> None:
+    marks = []
+    for guesses in ((), (1,), (60,), (150, 40, 42), (42,)):
+        game = NumberGame()
+        game.reset(secret=42, low=1, high=300)
+        hints = [game.guess(g) for g in guesses]
+        marks.append(game.reward())
+    assert marks == sorted(marks) and marks[0] == 0 and marks[-1] == pytest.approx(0.98)
+    assert hints == ["correct, the game is over"]
+
+
+def test_the_calculator_rewards_the_call_that_helps_and_the_answer_that_is_right() -> None:
+    marks = []
+    for calls in ((), ((1, 2),), ((1200, 34),)):
+        calculator = Calculator()
+        calculator.reset(answer=1234)
+        for a, b in calls:
+            calculator.add(a, b)
+        marks.append(calculator.reward())
+    assert marks == [0.0, 0.2, 0.5]
+    said = ["It is 1234.", "1200 + 34 = 1,234", "It is 1235.", "It is 1234 or 1235."]
+    turns = [[{"role": "assistant", "content": text}] for text in said]
+    assert right(turns, 1234) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_run_trains_on_it_and_watches_a_second_figure(train_arguments: dict[str, Any]) -> None:

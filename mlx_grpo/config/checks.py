@@ -16,6 +16,7 @@ POSITIVE = {
     "lora_scale",
     "reward_clip",
     "reward_timeout",
+    "tool_timeout",
     "kl_beta",
     "kl_gain",
 }
@@ -37,6 +38,7 @@ AT_LEAST_ZERO = {
     "update_rows",
     "clip_range_high",
     "show_every",
+    "max_tool_calling_iterations",
     "patience",
 }
 
@@ -129,8 +131,8 @@ def _check_rewards(config: TrainConfig, must: Any) -> None:
     reward = config.reward
     counts = (0, len(reward.functions))
     must("reward_weights", len(reward.weights) in counts, "as many numbers as --reward")
-    some = reward.model != "none" or bool(reward.functions)
-    must("rm_model", some, "a directory, or give --reward")
+    some = reward.model != "none" or bool(reward.functions or config.rollout.environment)
+    must("rm_model", some, "a directory, or give --reward or --environment")
 
 
 def _check_scales(config: TrainConfig, must: Any) -> None:

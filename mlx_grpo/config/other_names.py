@@ -34,6 +34,8 @@ OTHER_NAMES = {
         "response_length",
     ),
     "metric_for_best_model": ("metric_for_best", "best_metric"),
+    "environment": ("environment_factory", "env"),
+    "max_tool_calling_iterations": ("max_turns", "max_tool_calls"),
     "max_grad_norm": ("grad_clip", "max_norm"),
     "max_prompt_length": ("prompt_max_len", "max_seq_length"),
     "minibatch_size": (
@@ -60,6 +62,7 @@ NOTES = {
     "minibatch_size": "which counts prompts per optimizer step",
     "num_iterations": "which counts rollouts",
     "truncated": "with the value mask",
+    "max_tool_calling_iterations": "which counts answers of tools, one less than turns",
     "batch_size": "which counts prompts per rollout",
 }
 

@@ -113,6 +113,14 @@ class RolloutSettings:
     """Longest completion, in tokens."""
     decode_rows: int = 0
     """Completions decoded together; 0 means all of an iteration, or as many as fit in memory."""
+    environment: str = ""
+    """Class whose public methods are tools for the model, file.py:Class or module:Class; its
+    `reset` begins and its `reward` marks a completion (see docs/environments.md)."""
+    max_tool_calling_iterations: int = 0
+    """Times that the tool calls of a completion are answered; 0 means any number within
+    --max-completion-length, which counts observations too."""
+    tool_timeout: float = 10.0
+    """Seconds that a tool may take; after that the model is told so."""
 
 
 @dataclass(frozen=True)

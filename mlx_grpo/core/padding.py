@@ -21,9 +21,12 @@ def pad_right(rows: Sequence[Sequence[int]]) -> tuple[mx.array, list[int]]:
 
 
 def completion_arrays(completions: Sequence[Completion]) -> tuple[mx.array, mx.array]:
-    """(tokens int [K, T], mask fp32 [K, T]) of completions."""
+    """(tokens int [K, T], mask fp32 [K, T]) of completions; the mask is 1 on the model's tokens."""
     tokens_KT, lengths = pad_right([c.token_ids for c in completions])
     mask_KT = mx.arange(tokens_KT.shape[1])[None] < mx.array(lengths)[:, None]
+    if any(c.by_model for c in completions):
+        said_KT, _ = pad_right([c.by_model or (True,) * len(c.token_ids) for c in completions])
+        mask_KT = mask_KT & (said_KT != 0)
     return tokens_KT, mask_KT.astype(mx.float32)
 
 
@@ -34,8 +37,11 @@ def sampled_logps(completions: Sequence[Completion]) -> mx.array:
 
 
 def row_lengths(mask_KT: mx.array) -> list[int]:
-    """Real tokens of each row."""
-    return [int(n) for n in np.asarray(mask_KT).sum(axis=-1)]
+    """Tokens of each row, up to the last that counts: observations lie between those of the mask,
+    and never at the end."""
+    mask = np.asarray(mask_KT) > 0
+    last = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+    return [int(n) for n in np.where(mask.any(axis=1), last, 0)]
 
 
 def length_buckets(lengths: Sequence[int], prompt: int, most: int = 0) -> list[list[int]]:

@@ -29,8 +29,27 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What a tool answered."""
+
+    text: str
+    failed: bool = False
+    """The call was malformed, or the tool raised, hung or answered too much."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an environment leaves."""
+
+    reward: float | None = None
+    """Of its own `reward` method, where it has one."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Its public attributes that JSON can hold."""
+
+
+@dataclass(frozen=True)
 class Completion:
-    """One sampled answer."""
+    """One sampled answer; with an environment, several turns with observations between them."""
 
     token_ids: tuple[int, ...]
     """Sampled tokens, the stop token included."""
@@ -38,7 +57,23 @@ class Completion:
     """Decoded without the stop token."""
     finish_reason: FinishReason
     logps: tuple[float, ...]
-    """Log-prob of each token as the sampler saw it, at the sampling temperature."""
+    """Log-prob of each token as the sampler saw it, at the sampling temperature; zero for
+    observations."""
+    by_model: tuple[bool, ...] = ()
+    """Whether each token was sampled, or is of an observation; empty means that all were."""
+    turns: tuple[dict[str, Any], ...] = ()
+    """Messages behind the prompt; empty without an environment."""
+    calls: int = 0
+    """Tool calls."""
+    failures: int = 0
+    """Those that failed."""
+    outcome: Outcome = Outcome()
+    """Of its environment."""
+
+    @property
+    def model_tokens(self) -> int:
+        """Tokens that the model said."""
+        return sum(self.by_model) if self.by_model else len(self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -36,18 +36,22 @@ def rendered(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     arguments: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The chat template applied to a conversation.
 
     Args:
         arguments: of the template, and no others; None for those of this project's prompts.
+        tools: JSON schemas, for a template that knows tools.
 
     Raises:
         TemplateRefusal: with the reason on one line.
     """
     # mlx-lm's wrapper adds `enable_thinking` where nobody gives it
     plain = tokenizer if arguments is None else getattr(tokenizer, "_tokenizer", tokenizer)
-    how = {"enable_thinking": False} if arguments is None else dict(arguments)
+    how: dict[str, Any] = {"enable_thinking": False} if arguments is None else dict(arguments)
+    if tools:
+        how["tools"] = list(tools)
     try:
         with time_limit(LONGEST_RENDERING), bounded():
             text = plain.apply_chat_template(
@@ -61,14 +65,22 @@ def rendered(
     return str(text)
 
 
-def prompt_tokens(place: str, tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+def prompt_tokens(
+    place: str,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[int, ...]:
     """The chat template applied to the conversation, with the opening of an answer.
+
+    Args:
+        tools: JSON schemas, for a template that knows tools.
 
     Raises:
         InputError: the template refuses the conversation, as Gemma's does with a system message, or
             leaves a message out.
     """
-    return encoded(tokenizer, [prompt_text(place, tokenizer, messages)])[0]
+    return encoded(tokenizer, [prompt_text(place, tokenizer, messages, tools)])[0]
 
 
 def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -84,14 +96,19 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[tuple[int, ...]]:
     return [first, *(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in texts[1:])]
 
 
-def prompt_text(place: str, tokenizer: Any, messages: Sequence[Message]) -> str:
+def prompt_text(
+    place: str,
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """What `prompt_tokens` encodes.
 
     Raises:
         InputError: as there.
     """
     try:
-        text = rendered(tokenizer, messages, add_generation_prompt=True)
+        text = rendered(tokenizer, messages, add_generation_prompt=True, tools=tools)
     except TemplateRefusal as e:
         raise InputError(f"{place}: the chat template refuses this conversation: {e}") from None
     if (role := _left_out(messages, text)) is not None:

@@ -13,6 +13,7 @@ from mlx_grpo.core.types import Prompt
 from mlx_grpo.data.chat import encoded, prompt_text
 from mlx_grpo.data.messages import Message, row_messages, with_system
 from mlx_grpo.data.tables import Row, own_id, read_rows, row_number
+from mlx_grpo.data.tools import Tools, told_of
 
 KNOWN = ("id", "prompt", "messages", "conversations", "response")
 
@@ -101,12 +102,14 @@ def tokenize_prompts(
     tokenizer: Any,
     max_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    tools: Tools | None = None,
 ) -> tuple[list[Prompt], int]:
     """Prompts of a file; those beyond `max_tokens`, chat template included, are left out and
     counted.
 
     Args:
         progress: told (rows done, all rows) now and then.
+        tools: that the model is told of.
 
     Returns:
         (prompts, number left out).
@@ -119,7 +122,7 @@ def tokenize_prompts(
         if len(rows) > ROWS_AT_ONCE:
             progress(start, len(rows))
         part = rows[start : start + ROWS_AT_ONCE]
-        texts = [prompt_text(row.place, tokenizer, row.messages) for row in part]
+        texts = [_text(tokenizer, row, tools) for row in part]
         for row, ids in zip(part, encoded(tokenizer, texts), strict=True):
             if len(ids) <= max_tokens:
                 prompts.append(Prompt(row.id, row.messages, ids, row.response, row.fields))
@@ -129,6 +132,13 @@ def tokenize_prompts(
             "--max-prompt-length"
         )
     return prompts, len(rows) - len(prompts)
+
+
+def _text(tokenizer: Any, row: PromptRow, tools: Tools | None) -> str:
+    if tools is None:
+        return prompt_text(row.place, tokenizer, row.messages)
+    schemas = tools.schemas if tools.native else ()
+    return prompt_text(row.place, tokenizer, told_of(tools, row.messages), schemas)
 
 
 def order(seed: int, epoch: int, n: int) -> list[int]:

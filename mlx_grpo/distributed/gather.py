@@ -1,10 +1,10 @@
 """What ranks tell each other of their shares of a batch."""
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
-from mlx_grpo.core.types import Completion, Group, Prompt
+from mlx_grpo.core.types import Completion, Group, Outcome, Prompt
 from mlx_grpo.distributed.ranks import Ranks
 
 Rewards = tuple[list[list[float]], dict[str, list[float | None]]]
@@ -15,15 +15,33 @@ def all_groups(ranks: Ranks, mine: Sequence[Group], prompts: Sequence[Prompt]) -
     """The groups of all prompts, from those of each rank's share."""
     if ranks.size == 1:
         return list(mine)
-    answers = ranks.merged([[astuple(c) for c in group.completions] for group in mine])
+    answers = ranks.merged(
+        [(g.prompt.messages, g.prompt.token_ids, [astuple(c) for c in g.completions]) for g in mine]
+    )
     return [
-        Group(prompt, tuple(_completion(*row) for row in rows))
-        for prompt, rows in zip(prompts, answers, strict=True)
+        Group(
+            # an environment may have added to what the file says
+            replace(prompt, messages=tuple(messages), token_ids=tuple(ids)),
+            tuple(_completion(*row) for row in rows),
+        )
+        for prompt, (messages, ids, rows) in zip(prompts, answers, strict=True)
     ]
 
 
-def _completion(ids: list[int], text: str, reason: Any, logps: list[float]) -> Completion:
-    return Completion(tuple(ids), text, reason, tuple(logps))
+def _completion(
+    ids: list[int],
+    text: str,
+    reason: Any,
+    logps: list[float],
+    by_model: list[bool],
+    turns: list[dict[str, Any]],
+    calls: int,
+    failures: int,
+    outcome: list[Any],
+) -> Completion:
+    said, left = tuple(by_model), Outcome(*outcome)
+    messages = tuple(turns)
+    return Completion(tuple(ids), text, reason, tuple(logps), said, messages, calls, failures, left)
 
 
 def all_rewards(ranks: Ranks, mine: Rewards, k: int) -> Rewards:

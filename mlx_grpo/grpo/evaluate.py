@@ -17,6 +17,7 @@ from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.reference import kl_to_reference, mean_kl
 from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.merging import merged_for_rollout
@@ -82,6 +83,8 @@ class Evaluator:
     rewards: RewardMix
     sampling: Sampling
     seed: int
+    acting: Acting | None = None
+    """Environments that answer the policy, in training too."""
 
     def __call__(
         self,
@@ -146,6 +149,7 @@ class Evaluator:
                 on_token=writing("held-out answers", how, work.after_each),
                 safe_point=work.safe_point,
                 share=work.ranks.share,
+                acting=self.acting,
             )
 
     def _score(self, mine: list[Group], k: int, work: "_Work") -> "_Scored":
@@ -182,7 +186,7 @@ class Evaluator:
             reward=sum(scored.rewards) / len(scored.rewards),
             kl=kl,
             perplexity=perplexed,
-            mean_length=sum(len(c.token_ids) for c in completions) / len(completions),
+            mean_length=sum(c.model_tokens for c in completions) / len(completions),
             finished=sum(c.finish_reason == "stop" for c in completions) / len(completions),
             rewards=scored.rewards,
             groups=scored.groups,

@@ -82,6 +82,7 @@ def iterate(
                 state.iteration,
                 safe_point=safe_point,
                 share=ranks.share,
+                acting=learner.evaluator.acting,
             )
         groups = all_groups(ranks, mine, prompts)
     with stage("reward"):

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_grpo.backend.device import cached_memory, peak_memory
 from mlx_grpo.core.finite import Skip
 from mlx_grpo.core.stats import repetition, source_means
-from mlx_grpo.core.types import Group
+from mlx_grpo.core.types import Completion, Group
 from mlx_grpo.grpo.state import RunState
 from mlx_grpo.grpo.update import UpdateStats
 
@@ -79,7 +79,7 @@ def iteration_metrics(
         dead_groups: whose advantages are all zero.
     """
     completions = [c for g in groups for c in g.completions]
-    lengths = [len(c.token_ids) for c in completions]
+    lengths = [c.model_tokens for c in completions]
     rewards_PK = mx.array(raw_PK)
     steps, seen = max(stats.steps, 1), max(stats.tokens, 1)
     return {
@@ -108,12 +108,29 @@ def iteration_metrics(
         "completions/clipped_ratio": sum(c.finish_reason == "length" for c in completions)
         / len(completions),
         "completions/repetition": fmean(repetition(c.token_ids) for c in completions),
+        **tool_metrics(completions),
         "sampling/sampling_logp_difference/max": stats.logp_gap,
         "sampling/sampling_logp_difference/mean": stats.mean_logp_gap,
         "prompts/visited": len(state.spreads),
         "normalizer/mean": state.normalizer.mean,
         "normalizer/std": state.normalizer.std,
         "num_tokens": state.tokens_seen + processed_tokens(groups),
+    }
+
+
+def tool_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Turns and tool calls per completion, and tokens of observations; nothing without an
+    environment. `tools/failure_frequency` is the share of the calls that failed."""
+    if not any(c.turns for c in completions):
+        return {}
+    count, calls = len(completions), sum(c.calls for c in completions)
+    turns = sum(m["role"] == "assistant" for c in completions for m in c.turns)
+    return {
+        "tools/call_frequency": calls / count,
+        "tools/failure_frequency": sum(c.failures for c in completions) / max(calls, 1),
+        "completions/mean_turns": turns / count,
+        "completions/mean_tool_tokens": sum(len(c.token_ids) - c.model_tokens for c in completions)
+        / count,
     }
 
 

@@ -64,7 +64,7 @@ def kl_to_reference(
         prompt_1S, sampled_NT = mx.array([group.prompt.token_ids]), sampled_logps(completions)
         ref_NT = token_logps(reference, prompt_1S, tokens_NT, mask_NT, temperature)
         k1_N = kl_k1(sampled_NT, ref_NT, mask_NT).tolist()
-        lengths = [len(c.token_ids) for c in completions]
+        lengths = [c.model_tokens for c in completions]
         found.append(
             GroupKL(
                 k1=dict(zip(chosen, k1_N, strict=True)),

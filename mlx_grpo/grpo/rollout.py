@@ -6,10 +6,10 @@ drawn by inverting the cumulative distribution at a uniform number that belongs 
 iteration, prompt, sample, position), so a sample does not depend on which rows it was batched with.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_grpo.backend.kernels import exp_rows, worth_dropping
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
+from mlx_grpo.grpo.turns import Acting, Conversations
 from mlx_grpo.models.decoder import PREFILL_TOKENS
 from mlx_grpo.models.prompt_caches import rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, in_eval_mode, one_block_at_a_time
@@ -42,6 +43,13 @@ class Sampling:
     """Rows decoded together; 0 means all."""
 
 
+class Talks(Protocol):
+    """What `_decode` asks at the end of a turn."""
+
+    def go_on(self, ended: Mapping[int, Sequence[int]], room: int) -> dict[int, tuple[int, ...]]:
+        """See `Conversations.go_on`."""
+
+
 def rollout(
     model: nn.Module,
     tokenizer: Any,
@@ -54,6 +62,7 @@ def rollout(
     on_token: Callable[[int, int, int], None] = lambda done, total, token: None,
     safe_point: SafePoint = never_stop,
     share: slice = slice(None),
+    acting: Acting | None = None,
 ) -> list[Group]:
     """One group per prompt of the share, in order.
 
@@ -63,6 +72,7 @@ def rollout(
         on_token: told (finished prompts, all prompts, tokens of the unfinished answers).
         safe_point: called at each token; it may stop the rollout.
         share: which of the prompts to answer.
+        acting: environments that answer the model, turn by turn.
     """
     numbered = _numbered(prompts)[share]
     per_wave = max(1, sampling.decode_rows // sampling.k if sampling.decode_rows else len(numbered))
@@ -78,9 +88,16 @@ def rollout(
             on_token(before + rows // sampling.k, len(numbered), token)
             safe_point()
 
+        talks = None
+        if acting:
+            talks = Conversations(acting, tokenizer, stop_ids, seed, safe_point)
+            wave = talks.open(wave, paths)
         with fp32_after_blocks(model), in_eval_mode(model):
-            drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token)
-        completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps in drawn]
+            drawn = _decode(model, stop_ids, wave, sampling, seed, paths, at_each_token, talks)
+        if talks:
+            completions = talks.close(drawn)
+        else:
+            completions = [_completion(tokenizer, stop_ids, ids, logps) for ids, logps, _ in drawn]
         groups += [
             Group(prompt, tuple(completions[i * sampling.k : (i + 1) * sampling.k]))
             for i, prompt in enumerate(wave)
@@ -117,11 +134,17 @@ def _decode(
     seed: int,
     paths: Sequence[tuple[str | int, ...]],
     at_each_token: Callable[[int, int], None],
-) -> list[tuple[list[int], list[float]]]:
-    """Token ids and log-probs of every row; a step is queued before the last one is read.
+    talks: Talks | None = None,
+) -> list[tuple[list[int], list[float], list[bool]]]:
+    """Token ids, log-probs and whether they were sampled, of every row; a step is queued before the
+    last one is read.
+
+    The tokens of an observation take the place of sampled ones, a token a step, while other rows
+    of the batch go on: rows stay aligned, nothing runs twice, and every kind of cache can do it.
 
     Args:
         at_each_token: told (finished rows, tokens of the others); it may stop the rollout.
+        talks: what answers a row at the end of a turn.
     """
     rows, length = len(paths), sampling.max_tokens
     caches = _prefill(model, prompts, sampling, lambda: at_each_token(0, 0))
@@ -136,19 +159,31 @@ def _decode(
         return drawn
 
     active = list(range(rows))
-    result: list[tuple[list[int], list[float]]] = [([], []) for _ in active]
+    result: list[tuple[list[int], list[float], list[bool]]] = [([], [], []) for _ in active]
     finished: set[int] = set()
+    given: dict[int, deque[int]] = {}
+    """Tokens of observations that are still to be put in, by row."""
     last_B = mx.array([prompt.token_ids[-1] for prompt in prompts for _ in range(sampling.k)])
     pending = step(last_B, 0)
     for t in range(length):
         at_each_token(len(finished), t)
-        following = step(pending[0], t + 1) if t + 1 < length else pending
-        for row, token, logp in zip(active, pending[0].tolist(), pending[1].tolist(), strict=True):
+        tokens_B, sampled = _with_given(pending[0], active, given)
+        following = step(tokens_B, t + 1) if t + 1 < length else pending
+        ended = []
+        drawn = zip(active, tokens_B.tolist(), pending[1].tolist(), sampled, strict=True)
+        for row, token, logp, own in drawn:
             if row not in finished:
                 result[row][0].append(token)
-                result[row][1].append(logp)
-                if token in stop_ids:
-                    finished.add(row)
+                result[row][1].append(logp if own else 0.0)
+                result[row][2].append(own)
+                if own and token in stop_ids:
+                    ended.append(row)
+        if ended and talks:
+            room = length - t - 1
+            going_on = talks.go_on({row: result[row][0] for row in ended}, room)
+            given |= {row: deque(tokens) for row, tokens in going_on.items()}
+            ended = [row for row in ended if row not in going_on]
+        finished.update(ended)
         keep = [j for j, row in enumerate(active) if row not in finished]
         if not keep:
             break
@@ -161,6 +196,17 @@ def _decode(
             active = [active[j] for j in keep]
         pending = following
     return result
+
+
+def _with_given(
+    tokens_B: mx.array, active: Sequence[int], given: dict[int, deque[int]]
+) -> tuple[mx.array, list[bool]]:
+    """(the tokens, those of observations in place of sampled ones; which were sampled)."""
+    sampled = [not given.get(row) for row in active]
+    if all(sampled):
+        return tokens_B, sampled
+    put = [given[row].popleft() if not own else 0 for row, own in zip(active, sampled, strict=True)]
+    return mx.where(mx.array(sampled), tokens_B, mx.array(put, tokens_B.dtype)), sampled
 
 
 def _prefill(

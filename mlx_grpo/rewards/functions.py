@@ -12,6 +12,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import sha256
+from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.rewards.process import RewardProcess, no_relay
 from mlx_grpo.rewards.worker import RewardError, call
 
@@ -48,8 +49,9 @@ class CustomReward:
         The function gets those keyword arguments that it names: `prompt` (str), `messages`,
         `completions` (list of str), `completion_ids`, `finish_reasons`, and the fields of the
         prompt's row (`id`, `response` and any other). One that names `prompts` is called as TRL
-        would call it: prompts and fields are lists. It returns a number per completion, or None for
-        one that it has nothing to say about.
+        would call it: prompts and fields are lists. With --environment there are also `turns`, the
+        messages of each completion, and `environments`, the public attributes of each environment.
+        It returns a number per completion, or None for one that it has nothing to say about.
 
         Raises:
             InputError: it raises, hangs, or returns another count or something that is no number.
@@ -64,6 +66,10 @@ class CustomReward:
             "completion_ids": [list(c.token_ids) for c in group.completions],
             "finish_reasons": [c.finish_reason for c in group.completions],
         }
+        if any(c.turns for c in group.completions):
+            arguments["turns"] = [list(c.turns) for c in group.completions]
+            arguments["environments"] = [c.outcome.state for c in group.completions]
+            arguments["environment_rewards"] = [c.outcome.reward for c in group.completions]
         try:
             return self.function(arguments, safe_point)
         except RewardError as e:
@@ -71,6 +77,17 @@ class CustomReward:
                 f"reward '{self.name}' failed on prompt '{group.prompt.id}': "
                 f"{' '.join(str(e).split())}"
             ) from e
+
+
+def environment_reward(environments: Environments) -> CustomReward:
+    """What the environments' own `reward` gave."""
+    name = environments.name
+
+    def given(arguments: dict[str, Any], safe_point: SafePoint) -> Scores:
+        safe_point()
+        return list(arguments["environment_rewards"])
+
+    return CustomReward(name, given, file=environments.file)
 
 
 def load_reward(

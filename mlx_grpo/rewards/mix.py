@@ -9,6 +9,7 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.models.reward_model import RewardModel
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel
+from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.rewards.functions import CustomReward, Scores
 from mlx_grpo.rewards.process import RewardProcess
 
@@ -23,6 +24,8 @@ class RewardMix:
     model: RewardModel | StreamedRewardModel | None
     model_weight: float
     custom: tuple[CustomReward, ...]
+    environments: Environments | None = None
+    """That completions are sampled with; they end with the rewards."""
 
     def __call__(
         self, groups: Sequence[Group], safe_point: SafePoint = never_stop
@@ -79,7 +82,9 @@ class RewardMix:
                 )
 
     def close(self) -> None:
-        """End the processes of the custom functions."""
+        """End the processes of the custom functions and of the environments."""
+        if self.environments:
+            self.environments.close()
         for reward in self.custom:
             if isinstance(reward.function, RewardProcess):
                 reward.function.close()

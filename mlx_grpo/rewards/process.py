@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mlx_grpo.core.errors import InputError
@@ -43,13 +42,22 @@ class RewardProcess:
     answer in another's place.
     """
 
-    def __init__(self, spec: str, timeout: float, relay: Callable[[str], None] = no_relay):
+    def __init__(
+        self,
+        spec: str,
+        timeout: float,
+        relay: Callable[[str], None] = no_relay,
+        worker: tuple[str, ...] = (reward_worker.__file__,),
+        what: str = "reward function",
+    ):
         """Start it and load the function.
 
         Args:
             spec: `module:function` or `path/file.py:function`.
             timeout: seconds that a call may take; loading may take longer.
             relay: told each line that the function prints.
+            worker: the program to run, and more arguments for it.
+            what: is loaded, for complaints.
 
         Raises:
             InputError: no such module, file or function.
@@ -59,9 +67,9 @@ class RewardProcess:
         self._requests = 0
         self._replied, self._printed = bytearray(), b""
         self._closed = False
-        worker = Path(reward_worker.__file__)
+        program, *more = worker
         self._process = subprocess.Popen(
-            [sys.executable, "-B", "-c", START, str(worker), spec, str(self.timeout)],
+            [sys.executable, "-B", "-c", START, program, spec, str(self.timeout), *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -71,10 +79,11 @@ class RewardProcess:
         self._stderr = [self._process.stderr]
         """Nothing any more once it has ended."""
         try:
-            self.file: str | None = self._reply(None, never_stop)["file"]
+            self.loaded = self._reply(None, never_stop)
         except RewardError as e:
             self.close()
-            raise InputError(f"reward function {spec}: {e}") from e
+            raise InputError(f"{what} {spec}: {e}") from e
+        self.file: str | None = self.loaded["file"]
 
     def __call__(
         self, arguments: dict[str, Any], safe_point: SafePoint = never_stop
@@ -85,20 +94,30 @@ class RewardProcess:
             RewardError: the function raised, returned something else, ended its process, answered
                 twice, or took longer than the timeout.
         """
-        if self._closed:
-            raise RewardError(f"its process ended (exit status {self._process.returncode})")
-        assert self._process.stdin
-        self._requests += 1
-        request = json.dumps({"request": self._requests, "arguments": arguments}) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # it is gone; the reply says so
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
-        found = self._reply(self.timeout, safe_point).get("scores")
+        found = self.ask({"arguments": arguments}, self.timeout, safe_point).get("scores")
         expected = len(arguments["completions"])
         if not isinstance(found, list) or [_is_score(s) for s in found] != [True] * expected:
             self.close()
             raise RewardError(f"its process did not answer with {expected} numbers")
         return found
+
+    def ask(
+        self, what: dict[str, Any], timeout: float, safe_point: SafePoint = never_stop
+    ) -> dict[str, Any]:
+        """The reply to a request.
+
+        Raises:
+            RewardError: an error was the reply, or there was none in time.
+        """
+        if self._closed:
+            raise RewardError(f"its process ended (exit status {self._process.returncode})")
+        assert self._process.stdin
+        self._requests += 1
+        request = json.dumps({"request": self._requests, **what}) + "\n"
+        with contextlib.suppress(BrokenPipeError):  # it is gone; the reply says so
+            self._process.stdin.write(request.encode())
+            self._process.stdin.flush()
+        return self._reply(timeout, safe_point)
 
     def _reply(self, timeout: float | None, safe_point: SafePoint) -> dict[str, Any]:
         end = time.monotonic() + timeout if timeout else None

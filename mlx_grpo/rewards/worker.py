@@ -15,15 +15,20 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 GRACE_SECONDS = 5.0
-ALWAYS = frozenset({"prompt", "messages", "completions", "completion_ids", "finish_reasons"})
+ALWAYS = frozenset(
+    {
+        *("prompt", "messages", "completions", "completion_ids", "finish_reasons"),
+        *("turns", "environments", "environment_rewards"),
+    }
+)
 """Arguments that there always are; the others are fields of the prompt's row."""
 WALKERS = frozenset({"re", "sre_parse", "difflib", "fnmatch"})
 """Modules that take a text, never a list of them, and look at its letters in Python."""
@@ -131,6 +136,9 @@ def call(function: Any, arguments: dict[str, Any]) -> list[float | None]:
         RewardError: it raises, or returns another count or something that is not numbers.
     """
     expected = len(arguments["completions"])
+    if "environments" in arguments:  # what is left of them, by attribute as in TRL
+        found = [SimpleNamespace(**state) for state in arguments["environments"]]
+        arguments = {**arguments, "environments": found}
     walks: list[RewardError] = []
     try:
         scores = _numbers(_finished(function(**_asked_for(function, arguments, walks))))
@@ -247,8 +255,8 @@ def source_file(function: Any) -> str | None:
         return inspect.getsourcefile(type(function)) if not inspect.isbuiltin(function) else None
 
 
-def serve(spec: str, timeout: float) -> None:
-    """Answer requests until standard input ends, as it does when the trainer dies."""
+def pipes() -> tuple[TextIOWrapper, Callable[[int, dict[str, Any]], None]]:
+    """(requests, how to reply to one); what the user's code reads and prints is kept apart."""
     requests, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -264,6 +272,12 @@ def serve(spec: str, timeout: float) -> None:
         replies.write(json.dumps({"process": own, "request": request, **value}) + "\n")
         replies.flush()
 
+    return requests, reply
+
+
+def serve(spec: str, timeout: float) -> None:
+    """Answer requests until standard input ends, as it does when the trainer dies."""
+    requests, reply = pipes()
     try:
         function = load_function(spec)
         reply(0, {"file": source_file(function)})

@@ -376,6 +376,7 @@ def _answer(step: int, prompt: Prompt, completion: Completion, reward: float) ->
         "completion": completion.text,
         "finish_reason": completion.finish_reason,
         "reward": reward,
+        **({"turns": completion.turns} if completion.turns else {}),
     }
 
 

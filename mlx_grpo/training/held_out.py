@@ -17,6 +17,7 @@ from mlx_grpo.data.prompts import PromptRow, read_prompts, tokenize_prompts
 from mlx_grpo.grpo.evaluate import Evaluator, reference_answers, writing
 from mlx_grpo.grpo.learner import sampling
 from mlx_grpo.grpo.rollout import Sampling, rollout
+from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.plan.memory import Choice
 
@@ -81,7 +82,8 @@ def asking(
             on_token=writing("reference answers", one_each, ui.progress),
         )
 
-    held_out = tokenized(file, rows, backbone, config.data.max_prompt_length, ui)
+    limit = config.data.max_prompt_length
+    held_out = tokenized(file, rows, backbone, limit, ui, evaluator.acting)
     prompts = (held_out[skip:] or held_out)[: config.evaluation.limit or None]
     answers = reference_answers(backbone.tokenizer, prompts, ask)
     return replace(evaluator, prompts=tuple(prompts), answers=answers)
@@ -105,15 +107,22 @@ def warn_of_leaks(
 
 
 def tokenized(
-    file: str, rows: Sequence[PromptRow], backbone: Backbone, limit: int, ui: Console
+    file: str,
+    rows: Sequence[PromptRow],
+    backbone: Backbone,
+    limit: int,
+    ui: Console,
+    acting: Acting | None = None,
 ) -> list[Prompt]:
-    """The prompts of a file; those that are too long are counted in a warning."""
+    """The prompts of a file, with the tools of an environment; those that are too long are counted
+    in a warning."""
     prompts, too_long = tokenize_prompts(
         Path(file),
         rows,
         backbone.tokenizer,
         limit,
         partial(ui.progress, f"tokenizing {file}"),
+        acting.tools if acting else None,
     )
     if too_long:
         ui.warn(f"{file}: {too_long} prompts longer than {limit} tokens are skipped")

@@ -133,7 +133,8 @@ def _loaded(
     functions: Mapping[str, UserFunction] | None,
 ) -> Iterator[Learner]:
     models = [] if config.reward.model == "none" else [config.reward.model]
-    rewards = ", ".join([*models, *config.reward.functions])
+    environment = [config.rollout.environment] if config.rollout.environment else []
+    rewards = ", ".join([*models, *environment, *config.reward.functions])
     ui.say(f"mlx-grpo: {config.model.actor}, rewards: {rewards}, seed {config.run.seed}")
     with ui.working("loading"):
         learner = load_learner(config, ui, load, ranks, functions)

@@ -15,9 +15,12 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.prompts import PromptRow, read_prompts
 from mlx_grpo.data.template import Template
+from mlx_grpo.data.tools import tools_for
 from mlx_grpo.distributed.ranks import ALONE, Ranks
+from mlx_grpo.files.manifest import sha256
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.learner import Learner
+from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone, largest_state, load_backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import check_length
@@ -28,10 +31,12 @@ from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_stre
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
 from mlx_grpo.plan.planner import asked_in, planner_for, precision_of
 from mlx_grpo.plan.tables import check_fits
+from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.rewards.functions import (
     PYTHON,
     CustomReward,
     UserFunction,
+    environment_reward,
     given_reward,
     load_reward,
 )
@@ -144,7 +149,8 @@ def load_learner(
     test_rows = read_tests(config, rows, ui)
     evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
     backbone = evaluator.backbone
-    prompts = tokenized(config.data.prompts, rows, backbone, config.data.max_prompt_length, ui)
+    limit = config.data.max_prompt_length
+    prompts = tokenized(config.data.prompts, rows, backbone, limit, ui, evaluator.acting)
     actor = new_actor(
         backbone,
         config.model.lora_rank,
@@ -184,6 +190,9 @@ def load_evaluator(
         InputError: any of the inputs is missing or wrong.
     """
     custom = _custom_rewards(config, functions or {}, ui)
+    environments = _environments(config, ui)
+    if environments and environments.rewards:
+        custom = (environment_reward(environments), *custom)
     system = config.data.system_prompt
     rows = read_prompts(Path(config.evaluation.prompts), config.columns, system)
     warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
@@ -194,16 +203,27 @@ def load_evaluator(
         ui.warn(backbone.note)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     check_length(backbone.path, backbone.config, longest)
+    acting = None
+    if environments:
+        tools = tools_for(backbone.tokenizer, environments.tools)
+        acting = Acting(environments, tools, config.rollout.max_tool_calling_iterations)
     evaluator = Evaluator(
         backbone=backbone,
         reference=Decoder(backbone.model, plan.choice.sizes),
         prompts=(),
         answers={},
-        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom),
+        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom, environments),
         sampling=sampling_held_out(config, plan.choice),
         seed=config.run.seed,
+        acting=acting,
     )
     return asking(evaluator, config, config.evaluation.prompts, rows, plan.choice, ui, skip)
+
+
+def _environments(config: TrainConfig, ui: Console) -> Environments | None:
+    if not config.rollout.environment:
+        return None
+    return Environments(config.rollout.environment, config.rollout.tool_timeout, ui.relay)
 
 
 def _custom_rewards(
@@ -252,5 +272,8 @@ def training_rows(config: TrainConfig) -> list[PromptRow]:
 def provenance_of(learner: Learner) -> dict[str, Any]:
     """What the run's numbers come from, see `provenance.recorded`."""
     digests = input_digests(learner.config, learner.evaluator.rewards.custom)
+    environments = learner.evaluator.rewards.environments
+    if environments and environments.file:
+        digests["--environment"] = sha256(Path(environments.file))
     held = str(learner.roles.backbone.precision)
     return recorded(learner.config, digests, held, learner.ranks.size)

@@ -29,6 +29,7 @@ from mlx_grpo.run import checkpoint
 from mlx_grpo.run import directory as run_directory
 from mlx_grpo.training import loop as trainer  # noqa: F401
 from tests import conftest
+from tests.helpers.tiny import write_acting_model
 
 STAGES = ("loading", "rollout", "reward", "logprob", "update", "evaluate", "saving", "between")
 ITERATIONS = 6
@@ -73,6 +74,7 @@ def make_world(root: Path) -> World:
         from mlx_grpo.files.manifest import write_manifest
         from mlx_grpo.reward_modeling.train import train_rm
 
+        write_acting_model(root / "acting")
         sft = conftest.write_model(root / "sft")
         write_manifest(sft)
         subjects = ["tea", "rain", "bees", "snow", "figs", "moss", "owls", "salt"]

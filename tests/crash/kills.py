@@ -25,6 +25,7 @@ from tests.crash.harness import (
     training,
 )
 
+ENVIRONMENTS = Path(__file__).parent.parent / "helpers" / "environments.py"
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
@@ -79,9 +80,13 @@ def struck(
     return Child(act, output).wait(), output.read_text()
 
 
-def kill_matrix(world: World, count: int, rng: random.Random) -> dict[str, Any]:
-    """Kill at every file operation, or a sample of half of `count`; the rest at random times."""
-    config = world.config()
+def kill_matrix(world: World, count: int, rng: random.Random, **changes: Any) -> dict[str, Any]:
+    """Kill at every file operation, or a sample of half of `count`; the rest at random times.
+
+    Args:
+        changes: of the run's settings.
+    """
+    config = world.config(**changes)
     whole, seconds = uninterrupted(world, config)
     half = half_done(world, config)
     names = operations_after(world, config, half)
@@ -114,6 +119,24 @@ def kill_matrix(world: World, count: int, rng: random.Random) -> dict[str, Any]:
         "where": dict(sorted(stages.items())),
         "failures": failures,
     }
+
+
+def kill_with_tools(world: World, count: int, rng: random.Random) -> dict[str, Any]:
+    """`kill_matrix` of a run whose completions are sampled in turns, with an environment."""
+    found = kill_matrix(
+        world,
+        count,
+        rng,
+        actor_model=str(world.root / "acting"),
+        rm_model="none",
+        environment=f"{ENVIRONMENTS}:Adder",
+        max_tool_calling_iterations=2,
+        max_prompt_length=1000,
+        max_completion_length=140,
+    )
+    rows = contents(world.root / "whole")["metrics"]
+    found["calls"] = sum(row.get("tools/call_frequency", 0) for row in rows)
+    return found
 
 
 def _resumed(config: Path, run: Path, whole: dict[str, Any], point: str) -> list[str]:

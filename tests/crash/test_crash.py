@@ -29,6 +29,12 @@ def test_a_run_killed_anywhere_goes_on_as_if_nothing_had_happened(tmp_path: Path
     assert found["file_operations"] == 6
 
 
+def test_a_run_with_tools_killed_anywhere_goes_on_too(tmp_path: Path) -> None:
+    found = figures(tmp_path, "tools", 2)
+    assert found["equal"] == found["points"] >= 2
+    assert found["calls"] > 1
+
+
 def test_a_disk_that_fails_costs_nothing_but_the_last_iterations(tmp_path: Path) -> None:
     assert figures(tmp_path, "faults", 6)["contained"] == 6
 

@@ -1,7 +1,7 @@
 """Figures of crash safety: `python -m tests.crash.torture [PART ...] [--count N]`.
 
-Parts: kill, faults, corruption, signals, determinism, nan, soak, fuzz; all of them by default. Exit
-status 1 if anything was lost. `--json FILE` writes the figures.
+Parts: kill, tools, faults, corruption, signals, determinism, nan, soak, fuzz; all of them by
+default. Exit status 1 if anything was lost. `--json FILE` writes the figures.
 """
 
 from tests.crash import harness  # isort: skip  (first: it loads OpenBLAS before MLX)
@@ -22,6 +22,7 @@ from tests.fuzz import cases
 Part = Callable[[harness.World, int, random.Random], dict[str, Any]]
 PARTS: dict[str, tuple[Part, int]] = {
     "kill": (kills.kill_matrix, 220),
+    "tools": (kills.kill_with_tools, 50),
     "faults": (kills.fault_matrix, 0),
     "corruption": (checks.corruption, 1200),
     "signals": (kills.signals, 50),
@@ -42,6 +43,10 @@ def summary(figures: dict[str, Any]) -> str:
             "`--resume`: adapter, optimizer, state, metrics, completions equal the uninterrupted "
             "run bit for bit",
             f"{f['kill']['equal']}/{f['kill']['points']}",
+        ),
+        "tools": lambda: (
+            "`kill -9` of a run with tools, then `--resume`: as above",
+            f"{f['tools']['equal']}/{f['tools']['points']}",
         ),
         "faults": lambda: (
             "ENOSPC, EIO or EACCES at a file operation: one line with the reason and the way to "

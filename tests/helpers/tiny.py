@@ -90,6 +90,20 @@ def write_model_of(directory: Path, config: dict[str, Any], seed: int = 0) -> Pa
     return directory
 
 
+def write_acting_model(directory: Path) -> Path:
+    """A tiny model whose random words are tool calls now and then, and which ends many turns: 80 of
+    its tokens are a whole call of `add`, some of them malformed."""
+    calls = tuple(
+        f'<tool_call>{{"name": "add", "arguments": {{"number": {n}}}}}'
+        + ("</tool_call>" if n % 5 else "")
+        for n in range(80)
+    )
+    size = VOCABULARY + len(calls)
+    write_model(directory, vocab_size=size, eos_token_id=[EOS, *range(40, 60)])
+    write_tokenizer(directory, more=calls)
+    return directory
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     """A JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
