@@ -25,9 +25,10 @@ from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.rewards.environments import Environments
+from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
 from tests.helpers.groups import actor_of, group_of, staged_gradients
-from tests.helpers.tiny import EOS
+from tests.helpers.tiny import EOS, write_acting_model
 
 FILE = Path(__file__).parent.parent / "helpers" / "environments.py"
 STOP = frozenset({EOS, *range(40, 100)})
@@ -86,7 +87,7 @@ def test_rows_in_turns_are_what_they_are_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     every_turn_calls(monkeypatch)
-    acting = Acting(counters, TOOLS, 3)
+    acting = Acting(counters, TOOLS, 0)
     together = completions(draw(backbone, prompts, acting, Sampling(3, 160)))
     in_waves = completions(draw(backbone, prompts, acting, Sampling(3, 160, decode_rows=3)))
     assert [c.token_ids for c in together] == [c.token_ids for c in in_waves]
@@ -158,6 +159,34 @@ def test_an_environment_without_tools_changes_no_bit(
         (c.run_directory / "final" / "adapters.safetensors").read_bytes() for c in (plain, with_one)
     )
     assert first == second
+
+
+def test_a_run_shows_its_turns_and_counts_its_calls(
+    train_arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {
+        "actor_model": str(write_acting_model(tmp_path / "acting")),
+        "rm_model": "none",
+        "environment": f"{FILE}:Adder",
+        "reward": (f"{FILE}:as_in_trl",),
+        "max_prompt_length": 1000,
+        "max_completion_length": 140,
+        "num_iterations": 1,
+        "output": str(tmp_path / "run"),
+    }
+    config = train_config(**{**train_arguments, **changes})
+    assert train(config, Console(quiet=True))
+    rows = log.read(tmp_path / "run" / "completions.jsonl")
+    (figures,) = [r for r in log.read(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
+    said = [m for row in rows for m in row["turns"]]
+    answers = [m for m in said if m["role"] == "user"]
+    assert answers and all("<tool_response>" in m["content"] for m in answers)
+    turns = sum(m["role"] == "assistant" for m in said) / len(rows)
+    assert figures["completions/mean_turns"] == pytest.approx(turns)
+    assert figures["tools/call_frequency"] >= len(answers) / len(rows)
+    assert 0 < figures["tools/failure_frequency"] < 1
+    assert figures["completions/mean_tool_tokens"] > 0
+    assert figures["rewards/as_in_trl/mean"] == 2 * figures["rewards/Adder/mean"]
 
 
 def test_an_opening_joins_the_prompt_of_its_group(
