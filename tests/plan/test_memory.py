@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from bench.decoders import decoder_config
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.console.output import Console
@@ -116,12 +117,21 @@ def test_a_bad_row_is_found_before_weights_are_loaded(
     assert not config.run_directory.exists()
 
 
-def test_a_model_without_keys_and_values_is_refused() -> None:
+def test_a_model_without_keys_and_values_keeps_states_of_a_fixed_size() -> None:
     from mlx_lm.models import mamba
 
     arguments = mamba.ModelArgs("mamba", 64, 32, 64, 8, 4, 2, True, False, 2)
-    with pytest.raises(InputError, match="model type 'mamba' is not supported"):
-        footprint_of(mamba.Model(arguments), 1)
+    found = footprint_of(mamba.Model(arguments), 1)
+    assert found.cache_values == 0 and found.state_values > 0
+
+
+def test_a_model_that_runs_its_blocks_twice_is_refused() -> None:
+    from mlx_lm.models import nanbeige
+
+    config = decoder_config("nanbeige loops")
+    model = nanbeige.Model(nanbeige.ModelArgs.from_dict(config))
+    with pytest.raises(InputError, match="model type 'nanbeige' is not supported"):
+        footprint_of(model, 1)
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table_before_weights_are_loaded(
