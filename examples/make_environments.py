@@ -27,15 +27,17 @@ def talk(*texts: str) -> list[dict[str, str]]:
 
 
 def game(number: int) -> dict[str, Any]:
-    """A prompt of the number game, with a game that was played before."""
+    """A prompt of the number game, with a game that was played before and a first guess."""
     ask = f"Find my secret number from {LOW} to {HIGH}."
     shown = []
     for guess, hint in ((150, "higher"), (225, "lower"), (187, "higher")):
         shown += [call("guess", number=guess), RESPONSE.format(text=f"the secret is {hint}")]
     shown += [call("guess", number=206), RESPONSE.format(text="correct, the game is over")]
-    messages = talk(ask, *shown, "Found it.", ask)
+    first = 149 if number == 150 else 150
+    hint = RESPONSE.format(text=f"the secret is {'higher' if number > first else 'lower'}")
+    messages = talk(ask, *shown, "Found it.", ask, call("guess", number=first), hint)
     row = {"secret": number, "low": LOW, "high": HIGH}
-    return {"messages": messages, **row, "response": call("guess", number=150)}
+    return {"messages": messages, **row, "response": call("guess", number=number)}
 
 
 def sum_of(number: int) -> dict[str, Any]:
