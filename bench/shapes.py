@@ -155,6 +155,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "tie_word_embeddings": False,
     },
+    "qwen3.5-0.8b": {  # the text part; three blocks of four have a gated delta rule
+        "model_type": "qwen3_5",
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "intermediate_size": 3584,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 4,
+            "num_experts": 0,
+            "vocab_size": 248320,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+        },
+    },
     "tiny": {
         **_LLAMA,
         "hidden_size": 64,
@@ -170,7 +193,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def shape_config(shape: str, depth: int = 0) -> dict[str, Any]:
     """Configuration of a shape with so many blocks; 0 means as many as it has."""
-    return SHAPES[shape] | ({"num_hidden_layers": depth} if depth else {})
+    config, fewer = SHAPES[shape], {"num_hidden_layers": depth} if depth else {}
+    if "text_config" in config:
+        return config | {"text_config": config["text_config"] | fewer}
+    return config | fewer
+
+
+def decoder_fields(shape: str) -> dict[str, Any]:
+    """The fields of a shape's decoder, wherever its configuration has them."""
+    config = SHAPES[shape]
+    found: dict[str, Any] = config.get("text_config", config)
+    return found
 
 
 def move_lora(actor: nn.Module, size: float, seed: int) -> None:

@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes, load_model
 
-from bench.shapes import SHAPES, NoTokenizer, shape_config
+from bench.shapes import SHAPES, NoTokenizer, decoder_fields, shape_config
 from mlx_grpo.backend.device import device_name, limit_memory, recommended_memory
 from mlx_grpo.backend.precision import apply_precision, precision_for
 from mlx_grpo.config.checks import parse_bytes
@@ -135,7 +135,7 @@ def judge_of(
     args: argparse.Namespace, plan: Plan, model: nn.Module, place: Path
 ) -> RewardModel | StreamedRewardModel | None:
     """The reward model that was asked for."""
-    head_1D = mx.random.normal((1, SHAPES[args.shape]["hidden_size"]), key=key(2, "head"))
+    head_1D = mx.random.normal((1, decoder_fields(args.shape)["hidden_size"]), key=key(2, "head"))
     sizes, precision = plan.choice.sizes, precision_for(plan.choice.dense)
     if args.rm == "none":
         return None
@@ -258,7 +258,7 @@ def main() -> None:
     c = plan.choice
     print(
         f"{args.shape} on {device_name()}, {'dense fp32' if c.dense else '4-bit'}, depth "
-        f"{args.depth or SHAPES[args.shape]['num_hidden_layers']}, {args.prompts} x {args.k}, "
+        f"{args.depth or decoder_fields(args.shape)['num_hidden_layers']}, {args.prompts} x {args.k}, "
         f"{args.prompt} + {args.completion} tokens, limit {args.limit or 'none'}: rows "
         f"{c.decode_rows}, {c.sizes}{', reward model read anew' if c.swap else ''}"
     )
