@@ -53,6 +53,11 @@ class Evaluation:
     repetition: float = 0.0
     """Share of each answer's 4-grams that came before in it, see `core/stats.py`."""
 
+    @property
+    def per_prompt(self) -> int:
+        """Answers to each prompt."""
+        return len(self.rewards) // max(len(self.groups), 1)
+
     def metrics(self, prefix: str = "eval") -> dict[str, float]:
         """For metrics.jsonl."""
         return {
@@ -66,7 +71,7 @@ class Evaluation:
             **{
                 f"{prefix}_rewards/{source}/{name}": rate
                 for source, scores in self.by_source.items()
-                for name, rate in pass_rates(scores, len(self.rewards) // len(self.groups)).items()
+                for name, rate in pass_rates(scores, self.per_prompt).items()
             },
         }
 
