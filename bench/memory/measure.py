@@ -256,9 +256,10 @@ def main() -> None:
     args = parser.parse_args()
     plan = planned(args)
     c = plan.choice
+    depth = args.depth or decoder_fields(args.shape)["num_hidden_layers"]
     print(
         f"{args.shape} on {device_name()}, {'dense fp32' if c.dense else '4-bit'}, depth "
-        f"{args.depth or decoder_fields(args.shape)['num_hidden_layers']}, {args.prompts} x {args.k}, "
+        f"{depth}, {args.prompts} x {args.k}, "
         f"{args.prompt} + {args.completion} tokens, limit {args.limit or 'none'}: rows "
         f"{c.decode_rows}, {c.sizes}{', reward model read anew' if c.swap else ''}"
     )
