@@ -29,6 +29,7 @@ def check_decoder(decoder: Decoder) -> None:
     Raises:
         InputError: one of them differs, fails or is not finite; names the model's family.
     """
+    check_batches(decoder)
     try:
         differences = _differences(decoder)
     except InputError as e:
@@ -53,7 +54,8 @@ def check_batches(decoder: Decoder) -> None:
     try:
         _of_rollout(decoder, tokens_KL, mx.zeros((ROWS, PROMPT + COMPLETION, decoder.vocabulary)))
     except Exception as e:  # whatever a model's own code raises
-        raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+        why = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise refusal(decoder.model, f"it fails with several prompts at once ({why})") from e
 
 
 def _differences(decoder: Decoder) -> dict[str, float]:
