@@ -76,6 +76,8 @@ def test_infinite_logits_are_refused() -> None:
 
 def test_whatever_a_family_raises_is_a_line_with_its_name() -> None:
     decoder = Decoder(small_decoder("gpt_bigcode"))
-    with pytest.raises(InputError, match="'gpt_bigcode' is not supported: .*ValueError") as refused:
+    with pytest.raises(
+        InputError, match=r"'gpt_bigcode' is not supported: .*ValueError"
+    ) as refused:
         check_decoder(decoder)
     assert "\n" not in str(refused.value)
