@@ -3,6 +3,8 @@
 docs/coming-from.md shows the same names side by side; a test holds the two together.
 """
 
+from mlx_grpo.config.settings import SETTINGS
+
 OTHER_NAMES = {
     "K": ("num_generations", "group_size", "n_samples_per_prompt"),
     "actor_model": ("model", "model_name", "model_name_or_path", "model_path", "pretrain"),
@@ -60,7 +62,7 @@ OTHER_NAMES = {
 NOTES = {
     "kl_targets": "which holds the KL at a target in place of a fixed weight",
     "minibatch_size": "which counts prompts per optimizer step",
-    "num_iterations": "which counts rollouts",
+    "num_iterations": "which counts rollouts; what TRL calls num_iterations is --epochs",
     "truncated": "with the value mask",
     "max_tool_calling_iterations": "which counts answers of tools, one less than turns",
     "batch_size": "which counts prompts per rollout",
@@ -68,7 +70,8 @@ NOTES = {
 
 
 def ours_for(name: str) -> tuple[str, str] | None:
-    """(our field, a note or nothing) for another trainer's name, however it is hyphenated."""
+    """(our field, a note or nothing) for another trainer's name, or ours with underscores."""
     plain = name.strip("-").replace("-", "_").lower()
-    found = next((field for field, others in OTHER_NAMES.items() if plain in others), None)
+    own = plain if plain in SETTINGS else None
+    found = next((field for field, others in OTHER_NAMES.items() if plain in others), own)
     return (found, NOTES.get(found, "")) if found else None

@@ -120,6 +120,7 @@ def typed(place: str, kind: Any, value: Any) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, Sequence):
             items = [items]
+        items = [i.strip() if isinstance(i, str) else i for i in items]
         return tuple(typed(place, arguments[0], i) for i in items if i != "")
     try:
         if kind is str and isinstance(value, str):

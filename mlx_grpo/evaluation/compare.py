@@ -151,7 +151,8 @@ def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui
     except InputError as e:
         ui.warn(f"cannot check whether these prompts chose best/: {e}")
         return
-    for warning in chosen_by_warnings(file, judging, chose_file, chose):
+    acting = bool(config.rollout.environment)
+    for warning in chosen_by_warnings(file, judging, chose_file, chose, acting):
         ui.warn(warning)
 
 

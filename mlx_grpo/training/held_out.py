@@ -32,13 +32,14 @@ def read_tests(
         InputError: a bad row, or none.
     """
     chose_file, limit = config.evaluation.prompts, config.evaluation.limit or None
+    acting = bool(config.rollout.environment)
     found = {}
     for name, file in config.evaluation.test_names.items():
         rows = found[name] = read_prompts(Path(file), config.columns, config.data.system_prompt)
         chose = read_prompts(Path(chose_file), config.columns, config.data.system_prompt)[:limit]
         for warning in (
-            *leak_warnings(config.data.prompts, trained, file, rows),
-            *chosen_by_warnings(file, rows, chose_file, chose),
+            *leak_warnings(config.data.prompts, trained, file, rows, acting),
+            *chosen_by_warnings(file, rows, chose_file, chose, acting),
         ):
             ui.warn(warning)
     return found
@@ -102,7 +103,8 @@ def warn_of_leaks(
         ui.warn(f"cannot check whether held-out prompts were trained on: {e}")
         return
     train_file, file = config.data.prompts, config.evaluation.prompts
-    for warning in leak_warnings(train_file, found, file, held_out):
+    acting = bool(config.rollout.environment)
+    for warning in leak_warnings(train_file, found, file, held_out, acting):
         ui.warn(warning)
 
 

@@ -123,10 +123,20 @@ def test_prompts_that_also_chose_best_are_counted_where_it_is_judged(
 ) -> None:
     compare_run(finished_run, None, "best", QUIET)
     said = capsys.readouterr().err
-    assert "3 of its 3 prompts also chose best/" in said and "use others to judge it" in said
+    assert "3 of its 3 prompts choose best/ as well" in said and "use others to judge it" in said
     compare_run(finished_run, None, "final", QUIET)
     assert "chose best/" not in capsys.readouterr().err
     run = limited(finished_run, tmp_path / "run", 1)
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Why TEA?"}, {"prompt": "Why rain?"}])
     compare_run(run, other, "best", QUIET)
-    assert f"{other}: 1 of its 2 prompts also chose best/" in capsys.readouterr().err
+    assert f"{other}: 1 of its 2 prompts choose best/ as well" in capsys.readouterr().err
+
+
+def test_rows_of_an_environment_differ_by_their_fields() -> None:
+    def row(secret: int) -> PromptRow:
+        return replace(rows("t.jsonl", "find it")[0], fields={"secret": secret})
+
+    train, held_out = [row(1), row(2)], [row(3), row(2)]
+    (said,) = leak_warnings("t.jsonl", train, "h.jsonl", held_out, fields=True)
+    assert "1 of 2 held-out prompts are also trained on" in said
+    assert "2 of 2 held-out" in " ".join(leak_warnings("t.jsonl", train, "h.jsonl", held_out))

@@ -85,7 +85,7 @@ def test_a_test_prompt_that_also_chooses_best_is_said(
 ) -> None:
     config = with_settings(read(run, False).config, output=str(tmp_path / "again"))
     assert train(config, QUIET, dry_run=True)
-    assert "seen.jsonl: 1 of its 1 prompts also chose best/" in capsys.readouterr().err
+    assert "seen.jsonl: 1 of its 1 prompts choose best/ as well" in capsys.readouterr().err
 
 
 def test_two_test_files_of_one_name_are_refused(train_arguments: dict[str, Any]) -> None:
