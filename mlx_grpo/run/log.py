@@ -26,11 +26,11 @@ LOGS = (METRICS, COMPLETIONS, EVAL_COMPLETIONS, SKIPPED, EVAL_ANSWERS)
 def append(path: Path, *rows: dict[str, Any]) -> None:
     """Append objects as lines and hand them to the operating system at once."""
     with path.open("a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(_nameable(row), ensure_ascii=False) + "\n" for row in rows))
+        f.write("".join(json.dumps(as_written(row), ensure_ascii=False) + "\n" for row in rows))
 
 
-def _nameable(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no name for NaN and infinity: null."""
+def as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """The row as `read` gives it back: JSON has no name for NaN and infinity, so they are null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 

@@ -96,7 +96,7 @@ class RunWriter:
         self._swapped = swapped_bytes()
         """On the swap before the run."""
         self._rows: list[dict[str, Any]] = []
-        """Of metrics.jsonl, so that the pace is known without reading it at each iteration."""
+        """Of metrics.jsonl, as a reader would find them."""
 
     def start(self, state: RunState, resume: bool, allow_change: bool) -> RunState:
         """Check the disk and restore a run that is resumed.
@@ -161,7 +161,7 @@ class RunWriter:
         self.ui.evaluation(step, evaluated.metrics, note if step else "")
         for name, sides in evaluated.tests.items():
             self.ui.evaluation(step, sides.sampled.metrics(), f"({name})")
-        for finding in new_findings(log.read(self.run / log.METRICS), config.gold_names):
+        for finding in new_findings(self._rows, config.gold_names):
             self.ui.warn(f"{finding.title}: {finding.evidence}. {finding.advice}")
         if step == 0:
             pace = guessed_pace(self.learner, evaluated.metrics["time/evaluate"])
@@ -206,7 +206,7 @@ class RunWriter:
 
     def _log(self, metrics: dict[str, Any]) -> None:
         log.append(self.run / log.METRICS, metrics)
-        self._rows.append(metrics)
+        self._rows.append(log.as_written(metrics))
         self._track(metrics)
 
     def save(self, state: RunState, before: Snapshot) -> None:

@@ -13,7 +13,7 @@ from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.finite import NotFinite, check_finite
-from mlx_grpo.grpo import reference, update
+from mlx_grpo.grpo import evaluate, reference, update
 from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.rewards.mix import RewardMix
@@ -159,6 +159,23 @@ def test_an_adapter_that_gives_only_nan_does_not_cost_the_checkpoints_before_it(
     steps = [row["step"] for row in log.read(config.run_directory / log.METRICS) if "kl" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert len(step_directories(config.run_directory / "checkpoints")) == config.run.keep
+
+
+def test_the_end_of_a_run_tells_of_a_last_figure_that_was_not_finite(
+    train_arguments: dict[str, Any], monkeypatch: Patch
+) -> None:
+    config = train_config(**{**train_arguments, "eval_every": 1, "num_iterations": 2})
+    real, calls, told = evaluate.perplexity, [], []
+
+    def broken_at_the_last(*arguments: Any) -> float:
+        calls.append(1)
+        return math.nan if len(calls) == 3 else real(*arguments)
+
+    monkeypatch.setattr(evaluate, "perplexity", broken_at_the_last)
+    monkeypatch.setattr(Console, "say", lambda ui, text: told.append(text))
+    assert trainer.train(config, QUIET)
+    (lost,) = [text for text in told if "against best/" in text]
+    assert "-> not finite" in lost
 
 
 def test_a_reward_that_is_never_finite_is_refused_before_anything_is_written(
