@@ -21,8 +21,7 @@ from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.convert.translate import translated
 from mlx_grpo.core.errors import InputError, one_line
 from mlx_grpo.core.types import Parameters
-from mlx_grpo.models.check import check_batches
-from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.check import check_trainable
 from mlx_grpo.models.reward_model import head_parts
 
 OUTPUT = "lm_head.weight"
@@ -258,8 +257,7 @@ def _check_architecture(opened: OpenedSource) -> None:
     place = opened.source.path
     model = opened.backbone()
     try:
-        decoder = Decoder(model)
-        check_batches(decoder)
+        decoder = check_trainable(model)
     except Exception as e:  # as above
         raise InputError(f"{place}: this architecture cannot be trained here: {one_line(e)}") from e
     if opened.head:

@@ -19,6 +19,7 @@ from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
 from mlx_grpo.run.directory import chosen_adapter, run_settings
+from mlx_grpo.training.held_out import choosing_rows
 from mlx_grpo.training.setup import load_evaluator, training_rows, without_given
 
 Scores = tuple[Sequence[float], Sequence[float]]
@@ -145,9 +146,7 @@ def _warn_of_choosing(own: TrainConfig, config: TrainConfig, asked: set[str], ui
         if r.id in asked
     ]
     try:
-        chose = read_prompts(Path(chose_file), own.columns, own.data.system_prompt)[
-            : own.evaluation.limit or None
-        ]
+        chose = choosing_rows(own)
     except InputError as e:
         ui.warn(f"cannot check whether these prompts chose best/: {e}")
         return

@@ -106,10 +106,7 @@ def _figures(subject: Subject, judges: Sequence[str]) -> list[str]:
 
 
 def _number(row: dict[str, Any], name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return "not finite"
-    return f"{value:.0%}" if name.endswith("ratio") else f"{value:.4g}"
+    return log.figure(row.get(name), ".0%" if name.endswith("ratio") else ".4g")
 
 
 def _settings(subject: Subject, config: TrainConfig) -> list[str]:

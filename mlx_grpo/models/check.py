@@ -6,6 +6,7 @@ shared prompt, and the logits of a rollout, equal those of the model over whole 
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_grpo.core.errors import InputError
@@ -16,8 +17,7 @@ from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
 
 PROMPT, ROWS, COMPLETION = 6, 3, 2
 """Tokens of the prompt, completions, and tokens of each."""
-BOUND = {mx.float32: 1e-3}
-BOUND_16 = 0.1
+BOUND_32, BOUND_16 = 1e-3, 0.1
 """Root mean square of the difference over that of the value. What is left out of a model, or done
 twice, makes it about 1; rounding in 16 bits makes it 0.01, more where it sends a token to another
 expert."""
@@ -29,21 +29,34 @@ def check_decoder(decoder: Decoder) -> None:
     Raises:
         InputError: one of them differs, fails or is not finite; names the model's family.
     """
-    check_batches(decoder)
+    _check_batches(decoder)
     try:
         differences = _differences(decoder)
     except InputError as e:
         raise refusal(decoder.model, str(e)) from None
     except Exception as e:  # whatever a model's own code raises where it is not run as it expects
         raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+    bound = BOUND_32 if decoder.dtype == mx.float32 else BOUND_16
     for what, difference in differences.items():
-        if not difference <= BOUND.get(decoder.dtype, BOUND_16):  # NaN is a difference too
+        if not difference <= bound:  # NaN is a difference too
             raise refusal(
                 decoder.model, f"{what} differ by {difference:.2g} of their size from the model's"
             )
 
 
-def check_batches(decoder: Decoder) -> None:
+def check_trainable(model: nn.Module) -> Decoder:
+    """A model taken apart, before any work and lazily, so that no weight is read; `check_decoder`
+    compares its numbers at load.
+
+    Raises:
+        InputError: it cannot be taken apart, or takes no batch; names its family.
+    """
+    decoder = Decoder(model)
+    _check_batches(decoder)
+    return decoder
+
+
+def _check_batches(decoder: Decoder) -> None:
     """Look whether a model takes prompts of different length together, as a rollout gives them to
     it; lazily, so that no weight is read.
 

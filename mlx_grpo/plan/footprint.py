@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_grpo.files.safetensors import safetensors_header
+from mlx_grpo.models.check import check_trainable
 from mlx_grpo.models.directory import load_lazily, parameter_count
 from mlx_grpo.models.lora_targets import (
     EXPERTS,
@@ -23,7 +24,6 @@ from mlx_grpo.models.lora_targets import (
     weight_count,
 )
 from mlx_grpo.models.mlp_chunks import MLP
-from mlx_grpo.models.trainable import check_trainable
 
 SCALES = (".scales", ".biases")
 MLPS = (MLP, "feed_forward", "block_sparse_moe", "ffn", "moe", "shared_mlp", "experts", "router")

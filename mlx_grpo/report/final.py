@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mlx_grpo.config.settings import judge_label
 from mlx_grpo.report.health import Row
+from mlx_grpo.run import log
 
 
 def lost_since_best(rows: Sequence[Row], gold: Sequence[str] = ()) -> str:
@@ -32,9 +33,7 @@ def lost_since_best(rows: Sequence[Row], gold: Sequence[str] = ()) -> str:
             continue
         known.append(name)
         if new is None or sign * (new - old) < 0:
-            worse.append(
-                f"{name} {old:{form}} -> {'not finite' if new is None else f'{new:{form}}'}"
-            )
+            worse.append(f"{name} {old:{form}} -> {log.figure(new, form)}")
     pair = f"final/ (iteration {last['step']}) has lost"
     than = f"against best/ (iteration {best['step']})"
     if not worse:

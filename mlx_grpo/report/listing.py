@@ -9,6 +9,7 @@ from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import held
 from mlx_grpo.report.record import Record, read_figures
+from mlx_grpo.run import log
 from mlx_grpo.run.directory import is_run, resume_command
 
 COLUMNS = ("run", "state", "iteration", "reward", "KL", "best", "time")
@@ -69,8 +70,8 @@ def _of_record(r: Record) -> Listed:
     cells = (
         state(r),
         f"{r.step}/{r.config.run.num_iterations}",
-        _figure(now.get("eval_reward"), "+.3f"),
-        _figure(now.get("eval_kl"), ".4f"),
+        log.figure(now.get("eval_reward"), "+.3f"),
+        log.figure(now.get("eval_kl"), ".4f"),
         str(now["step"]) if now["eval_best"] else "none",
         _minutes(r),
     )
@@ -88,10 +89,6 @@ def next_command(r: Record) -> str:
     if r.running:
         return command("mlx-grpo", "samples", r.run)
     return command("mlx-grpo", "chat", r.run) if r.finished else resume_command(r.run)
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
 
 
 def _minutes(r: Record) -> str:

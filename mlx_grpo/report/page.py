@@ -35,6 +35,7 @@ from mlx_grpo.report.final import lost_since_best
 from mlx_grpo.report.health import Row
 from mlx_grpo.report.numbers import file_name, link
 from mlx_grpo.report.record import Record, gold_names, test_names
+from mlx_grpo.run import log
 from mlx_grpo.run.directory import resume_command
 
 REFRESH_SECONDS = 30
@@ -109,9 +110,7 @@ def _harmless(value: Any) -> Any:
 
 def number(row: Row, key: str, form: str) -> str:
     """A figure, or what it is instead."""
-    if key not in row:
-        return ""
-    return "not finite" if row[key] is None else format(row[key], form)
+    return log.figure(row[key], form) if key in row else ""
 
 
 def status(r: Record) -> str:

@@ -10,6 +10,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import evenly
 from mlx_grpo.report.health import Row
 from mlx_grpo.report.record import held_out_answers, sampled_answers
+from mlx_grpo.run import log
 from mlx_grpo.run.directory import run_settings
 
 Answer = tuple[str, str]
@@ -127,5 +128,5 @@ def _reward(row: Row) -> float:
 
 
 def _label(row: Row) -> str:
-    reward = "not finite" if row["reward"] is None else f"{row['reward']:+.3f}"
-    return reward + (", cut off" if row.get("finish_reason") == "length" else "")
+    cut = ", cut off" if row.get("finish_reason") == "length" else ""
+    return log.figure(row["reward"], "+.3f") + cut

@@ -34,6 +34,11 @@ def as_written(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
+def figure(value: float | None, form: str) -> str:
+    """A figure of a row in words; null stands for one that was not finite."""
+    return "not finite" if value is None else format(value, form)
+
+
 def sizes(run: Path) -> dict[str, int]:
     """Bytes of each log of a run, 0 where there is none."""
     files = {name: run / name for name in LOGS}

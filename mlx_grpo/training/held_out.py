@@ -31,18 +31,29 @@ def read_tests(
     Raises:
         InputError: a bad row, or none.
     """
-    chose_file, limit = config.evaluation.prompts, config.evaluation.limit or None
+    if not (names := config.evaluation.test_names):
+        return {}
+    chose_file, chose = config.evaluation.prompts, choosing_rows(config)
     acting = bool(config.rollout.environment)
     found = {}
-    for name, file in config.evaluation.test_names.items():
+    for name, file in names.items():
         rows = found[name] = read_prompts(Path(file), config.columns, config.data.system_prompt)
-        chose = read_prompts(Path(chose_file), config.columns, config.data.system_prompt)[:limit]
         for warning in (
             *leak_warnings(config.data.prompts, trained, file, rows, acting),
             *chosen_by_warnings(file, rows, chose_file, chose, acting),
         ):
             ui.warn(warning)
     return found
+
+
+def choosing_rows(config: TrainConfig) -> list[PromptRow]:
+    """The rows of --eval-prompts that choose best/.
+
+    Raises:
+        InputError: no such file, or a bad row.
+    """
+    file, system = Path(config.evaluation.prompts), config.data.system_prompt
+    return read_prompts(file, config.columns, system)[: config.evaluation.limit or None]
 
 
 def sampling_held_out(config: TrainConfig, choice: Choice) -> Sampling:
