@@ -91,6 +91,7 @@ def test_ctrl_c_where_nothing_is_answered_ends_the_talk(finished_run: Path) -> N
     terminal.until("ends.\n>")
     terminal.send(b"why tea?\n")
     terminal.until("\n\n>")  # both have answered
+    terminal.until_it_waits()
     terminal.send(b"\x03")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.seen() and "error" not in terminal.seen()

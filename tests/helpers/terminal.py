@@ -81,6 +81,21 @@ class Terminal:
         while text not in "\n".join(self.screen.display):
             assert self._read(), f"ended without {text!r}:\n{self.seen()}"
 
+    def until_it_waits(self) -> None:
+        """Until the program sleeps. After a prompt it waits for a key then; a Ctrl-C between the
+        two is not seen by Python's readline before the next key."""
+        end = time.monotonic() + PATIENCE
+        while self._state() not in "SI":
+            assert time.monotonic() < end, f"never waits:\n{self.seen()}"
+
+    def _state(self) -> str:
+        """As `ps` has it: R runs, S and I (idle, on macOS) sleep."""
+        place = Path(f"/proc/{self.process.pid}/stat")
+        if place.exists():
+            return place.read_text().rpartition(")")[2].split()[0]
+        command = ["ps", "-o", "state=", "-p", str(self.process.pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout[:1]
+
     def send(self, keys: bytes) -> None:
         """Type."""
         os.write(self._master, keys)
