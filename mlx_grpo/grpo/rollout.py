@@ -21,6 +21,7 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
 from mlx_grpo.grpo.turns import Acting, Conversations
 from mlx_grpo.models.decoder import PREFILL_TOKENS
+from mlx_grpo.models.families.gated_delta import in_pieces
 from mlx_grpo.models.prompt_caches import rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, in_eval_mode, one_block_at_a_time
 
@@ -222,7 +223,7 @@ def _prefill(
             cache.step = max(1, len(ahead))  # no room for what is decoded elsewhere
         for start in range(0, len(ahead), PREFILL_TOKENS):
             part = ahead[start : start + PREFILL_TOKENS]
-            with one_block_at_a_time(model):
+            with one_block_at_a_time(model), in_pieces():
                 model(mx.array([part]), cache=caches)  # lazy: the head is never computed
             mx.eval([c.state for c in caches])
         per_prompt.append(caches)

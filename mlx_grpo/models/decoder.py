@@ -31,6 +31,7 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_grpo.backend.kernels import whole_tiles
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.block_calls import BlockCall, Embedded, States, travelling
+from mlx_grpo.models.families import gated_delta
 from mlx_grpo.models.final_norm import FinalNorm, final_norm
 from mlx_grpo.models.mlp_chunks import mlp_in_chunks
 from mlx_grpo.models.prompt_caches import (
@@ -139,7 +140,11 @@ class Decoder:
             return self.call_block(e, i, *states)
 
     def call_block(self, e: Embedded, i: int, *states: mx.array) -> States:
-        """As `run_block`, all at once, to be differentiated."""
+        """As `run_block`, its MLP all at once, to be differentiated."""
+        with gated_delta.in_pieces():
+            return self._call_block(e, i, *states)
+
+    def _call_block(self, e: Embedded, i: int, *states: mx.array) -> States:
         h_prompt, h_rows, *arrays = states
         values = e.unpack(i, arrays)
         number = e.prompt_calls[i].number

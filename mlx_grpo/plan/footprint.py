@@ -13,6 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_grpo.files.safetensors import safetensors_header
 from mlx_grpo.models.check import check_trainable
 from mlx_grpo.models.directory import load_lazily, parameter_count
+from mlx_grpo.models.families.gated_delta import has_gated_delta
 from mlx_grpo.models.lora_targets import (
     EXPERTS,
     LATENT,
@@ -69,6 +70,8 @@ class Footprint:
     """Of a row's states in all blocks that do not grow with its tokens: windows, recurrences."""
     scan_values: int = 0
     """Of the largest recurrent state of a block."""
+    scans_in_pieces: bool = False
+    """Whether its gradient is taken in pieces of time (`models/families/gated_delta.py`)."""
     cuttable: bool = True
     """Whether its MLPs can run over some tokens at a time."""
     coverage: Coverage | None = None
@@ -140,6 +143,7 @@ def footprint_of(model: nn.Module, parameters: int, targets: Sequence[str] = ())
         active_experts=active,
         state_values=states.fixed,
         scan_values=states.scan,
+        scans_in_pieces=has_gated_delta(model),
         cuttable=all(MLP in block for block in model.layers),
         coverage=coverage(model),
     )

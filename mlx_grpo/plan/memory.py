@@ -17,6 +17,7 @@ from itertools import product
 from mlx_grpo.backend.kernels import TILE
 from mlx_grpo.backend.precision import EXPANDED_BYTES
 from mlx_grpo.models.decoder import PREFILL_TOKENS, Sizes
+from mlx_grpo.models.families.gated_delta import PIECE_TOKENS
 from mlx_grpo.plan.footprint import Footprint
 
 MLP_TOKENS = (0, 1024, 512, 256, 128, 64)
@@ -29,7 +30,10 @@ GPU_MARGIN = 1.1
 """The factors were found where MLX holds about 100 operations in flight; Metal holds more and frees
 their inputs later."""
 STATES_PER_TOKEN = 4.2
-"""Of a gated-delta block, fp32, that its backward keeps; on the safe side for other recurrences."""
+"""Of a recurrence, fp32, that its backward keeps where it is not taken in pieces of time."""
+STATES_IN_FLIGHT = (27, 40)
+"""Of a row of a recurrence in pieces, fp32, in its forward and in its backward, whatever the
+length."""
 STREAMED_HIDDEN = 128 << 20
 """Of hidden states that a reward model which is swapped in works on between two of its blocks."""
 
@@ -238,8 +242,11 @@ def _scores(model: Footprint, work: Workload, choice: Choice) -> float:
     return 4.0 * model.heads * (_rows(work, choice) * t * (s + t) + s * s)
 
 
-def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tuple[float, float]:
-    """(forward, backward) of one block over a pass of so many tokens."""
+def _block(
+    model: Footprint, work: Workload, choice: Choice, tokens: int, rows: int = 0
+) -> tuple[float, float]:
+    """(forward, backward) of one block over a pass of so many tokens; its recurrence runs over so
+    many rows, those of a pass unless told otherwise."""
     width, chunk = 4.0 * model.mlp, choice.sizes.mlp_tokens if model.cuttable else 0
     states, projected = 4.0 * tokens * model.hidden, 4.0 * tokens * model.attention
     scores = _scores(model, work, choice)
@@ -250,8 +257,17 @@ def _block(model: Footprint, work: Workload, choice: Choice, tokens: int) -> tup
         attention = 15.6 * states + 6.4 * projected + 1.8 * scores
         backward = min(backward, max(18.0 * chunk * width + 6.0 * states, attention))
     part = 1.0 if choice.value_bytes == 4 else HALF
-    scanned = 4.0 * STATES_PER_TOKEN * tokens * model.scan_values
-    return part * forward, part * backward + scanned
+    ahead, again = (
+        4.0 * n * (rows or _rows(work, choice)) * model.scan_values * model.scans_in_pieces
+        for n in STATES_IN_FLIGHT
+    )
+    return part * forward + ahead, part * backward + again + _scanned(model, tokens)
+
+
+def _scanned(model: Footprint, tokens: int) -> float:
+    """States that a block's gradient reads."""
+    per_token = 1 / PIECE_TOKENS if model.scans_in_pieces else STATES_PER_TOKEN
+    return 4.0 * per_token * tokens * model.scan_values
 
 
 def _head(model: Footprint, work: Workload, choice: Choice) -> float:
@@ -268,7 +284,7 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     grown = 1 if choice.dense else 2  # a GPU has all layers' old caches alive while they grow
     held = tokens * model.cache_values + model.state_values
     cached = grown * rows * held * choice.value_bytes
-    prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS))
+    prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS), 1)
     undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
     working = cached + max(5.0 * 4 * rows * model.vocabulary, prefill)
     merging = 3 * EXPANDED_BYTES if choice.merges and model.expert_lora_width else 0
@@ -309,5 +325,5 @@ def _kept(model: Footprint, work: Workload, choice: Choice) -> float:
     tokens = _pass_tokens(work, choice)
     values = 3.0 * model.mlp + 5.0 * model.hidden + 1.0 * model.attention
     part = 1.0 if choice.value_bytes == 4 else HALF
-    scanned = 4.0 * STATES_PER_TOKEN * tokens * model.scan_values
-    return part * 4.0 * tokens * values + _scores(model, work, choice) + scanned
+    own = part * 4.0 * tokens * values + _scores(model, work, choice)
+    return own + _scanned(model, tokens)

@@ -86,8 +86,13 @@ def test_states_of_a_fixed_size_are_counted_once_a_row(monkeypatch: pytest.Monke
     assert found.cache_values == 2 * 2 * 2 * 16
     longer = replace(WORK, completion_tokens=128)
     less, more = (predict(found, RewardFootprint(), w, DENSE, 1 << 40) for w in (WORK, longer))
-    states = 4 * 4.2 * 4 * 64 * found.scan_values
-    assert more.stages["update"] - less.stages["update"] > states
+    grown = more.stages["update"] - less.stages["update"]
+    other = replace(found, scans_in_pieces=False)  # another recurrence keeps them at each token
+    less, more = (predict(other, RewardFootprint(), w, DENSE, 1 << 40) for w in (WORK, longer))
+    state, tokens = 4 * found.scan_values, 4 * 64
+    dearer = more.stages["update"] - less.stages["update"] - grown
+    assert found.scans_in_pieces
+    assert dearer == pytest.approx((4.2 - 1 / 16) * tokens * state, rel=1e-3)
 
 
 def test_a_mixture_whose_mlp_has_another_name_is_not_planned_in_chunks() -> None:
