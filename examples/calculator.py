@@ -1,9 +1,8 @@
 """An environment: a calculator for sums that a small model cannot do in its head.
 
-    mlx-grpo train --rm-model none --environment examples/calculator.py:Calculator \\
-      --reward examples/calculator.py:right --eval-reward examples/calculator.py:used ...
+    mlx-grpo train --config examples/calculator.toml
 
-The whole command is in docs/environments.md.
+See docs/environments.md.
 """
 
 import re

@@ -1,17 +1,20 @@
 """Write the prompts of the number game and the calculator: python examples/make_environments.py
 
-Held-out prompts are instances that no training prompt has.
+Held-out prompts are instances that no training prompt has: sums of other numbers, and secrets
+from other ranges. Those of `eval` choose a run's best adapter, those of `test` judge it.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TRAIN, HELD_OUT = 240, 60
-LOW, HIGH = 1, 300
+PARTS = {"train": 240, "eval": 24, "test": 96}
+WIDTH = 6
+"""Numbers among which the secret is."""
 CALL = '<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
 RESPONSE = "<tool_response>\n{text}\n</tool_response>"
 
@@ -26,43 +29,61 @@ def talk(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def game(number: int) -> dict[str, Any]:
-    """A prompt of the number game, with a game that was played before and a first guess."""
-    ask = f"Find my secret number from {LOW} to {HIGH}."
-    shown = []
-    for guess, hint in ((150, "higher"), (225, "lower"), (187, "higher")):
-        shown += [call("guess", number=guess), RESPONSE.format(text=f"the secret is {hint}")]
-    shown += [call("guess", number=206), RESPONSE.format(text="correct, the game is over")]
-    first = 149 if number == 150 else 150
-    hint = RESPONSE.format(text=f"the secret is {'higher' if number > first else 'lower'}")
-    messages = talk(ask, *shown, "Found it.", ask, call("guess", number=first), hint)
-    row = {"secret": number, "low": LOW, "high": HIGH}
-    return {"messages": messages, **row, "response": call("guess", number=number)}
+def asked(low: int) -> str:
+    """The question of a game."""
+    return f"Find my secret number from {low} to {low + WIDTH - 1}."
 
 
-def sum_of(number: int) -> dict[str, Any]:
-    """A prompt of the calculator, by the number of the instance, with a sum that was done."""
-    drawn = random.Random(number)
-    a, b = drawn.randint(500, 4999), drawn.randint(500, 4999)
+def game(low: int, secret: int) -> dict[str, Any]:
+    """A prompt of the number game, behind two games that were played before."""
     said = []
-    for x, y in ((731, 1846), (4088, 2514), (1250, 963)):
+    for first, hint, second in ((43, "lower", 42), (27, "higher", 28)):
+        said += [asked(first // 5 * 5), call("guess", number=first)]
+        said += [RESPONSE.format(text=f"the secret is {hint}"), call("guess", number=second)]
+        said += [RESPONSE.format(text="correct, the game is over"), "Found it."]
+    row = {"secret": secret, "low": low, "high": low + WIDTH - 1}
+    messages = talk(*said, asked(low))
+    return {"messages": messages, **row, "response": call("guess", number=secret)}
+
+
+def sum_of(a: int, b: int) -> dict[str, Any]:
+    """A prompt of the calculator, behind two sums that were done before."""
+    said = []
+    for x, y in ((4088, 2514), (731, 1846)):
         result = RESPONSE.format(text=x + y)
         said += [f"What is {x} + {y}?", call("add", a=x, b=y), result, f"It is {x + y}."]
     messages = talk(*said, f"What is {a} + {b}?")
     return {"messages": messages, "answer": a + b, "response": call("add", a=a, b=b)}
 
 
+def games(drawn: random.Random) -> list[dict[str, Any]]:
+    """As many as all parts have; all secrets of a range follow one another."""
+    lows = drawn.sample([low for low in range(10, 95) if low not in (25, 40)], 60)
+    return [game(low, secret) for low in lows for secret in range(low, low + WIDTH)]
+
+
+def sums(drawn: random.Random) -> list[dict[str, Any]]:
+    """As many as all parts have."""
+    numbers = drawn.sample(range(500, 5000), 2 * sum(PARTS.values()))
+    return [sum_of(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def write(out: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows, part by part."""
+    numbered = iter(enumerate(rows, start=1))
+    for part, count in PARTS.items():
+        taken = [next(numbered) for _ in range(count)]
+        lines = "".join(json.dumps({"id": f"{name} {n}", **row}) + "\n" for n, row in taken)
+        (out / f"{name}_{part}.jsonl").write_text(lines)
+
+
 def main() -> None:
-    """Write the four files."""
+    """Write the six files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE)
     out = parser.parse_args().out
-    order = random.Random(7).sample(range(LOW, HIGH + 1), TRAIN + HELD_OUT)
-    for name, made in (("number_game", game), ("calculator", sum_of)):
-        for part, numbers in (("train", order[:TRAIN]), ("eval", order[TRAIN:])):
-            rows = [{"id": f"{name} {n}", **made(n)} for n in numbers]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (out / f"{name}_{part}.jsonl").write_text(lines)
+    write(out, "number_game", games(random.Random(7)))
+    write(out, "calculator", sums(random.Random(7)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """An environment: find a number by guessing, with hints.
 
-    mlx-grpo train --rm-model none --environment examples/number_game.py:NumberGame \\
-      --eval-reward examples/number_game.py:found ...
+    mlx-grpo train --config examples/number_game.toml
 
-The whole command is in docs/environments.md. The class needs nothing of mlx_grpo.
+See docs/environments.md. The class needs nothing of mlx_grpo.
 """
 
 from types import SimpleNamespace

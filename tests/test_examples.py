@@ -86,7 +86,7 @@ def test_the_prompts_of_the_environments_are_what_their_script_makes(
     monkeypatch.setattr(sys, "argv", ["make_environments.py", "--out", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "make_environments.py"), run_name="__main__")
     made = sorted(tmp_path.iterdir())
-    assert len(made) == 4
+    assert len(made) == 6
     for file in made:
         assert file.read_bytes() == (EXAMPLES / file.name).read_bytes()
 
