@@ -56,6 +56,13 @@ def test_a_sound_machine_has_no_problem(
     assert "sft-4bit" in out and "whole" in out
 
 
+def test_a_model_that_is_not_there_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "--model", str(tmp_path / "none")) == 2
+    assert capsys.readouterr().err.endswith("none: no such directory\n")
+
+
 def test_the_list_of_findings_is_no_chatter_that_quiet_leaves_out(
     weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from mlx_grpo.cli.options import Quiet
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 
 if TYPE_CHECKING:  # mlx-lm takes two seconds to import: not for --help
     from mlx_grpo.doctor import Check
@@ -31,6 +32,8 @@ def doctor(
     from mlx_grpo.doctor import examine, trains
 
     ui = Console(quiet and not as_json)
+    if model and not model.is_dir():
+        raise InputError(f"--model {model}: no such directory")
     findings = []
     for finding in [trains(model)] if model else examine(weights):
         findings.append(finding)

@@ -78,6 +78,11 @@ def open_chat(
         adapted = load_adapter(backbone.model, directory)
     if backbone.note:
         ui.warn(backbone.note)
+    if config.rollout.environment:
+        ui.warn(
+            f"{run}: its environment, '{config.rollout.environment}', takes no part in a chat; "
+            "tools are neither described nor called"
+        )
     try:
         opening = system_message(training_rows(config))
     except InputError as e:

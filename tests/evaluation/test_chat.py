@@ -55,6 +55,19 @@ def test_a_run_without_that_adapter_is_one_line(finished_run: Path, tmp_path: Pa
         open_chat(tmp_path, "", QUIET)
 
 
+def test_that_tools_are_left_out_is_said(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = (run / "config.toml").read_text()
+    assert 'environment = ""' in settings
+    of_a_game = settings.replace('environment = ""', 'environment = "gone.py:Game"')
+    (run / "config.toml").write_text(of_a_game)
+    chat = open_chat(run, "final", QUIET)
+    assert "'gone.py:Game', takes no part in a chat" in capsys.readouterr().err
+    assert "".join(answer(chat, chat.sides[1], "why?", 0))
+
+
 def test_each_line_of_a_pipe_is_answered_on_its_own(finished_run: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mlx_grpo", "chat", str(finished_run), "--checkpoint", "final"],
