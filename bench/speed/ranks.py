@@ -40,7 +40,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.distributed import launch  # noqa: F401  (imported before the forks)
 from mlx_grpo.run import log
 from mlx_grpo.training import loop  # noqa: F401  (imported before the forks)
-from tests.crash.harness import ITERATIONS, Child, World, make_world, training
+from tests.crash.harness import ITERATIONS, Child, World, make_world, training, with_tools
 from tests.helpers.ports import free_ports
 
 SECONDS = ("time/iteration", "time/evaluate")
@@ -98,11 +98,12 @@ def apart(one: Path, other: Path) -> float:
 
 
 def same(world: World, iterations: int, ui: Console) -> dict[str, Any]:
-    """2 and 3 ranks against 1: with uneven shares, and with fewer prompts than ranks."""
+    """2 and 3 ranks against 1: with uneven shares, with fewer prompts than ranks, with tools."""
     found: dict[str, Any] = {}
     for name, settings in {
         "5 prompts, minibatches of 2": {"batch_size": 5, "minibatch_size": 2},
         "2 prompts, 2 epochs": {"batch_size": 2, "minibatch_size": 1, "epochs": 2},
+        "3 prompts, tools": {"batch_size": 3, "minibatch_size": 1, **with_tools(world)},
     }.items():
         every = {"checkpoint_every": iterations, "eval_every": iterations}
         config = world.config(num_iterations=iterations, **every, **settings)

@@ -13,7 +13,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.prompt_caches import caches_of_whole_sequences, rollout_caches
-from mlx_grpo.models.stand_ins import fp32_after_blocks, refusal
+from mlx_grpo.models.stand_ins import fp32_after_blocks, quoted, refusal
 
 PROMPT, ROWS, COMPLETION = 6, 3, 2
 """Tokens of the prompt, completions, and tokens of each."""
@@ -35,7 +35,7 @@ def check_decoder(decoder: Decoder) -> None:
     except InputError as e:
         raise refusal(decoder.model, str(e)) from None
     except Exception as e:  # whatever a model's own code raises where it is not run as it expects
-        raise refusal(decoder.model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+        raise refusal(decoder.model, f"it fails on a few tokens ({quoted(e)})") from e
     bound = BOUND_32 if decoder.dtype == mx.float32 else BOUND_16
     for what, difference in differences.items():
         if not difference <= bound:  # NaN is a difference too
@@ -67,8 +67,7 @@ def _check_batches(decoder: Decoder) -> None:
     try:
         _of_rollout(decoder, tokens_KL, mx.zeros((ROWS, PROMPT + COMPLETION, decoder.vocabulary)))
     except Exception as e:  # whatever a model's own code raises
-        why = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise refusal(decoder.model, f"it fails with several prompts at once ({why})") from e
+        raise refusal(decoder.model, f"it fails with several prompts at once ({quoted(e)})") from e
 
 
 def _differences(decoder: Decoder) -> dict[str, float]:

@@ -47,6 +47,7 @@ from mlx_grpo.models.stand_ins import (
     Recorder,
     forms_of,
     places_of,
+    quoted,
     refusal,
     replaced,
 )
@@ -99,7 +100,7 @@ class Decoder:
         except InputError as e:
             raise refusal(model, str(e)) from None
         except Exception as e:  # whatever a model's own code raises
-            raise refusal(model, f"{type(e).__name__}: {e}".splitlines()[0]) from e
+            raise refusal(model, f"it cannot be taken apart ({quoted(e)})") from e
 
     def _look_inside(self) -> None:
         """Run the model once without computing anything: shapes are known all the same."""

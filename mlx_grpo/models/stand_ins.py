@@ -182,6 +182,11 @@ def refusal(model: nn.Module, why: str) -> InputError:
     return InputError(f"model type '{family(model)}' is not supported: {why}")
 
 
+def quoted(error: Exception) -> str:
+    """What a model's own code raised, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def places_of(model: nn.Module) -> Places:
     """Where the blocks are.
 

@@ -31,6 +31,7 @@ from mlx_grpo.training import loop as trainer  # noqa: F401
 from tests import conftest
 from tests.helpers.tiny import write_acting_model
 
+ENVIRONMENTS = Path(__file__).parents[1] / "helpers" / "environments.py"
 STAGES = ("loading", "rollout", "reward", "logprob", "update", "evaluate", "saving", "between")
 ITERATIONS = 6
 Action = Callable[[], int | None]
@@ -64,6 +65,18 @@ class World:
         file = self.root / f"config-{abs(hash(tuple(sorted(changes.items()))))}.toml"
         file.write_text(to_toml(train_config(**{**fields, **changes})))
         return file
+
+
+def with_tools(world: World) -> dict[str, Any]:
+    """Settings of a run whose completions are sampled in turns, with an environment."""
+    return {
+        "actor_model": str(world.root / "acting"),
+        "rm_model": "none",
+        "environment": f"{ENVIRONMENTS}:Adder",
+        "max_tool_calling_iterations": 2,
+        "max_prompt_length": 1000,
+        "max_completion_length": 140,
+    }
 
 
 def make_world(root: Path) -> World:

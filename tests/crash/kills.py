@@ -23,9 +23,9 @@ from tests.crash.harness import (
     finish,
     same,
     training,
+    with_tools,
 )
 
-ENVIRONMENTS = Path(__file__).parent.parent / "helpers" / "environments.py"
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
 
@@ -123,17 +123,7 @@ def kill_matrix(world: World, count: int, rng: random.Random, **changes: Any) ->
 
 def kill_with_tools(world: World, count: int, rng: random.Random) -> dict[str, Any]:
     """`kill_matrix` of a run whose completions are sampled in turns, with an environment."""
-    found = kill_matrix(
-        world,
-        count,
-        rng,
-        actor_model=str(world.root / "acting"),
-        rm_model="none",
-        environment=f"{ENVIRONMENTS}:Adder",
-        max_tool_calling_iterations=2,
-        max_prompt_length=1000,
-        max_completion_length=140,
-    )
+    found = kill_matrix(world, count, rng, **with_tools(world))
     rows = contents(world.root / "whole")["metrics"]
     found["calls"] = sum(row.get("tools/call_frequency", 0) for row in rows)
     return found
