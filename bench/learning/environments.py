@@ -4,8 +4,8 @@ usage: python -m bench.learning.environments [--model weights/sft-4bit] [--seeds
            [--only calculator number_game] [--output DIR] [--json FILE]
 
 Trains with examples/NAME.toml, seed by seed. The instances of examples/NAME_test.jsonl, which
-neither trained nor chose anything, are answered by the SFT model and by each run's adapter, once
-greedily and once sampled at temperature 1. What is done is not done again.
+neither trained nor chose anything, are answered by the SFT model and by the adapter that each run
+ends with, once greedily and once sampled at temperature 1. What is done is not done again.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -27,7 +27,7 @@ from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.models.merging import merged_for_rollout
-from mlx_grpo.run.directory import chosen_adapter, is_run
+from mlx_grpo.run.directory import is_run
 from mlx_grpo.training.loop import train
 from mlx_grpo.training.setup import load_evaluator
 
@@ -79,7 +79,7 @@ def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, 
         if not (run / "final").is_dir() and not train(config, ui, resume=is_run(run)):
             raise KeyboardInterrupt
         if not (run / JUDGED).exists():
-            write_json(run / JUDGED, _judge(config, name, chosen_adapter(run, ""), ui))
+            write_json(run / JUDGED, _judge(config, name, run / "final", ui))
         rows.append({"example": name, "seed": seed, **read_json(run / JUDGED)})
     return rows
 

@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--count", type=int, help="points, runs or examples of a part")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the figures; adds to what it has")
     given = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -121,7 +121,8 @@ def main() -> int:
             sys.stdout.flush()
             if given.json:  # after each part: the whole takes a while
                 given.json.parent.mkdir(parents=True, exist_ok=True)
-                given.json.write_text(json.dumps(figures, indent=2) + "\n")
+                others = json.loads(given.json.read_text()) if given.json.exists() else {}
+                given.json.write_text(json.dumps(others | figures, indent=2) + "\n")
     sys.stdout.write(summary(figures))
     return int(any(part["failures"] for part in figures.values()))
 
