@@ -4,8 +4,10 @@ Embed first, then run the blocks. A block is read, brought into its precision, r
 let go before the next one is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +17,7 @@ from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.models.block_calls import Embedded, States
 from mlx_grpo.models.decoder import Decoder
+from mlx_grpo.models.stand_ins import StandIn
 
 
 @dataclass
@@ -42,6 +45,33 @@ def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> 
             r.states = decoder.run_block(r.embedded, i, *r.states)
             mx.eval(r.states)
         let_go(block)
+
+
+class _Read(StandIn):
+    """Reads a block when it is called, and lets it go."""
+
+    def __init__(self, block: nn.Module, bring: Callable[[nn.Module], None]):
+        super().__init__(block)
+        self.bring = bring
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.bring(self.block)
+        out = super().__call__(*args, **kwargs)
+        mx.eval(out)
+        let_go(self.block)
+        return out
+
+
+@contextmanager
+def each_block_read(decoder: Decoder, precision: Precision) -> Iterator[None]:
+    """Within it the whole model can be called, once, with one block in memory at a time."""
+    castable = may_cast(decoder.model)
+
+    def bring(block: nn.Module) -> None:
+        apply_precision(block, precision, castable)
+
+    with decoder.standing_in([_Read(block, bring) for block in decoder.blocks]):
+        yield
 
 
 def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> None:

@@ -5,18 +5,23 @@ found out here, on a few tokens, before any work: hidden states, final norm and 
 shared prompt, and the logits of a rollout, equal those of the model over whole sequences.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
+from mlx_grpo.models.block_reader import each_block_read, embed_rows, run_blocks
 from mlx_grpo.models.decoder import Decoder, shift_right
 from mlx_grpo.models.prompt_caches import caches_of_whole_sequences, rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, quoted, refusal
 
 PROMPT, ROWS, COMPLETION = 6, 3, 2
 """Tokens of the prompt, completions, and tokens of each."""
+HIDDEN_STATES = "hidden states"
 BOUND_32, BOUND_16 = 1e-3, 0.1
 """Root mean square of the difference over that of the value. What is left out of a model, or done
 twice, makes it about 1; rounding in 16 bits makes it 0.01, more where it sends a token to another
@@ -30,8 +35,38 @@ def check_decoder(decoder: Decoder) -> None:
         InputError: one of them differs, fails or is not finite; names the model's family.
     """
     _check_batches(decoder)
+    _compare(decoder, _differences)
+
+
+def check_streamed(opened: Callable[[], Decoder], precision: Precision) -> None:
+    """As `check_decoder`, of the last hidden states, with one block in memory at a time.
+
+    Args:
+        opened: gives the model with nothing read yet.
+
+    Raises:
+        InputError: see `check_decoder`.
+    """
+
+    def differences(whole: Decoder) -> dict[str, float]:
+        tokens_KL, apart = _tokens(whole), opened()
+        rows = embed_rows(apart, tokens_KL[:1, :PROMPT], tokens_KL[:, PROMPT:])
+        run_blocks(apart, [rows], precision)
+        if whole.final_norm is None:
+            return {}
+        caches = caches_of_whole_sequences(whole.model)
+        with each_block_read(whole, precision), whole.final_norm.noted() as read:
+            whole.model(tokens_KL, cache=caches)
+        if mx.isnan(read[-1]).any().item():
+            return {}  # see `_differences`
+        return {HIDDEN_STATES: _difference(rows.states[1], read[-1][:, PROMPT:])}
+
+    _compare(opened(), differences)
+
+
+def _compare(decoder: Decoder, differences_of: Callable[[Decoder], dict[str, float]]) -> None:
     try:
-        differences = _differences(decoder)
+        differences = differences_of(decoder)
     except InputError as e:
         raise refusal(decoder.model, str(e)) from None
     except Exception as e:  # whatever a model's own code raises where it is not run as it expects
@@ -72,9 +107,7 @@ def _check_batches(decoder: Decoder) -> None:
 
 def _differences(decoder: Decoder) -> dict[str, float]:
     """Of what the two ways give; nothing where the model's own values are not finite."""
-    shape = (ROWS, PROMPT + COMPLETION)
-    tokens_KL = mx.random.randint(0, decoder.vocabulary, shape, key=key(0, "check"))
-    tokens_KL[:, :PROMPT] = tokens_KL[:1, :PROMPT]
+    tokens_KL = _tokens(decoder)
     prompt_1S, rows_KT = tokens_KL[:1, :PROMPT], tokens_KL[:, PROMPT:]
     read_KLD, logits_KLV = _whole(decoder, tokens_KL)
     infinite = mx.isinf(logits_KLV).any().item()
@@ -90,8 +123,16 @@ def _differences(decoder: Decoder) -> dict[str, float]:
         "logits of a rollout": _of_rollout(decoder, tokens_KL, logits_KLV),
     }
     if read_KLD is not None:
-        pairs["hidden states"] = (h_rows, read_KLD[:, PROMPT:])
+        pairs[HIDDEN_STATES] = (h_rows, read_KLD[:, PROMPT:])
     return {what: _difference(*pair) for what, pair in pairs.items()}
+
+
+def _tokens(decoder: Decoder) -> mx.array:
+    """Random ones, [K, L]; all rows begin with the same prompt."""
+    shape = (ROWS, PROMPT + COMPLETION)
+    tokens_KL = mx.random.randint(0, decoder.vocabulary, shape, key=key(0, "check"))
+    tokens_KL[:, :PROMPT] = tokens_KL[:1, :PROMPT]
+    return tokens_KL
 
 
 def _whole(decoder: Decoder, tokens_KL: mx.array) -> tuple[mx.array | None, mx.array]:

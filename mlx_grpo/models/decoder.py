@@ -19,7 +19,7 @@ A prompt is run once, and what it leaves serves all its completions (`models/pro
 gradients flow back through it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +185,12 @@ class Decoder:
             mx.eval(states)
         h_prompt, h_rows = states
         return h_prompt, h_rows
+
+    @contextmanager
+    def standing_in(self, stand_ins: Sequence[Any]) -> Iterator[None]:
+        """Within it the model calls these in place of its blocks."""
+        with replaced(self._places, stand_ins):
+            yield
 
     @contextmanager
     def without_blocks(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from mlx_grpo.core.stopping import SafePoint, never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.manifest import verify_manifest
 from mlx_grpo.models.block_reader import Rows, cast_around_blocks, embed_rows, run_blocks
+from mlx_grpo.models.check import check_streamed
 from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.directory import Stamps, load_lazily, load_unchanged, weight_stamps
 from mlx_grpo.models.reward_model import (
@@ -89,7 +90,7 @@ class StreamedRewardModel:
             yield wave
 
     def _embedded(self, index: int, group: Group) -> Iterator[_Bucket]:
-        decoder = self._open()  # anew: what is read of the embedding goes with it
+        decoder = self.opened()  # anew: what is read of the embedding goes with it
         prompt, rows = reward_inputs(group, self.tokenizer, self.form)
         for bucket in length_buckets(list(map(len, rows)), len(prompt), self.sizes.rows):
             rows_KT, lengths = pad_right([rows[i] for i in bucket])
@@ -97,13 +98,13 @@ class StreamedRewardModel:
             yield _Bucket(index, bucket, lengths, entered)
 
     def _run(self, buckets: Sequence[_Bucket]) -> Iterator[list[float]]:
-        decoder = self._open()
+        decoder = self.opened()
         run_blocks(decoder, [b.rows for b in buckets], self.precision)
         for b in buckets:
             last_KD = b.rows.states[1][mx.arange(len(b.lengths)), mx.array(b.lengths) - 1]
             yield reward_head(decoder, last_KD, self.weight_1D, self.bias, self.first).tolist()
 
-    def _open(self) -> Decoder:
+    def opened(self) -> Decoder:
         """The model with nothing read yet."""
         model = load_unchanged(self.path, self.stamps)
         model.freeze()
@@ -123,13 +124,14 @@ def open_streamed(
     """A reward model of kind `full` that stays on disk; its files are checked here, once.
 
     Raises:
-        InputError: missing or damaged files, or a model without a final norm for a head to read.
+        InputError: missing or damaged files, a model without a final norm for a head to read, or
+            one that does not compute the same when it is taken apart.
     """
     config, stamps = reward_config(path), weight_stamps(path)
     verify_manifest(path)
     hidden = reward_decoder(load_lazily(path)[0]).hidden_size
     weight_1D, bias, first = load_head(path / REWARD_HEAD, hidden)
-    return StreamedRewardModel(
+    model = StreamedRewardModel(
         path=path,
         stamps=stamps,
         precision=precision,
@@ -141,3 +143,5 @@ def open_streamed(
         form=TextForm.of(config),
         first=first,
     )
+    check_streamed(model.opened, precision)
+    return model

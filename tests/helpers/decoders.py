@@ -1,10 +1,13 @@
 """Small random decoders of every family, and what each of them has to get right."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.llama import LlamaModel
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import _get_classes
 
@@ -29,6 +32,18 @@ from tests.helpers.groups import LENGTHS, PROMPT, group_of, staged_gradients
 
 LARGEST = 2_000_000
 """Parameters of a small decoder."""
+
+
+class Doubling(LlamaModel):
+    """Its code does something to hidden states between two blocks."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
+        h = self.embed_tokens(inputs)
+        caches = cache or [None] * len(self.layers)
+        mask = create_attention_mask(h, caches[0])
+        for layer, one in zip(self.layers, caches, strict=True):
+            h = 2 * layer(h, mask, cache=one)
+        return self.norm(h)
 
 
 def small_decoder(name: str) -> nn.Module:

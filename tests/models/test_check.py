@@ -1,32 +1,16 @@
 """A model that its parts or its caches do not compute is refused as it is loaded."""
 
-from typing import Any
-
 import mlx.core as mx
 import pytest
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import RotatingKVCache
-from mlx_lm.models.llama import LlamaModel
 
 from bench.families import FAMILIES
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.models.check import check_decoder
 from mlx_grpo.models.decoder import Decoder
-from tests.helpers.decoders import small_decoder
+from tests.helpers.decoders import Doubling, small_decoder
 from tests.helpers.tiny import tiny_model
-
-
-class Doubling(LlamaModel):
-    """Its code does something to hidden states between two blocks."""
-
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: Any = None) -> Any:
-        h = self.embed_tokens(inputs)
-        caches = cache or [None] * len(self.layers)
-        mask = create_attention_mask(h, caches[0])
-        for layer, one in zip(self.layers, caches, strict=True):
-            h = 2 * layer(h, mask, cache=one)
-        return self.norm(h)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 
 from bench.decoders import decoder_config
 from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Completion, Group, Prompt
+from mlx_grpo.models import streamed_reward_model
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.decoder import Decoder, Sizes
 from mlx_grpo.models.reward_model import (
@@ -21,7 +25,7 @@ from mlx_grpo.models.reward_model import (
     reward_decoder,
 )
 from mlx_grpo.models.streamed_reward_model import open_streamed
-from tests.helpers.decoders import small_decoder
+from tests.helpers.decoders import Doubling, small_decoder
 from tests.helpers.tiny import write_model
 
 DENSE = Precision("cpu", dense=True, dtype=mx.float32)
@@ -102,6 +106,24 @@ def test_a_model_whose_final_norm_is_not_found_is_refused_as_it_is_opened(
             opened()
 
 
+def test_a_model_that_changes_states_between_its_blocks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = as_reward_model(write_model(tmp_path / "rm", "llama"))
+    read = streamed_reward_model.load_unchanged
+
+    def doubling(*given: Any) -> nn.Module:
+        model = read(*given)
+        model.model.__class__ = Doubling
+        return model
+
+    open_streamed(judge, DENSE, Sizes(), 0)
+    monkeypatch.setattr(streamed_reward_model, "load_unchanged", doubling)
+    for precision in (DENSE, PACKED):
+        with pytest.raises(InputError, match="is not supported: hidden states differ by"):
+            open_streamed(judge, precision, Sizes(), 0)
+
+
 def test_a_head_of_two_layers_scores_as_in_a_resident_model(judge: Path, sft: Path) -> None:
     shapes = {"tanh.weight": (8, 32), "tanh.bias": (8,), "weight": (1, 8), "bias": (1,)}
     head = {name: mx.random.normal(shape, key=key(1, name)) for name, shape in shapes.items()}
@@ -118,10 +140,6 @@ def test_a_head_of_two_layers_scores_as_in_a_resident_model(judge: Path, sft: Pa
 def test_quantized_weights_give_the_scores_of_the_dense_copy_that_would_stay(
     judge: Path, sft: Path, tmp_path: Path
 ) -> None:
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import load_model
-
     model, config = load_model(judge)
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=32, bits=4)
