@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_grpo.backend.own_dtypes import may_cast
+from mlx_grpo.backend.precision import choose_precision
 from mlx_grpo.convert.adapters import attach
 from mlx_grpo.convert.card import model_card
 from mlx_grpo.convert.cost import QuantizationCost
@@ -28,6 +29,9 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import atomic_directory, read_json, write_json, write_text
 from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.files.safetensors import load_arrays
+from mlx_grpo.models.block_reader import cast_around_blocks
+from mlx_grpo.models.check import check_streamed
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import EXACT_UP_TO, parameter_count, weight_files
 from mlx_grpo.models.lora import load_adapter, lora_parameters, save_adapter
 
@@ -88,9 +92,24 @@ def write_about(
 
 
 def write_model(opened: OpenedSource, directory: Path) -> None:
+    """The weights; what was written is read again and compared with itself taken apart.
+
+    Raises:
+        InputError: it does not compute the same.
+    """
     config = read_json(directory / "config.json")
     write_weights(directory, stream(opened.model(), config, opened))
-    lazily(directory)()  # every tensor is in its place
+    open_model, precision = lazily(directory), choose_precision(0)
+
+    def written() -> Decoder:
+        decoder = Decoder(open_model())  # every tensor is in its place
+        cast_around_blocks(decoder, precision.dtype)
+        return decoder
+
+    try:
+        check_streamed(written, precision)
+    except InputError as e:
+        raise InputError(f"{opened.source.path}: {e}") from e
 
 
 def write_adapter(opened: OpenedSource, directory: Path, sft: Path) -> None:

@@ -2,21 +2,26 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 
 from tests.helpers.tiny import write_model
 
 pytest.importorskip("torch")
+from mlx_grpo.convert import output
 from mlx_grpo.convert.convert import convert_sft
+from mlx_grpo.convert.output import lazily
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from tests.helpers.decoders import Doubling
 from tests.helpers.hf_models import TOKENS, found_logps, save_hf, torch_logps, widest, write_hf
 
 EXACT, PACKED = Quantization(16), Quantization(4, 32)
@@ -43,6 +48,26 @@ def test_at_16_bits_the_log_probs_are_those_of_torch(name: str, tmp_path: Path) 
     assert widest(found_logps(tmp_path / "out"), expected) <= 1e-4
     assert row.parameters == sum(p.numel() for p in model.parameters())
     assert row.cost.describe() == "values kept"
+
+
+def test_a_model_that_differs_from_its_parts_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hf(tmp_path / "hf", "LlamaForCausalLM")
+
+    def doubling(directory: Path) -> Callable[[], nn.Module]:
+        def open_model() -> nn.Module:
+            model = lazily(directory)()
+            model.model.__class__ = Doubling
+            return model
+
+        return open_model
+
+    monkeypatch.setattr(output, "lazily", doubling)
+    for target in (EXACT, PACKED):
+        with pytest.raises(InputError, match=r"hf: model type 'llama' .* hidden states differ by"):
+            convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", target, None)
+        assert only(tmp_path, "hf")
 
 
 @pytest.mark.parametrize("name", MODELS)
