@@ -212,8 +212,8 @@ def without_blocks(model: nn.Module, precision: Precision) -> Decoder:
 
 
 def _logps(open_model: Open, hidden_ND: mx.array, precision: Precision) -> Iterator[mx.array]:
-    """Log-probs over the vocabulary, fp32, [N, V] in chunks of tokens."""
-    return head_logps(without_blocks(open_model(), precision), hidden_ND)
+    """As `head_logps`; the head is read at the first chunk and goes with the last one."""
+    yield from head_logps(without_blocks(open_model(), precision), hidden_ND)
 
 
 def head_logps(decoder: Decoder, hidden_ND: mx.array) -> Iterator[mx.array]:

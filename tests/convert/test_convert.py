@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 from tests.helpers.tiny import write_model
 
 pytest.importorskip("torch")
-from mlx_grpo.convert import output
+from mlx_grpo.backend.precision import Precision
+from mlx_grpo.convert import cost, output
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.output import lazily
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.safetensors import load_arrays, save_arrays
+from mlx_grpo.models.decoder import Decoder
 from tests.helpers.decoders import Doubling
 from tests.helpers.hf_models import TOKENS, found_logps, save_hf, torch_logps, widest, write_hf
 
@@ -68,6 +71,24 @@ def test_a_model_that_differs_from_its_parts_is_not_written(
         with pytest.raises(InputError, match=r"hf: model type 'llama' .* hidden states differ by"):
             convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", target, None)
         assert only(tmp_path, "hf")
+
+
+def test_the_cost_is_measured_with_one_head_in_memory_at_a_time(
+    tmp_path: Path, prompt_files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Decoder] = weakref.WeakSet()
+    others, with_a_head = [], cost.without_blocks
+
+    def noted(model: nn.Module, precision: Precision) -> Decoder:
+        others.append(len(alive))
+        decoder = with_a_head(model, precision)
+        alive.add(decoder)
+        return decoder
+
+    monkeypatch.setattr(cost, "without_blocks", noted)
+    write_hf(tmp_path / "hf", "LlamaForCausalLM")
+    convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", PACKED, prompt_files[1])
+    assert others == [0, 0]
 
 
 @pytest.mark.parametrize("name", MODELS)
