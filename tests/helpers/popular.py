@@ -54,6 +54,8 @@ POPULAR: dict[str, Variant] = {
             "tie_word_embeddings": False,
         },
     ),
+    # mlx-lm computes this form of GELU whatever the source has
+    "gpt_neox": ("GPTNeoXForCausalLM", {"intermediate_size": 256, "hidden_act": "gelu_new"}),
     "qwen3_next": VARIANTS["qwen3_next"],
     "qwen3_moe": VARIANTS["qwen3_moe"],
     "lfm2": (
