@@ -1,6 +1,8 @@
 """Tensors as trainers and transformers 5 store them, in the names and layouts that mlx-lm's loaders
 know."""
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -16,6 +18,9 @@ RENAMED = {
     },
 }
 """Parts of names, by family."""
+STACKED = ("qwen3_5_moe", "qwen3_5_moe_text")
+"""Families whose experts mlx-lm knows in one tensor alone; transformers 5 saves one for each."""
+EXPERT = re.compile(r"(?P<mlp>.+\.mlp)\.experts\.(?P<number>\d+)\.(?P<rest>\w+_proj\.weight)")
 
 
 def known_names(tensors: Tensors, model_type: str) -> Tensors:
@@ -26,6 +31,24 @@ def known_names(tensors: Tensors, model_type: str) -> Tensors:
         parts = experts_of_gpt_oss(name, array) if model_type == "gpt_oss" else ((name, array),)
         for part, value in parts:
             arrays[part], files[part] = value, tensors.files[stored]
+    found = Tensors(arrays, files)
+    return _stacked(found) if model_type in STACKED else found
+
+
+def _stacked(tensors: Tensors) -> Tensors:
+    """With the experts of each layer in one tensor. Where a number is missing or a shape differs,
+    they stay as they were, and have no place in the model."""
+    layers: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in tensors.arrays:
+        if parts := EXPERT.fullmatch(name):
+            whole = f"{parts['mlp']}.switch_mlp.{parts['rest']}"
+            layers[whole][int(parts["number"])] = name
+    arrays, files = dict(tensors.arrays), dict(tensors.files)
+    for whole, names in layers.items():
+        shapes = {tuple(arrays[name].shape) for name in names.values()}
+        if sorted(names) == list(range(len(names))) and len(shapes) == 1:
+            arrays[whole] = mx.stack([arrays.pop(names[i]) for i in range(len(names))])
+            files[whole] = files[names[0]]
     return Tensors(arrays, files)
 
 

@@ -17,6 +17,17 @@ DELTA = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
 }
+DELTA_MOE = {
+    **{**DELTA, "num_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+}
+SEEING = {
+    "vision_config": {
+        **{**EYES, "out_hidden_size": 64, "patch_size": 14},
+        "deepstack_visual_indexes": [0],
+    },
+    "tie_word_embeddings": False,
+}
 GEMMA4 = {
     **{"head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 4, "sliding_window": 8},
     **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
@@ -45,14 +56,12 @@ POPULAR: dict[str, Variant] = {
     "qwen3_5": ("Qwen3_5ForCausalLM", DELTA),
     "qwen3_5 multimodal": (
         "Qwen3_5ForConditionalGeneration",
-        {
-            "text_config": nested(DELTA),
-            "vision_config": {
-                **{**EYES, "out_hidden_size": 64, "patch_size": 14},
-                "deepstack_visual_indexes": [0],
-            },
-            "tie_word_embeddings": False,
-        },
+        {"text_config": nested(DELTA), **SEEING},
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", DELTA_MOE),
+    "qwen3_5_moe multimodal": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {"text_config": nested(DELTA_MOE), **SEEING},
     ),
     # mlx-lm computes this form of GELU whatever the source has
     "gpt_neox": ("GPTNeoXForCausalLM", {"intermediate_size": 256, "hidden_act": "gelu_new"}),

@@ -14,6 +14,7 @@ from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.safetensors import load_arrays, save_arrays
 from mlx_grpo.models.directory import load_lazily
 from tests.helpers.hf_models import torch_logps, widest
 from tests.helpers.popular import GROUPED, POPULAR
@@ -52,3 +53,16 @@ def test_groups_that_mlx_lm_takes_together_are_refused(name: str, tmp_path: Path
     write_variant(tmp_path / "hf", GROUPED[name])
     with pytest.raises(InputError, match=r"does not compute (mamba_)?n_groups 2|cannot be trained"):
         convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", Quantization(16), None)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_an_expert_that_is_missing_or_cut_is_refused_in_a_line(damage: str, tmp_path: Path) -> None:
+    write_variant(tmp_path / "hf", POPULAR["qwen3_5_moe"])
+    file = tmp_path / "hf" / "model.safetensors"
+    arrays = load_arrays(file)
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    up = arrays.pop(name)
+    save_arrays(file, arrays if damage == "missing" else {**arrays, name: up[:-1]})
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight' has no place in this arch"):
+        convert_sft(locate(str(tmp_path / "hf")), tmp_path / "out", Quantization(16), None)
+    assert not (tmp_path / "out").exists()
