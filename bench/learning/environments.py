@@ -1,7 +1,7 @@
 """Do the two examples with tools learn? Success on held-out instances, before and after.
 
 usage: python -m bench.learning.environments [--model weights/sft-4bit] [--seeds 1 2 3]
-           [--only calculator number_game] [--output DIR] [--json FILE]
+           [--only calculator number_game] [--instances 48] [--output DIR] [--json FILE]
 
 Trains with examples/NAME.toml, seed by seed. The instances of examples/NAME_test.jsonl, which
 neither trained nor chose anything, are answered by the SFT model and by the adapter that each run
@@ -71,7 +71,7 @@ def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, 
     before = place / JUDGED
     if not before.exists():
         place.mkdir(parents=True, exist_ok=True)
-        write_json(before, _judge(base, name, None, ui))
+        write_json(before, _judge(base, name, None, args.instances, ui))
     rows = [{"example": name, "seed": None, **read_json(before)}]
     for seed in args.seeds:
         run = place / f"seed-{seed}"
@@ -79,13 +79,17 @@ def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, 
         if not (run / "final").is_dir() and not train(config, ui, resume=is_run(run)):
             raise KeyboardInterrupt
         if not (run / JUDGED).exists():
-            write_json(run / JUDGED, _judge(config, name, run / "final", ui))
+            found = _judge(config, name, run / "final", args.instances, ui)
+            write_json(run / JUDGED, found)
         rows.append({"example": name, "seed": seed, **read_json(run / JUDGED)})
     return rows
 
 
-def _judge(config: TrainConfig, name: str, adapter: Path | None, ui: Console) -> dict[str, Any]:
-    config = with_settings(config, eval_prompts=str(EXAMPLES / f"{name}_test.jsonl"))
+def _judge(
+    config: TrainConfig, name: str, adapter: Path | None, instances: int, ui: Console
+) -> dict[str, Any]:
+    file = str(EXAMPLES / f"{name}_test.jsonl")
+    config = with_settings(config, eval_prompts=file, eval_limit=instances)
     evaluator = load_evaluator(config, ui)
     model = evaluator.backbone.model
     with closing(evaluator.rewards):
@@ -95,9 +99,10 @@ def _judge(config: TrainConfig, name: str, adapter: Path | None, ui: Console) ->
 def show(rows: list[dict[str, Any]], ui: Console) -> None:
     """A table for each example: share of the answers and its 95 % interval (Wilson)."""
     for name in dict.fromkeys(row["example"] for row in rows):
+        own = [row for row in rows if row["example"] == name]
         figures = [(how, figure) for figure in SHOWN[name] for how in DECODING]
         ui.table(
-            f"{name}: {rows[0]['greedy']['answers']} held-out instances",
+            f"{name}: {own[0]['greedy']['answers']} held-out instances",
             ("policy", *(f"{figure}, {how}" for how, figure in figures), "calls, sampled"),
             [
                 (
@@ -105,8 +110,7 @@ def show(rows: list[dict[str, Any]], ui: Console) -> None:
                     *(f"{WinRate(row[h][f], row[h]['answers'])}" for h, f in figures),
                     f"{row['sampled']['calls']:.2f}",
                 )
-                for row in rows
-                if row["example"] == name
+                for row in own
             ],
         )
 
@@ -119,6 +123,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", choices=SHOWN, default=list(SHOWN))
+    parser.add_argument("--instances", type=int, default=0, help="first ones; 0 means all")
     parser.add_argument("--output", type=Path, default=Path("runs/environments"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
