@@ -58,7 +58,8 @@ def sum_of(a: int, b: int) -> dict[str, Any]:
 
 def games(drawn: random.Random) -> list[dict[str, Any]]:
     """As many as all parts have; all secrets of a range follow one another."""
-    lows = drawn.sample([low for low in range(10, 95) if low not in (25, 40)], 60)
+    ranges = sum(PARTS.values()) // WIDTH
+    lows = drawn.sample([low for low in range(10, 95) if low not in (25, 40)], ranges)
     return [game(low, secret) for low in lows for secret in range(low, low + WIDTH)]
 
 

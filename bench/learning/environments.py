@@ -11,24 +11,19 @@ ends with, once greedily and once sampled at temperature 1. What is done is not 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 
+from bench.learning.common import answered, finish, parser
 from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stats import WinRate
-from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.evaluate import Evaluator
-from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import load_adapter
-from mlx_grpo.models.merging import merged_for_rollout
-from mlx_grpo.run.directory import is_run
-from mlx_grpo.training.loop import train
 from mlx_grpo.training.setup import load_evaluator
 
 EXAMPLES = Path("examples")
@@ -40,20 +35,9 @@ JUDGED = "judged.json"
 
 def judged(evaluator: Evaluator, model: nn.Module) -> dict[str, Any]:
     """Of one policy: how often each figure was 1, among how many answers; tool calls of each."""
-    backbone, found = evaluator.backbone, {}
+    found = {}
     for how, temperature in DECODING.items():
-        with merged_for_rollout(backbone, model) as policy:
-            groups = rollout(
-                policy,
-                backbone.tokenizer,
-                backbone.stop_ids,
-                evaluator.prompts,
-                replace(evaluator.sampling, temperature=temperature),
-                evaluator.seed,
-                "judge",
-                acting=evaluator.acting,
-            )
-        _, by_source = evaluator.rewards(groups, never_stop)
+        groups, _, by_source = answered(evaluator, model, temperature)
         answers = [c for group in groups for c in group.completions]
         found[how] = {
             "answers": len(answers),
@@ -76,8 +60,7 @@ def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, 
     for seed in args.seeds:
         run = place / f"seed-{seed}"
         config = with_settings(base, seed=seed, output=str(run))
-        if not (run / "final").is_dir() and not train(config, ui, resume=is_run(run)):
-            raise KeyboardInterrupt
+        finish(config, ui)
         if not (run / JUDGED).exists():
             found = _judge(config, name, run / "final", args.instances, ui)
             write_json(run / JUDGED, found)
@@ -117,16 +100,9 @@ def show(rows: list[dict[str, Any]], ui: Console) -> None:
 
 def main() -> None:
     """Run or resume everything; print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--only", nargs="+", choices=SHOWN, default=list(SHOWN))
-    parser.add_argument("--instances", type=int, default=0, help="first ones; 0 means all")
-    parser.add_argument("--output", type=Path, default=Path("runs/environments"))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    given = parser(__doc__, SHOWN, (1, 2, 3), "runs/environments")
+    given.add_argument("--instances", type=int, default=0, help="first ones; 0 means all")
+    args = given.parse_args()
     ui, rows = Console(), list[dict[str, Any]]()
     for name in args.only:
         rows += example(name, args, ui)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.learning.common import finish
 from mlx_grpo.config.settings import flat_values, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
@@ -24,8 +25,7 @@ from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.report.record import read
 from mlx_grpo.run import log
-from mlx_grpo.run.directory import chosen_adapter, is_run
-from mlx_grpo.training.loop import train
+from mlx_grpo.run.directory import chosen_adapter
 
 SETTINGS = Path(__file__).with_name("experiment.toml")
 FIGURES = "judged.json"
@@ -90,10 +90,7 @@ def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str
     """Train, measure, and return the figures of one run; what is there is not done again."""
     run = output / variant.name / f"seed-{seed}"
     config = with_settings(build_config(SETTINGS), seed=seed, output=str(run), **variant.changes)
-    if not (run / "final").is_dir():
-        ui.say(f"{variant.name}, seed {seed}")
-        if not train(config, ui, resume=is_run(run)):
-            raise KeyboardInterrupt
+    finish(config, ui, f"{variant.name}, seed {seed}")
     if not (run / FIGURES).exists():
         write_json(run / FIGURES, _judged_run(run, ui))
     rows = log.read(run / log.METRICS)

@@ -13,22 +13,17 @@ import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX
 import argparse
 import statistics
 from contextlib import closing
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench.learning.common import answered, finish, parser
 from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
-from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.files.atomic import read_json, write_json
-from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.lora import set_parameters
-from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
-from mlx_grpo.run.directory import is_run
-from mlx_grpo.training.loop import train
 from mlx_grpo.training.setup import load_evaluator
 
 EVERY = 5
@@ -68,7 +63,6 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
         return list(read_json(file)["points"])
     seconds = [row["time/iteration"] for row in log.read(run / log.METRICS) if "kl" in row]
     evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
-    greedy = replace(evaluator.sampling, temperature=0.0)
     model = config.model
     actor = new_actor(
         evaluator.backbone,
@@ -85,18 +79,7 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
             loaded = checkpoint.load(directory) if directory else None
             if loaded:
                 set_parameters(actor.model, loaded.adapter)
-            backbone = evaluator.backbone
-            with merged_for_rollout(backbone, actor.model) as policy:
-                groups = rollout(
-                    policy,
-                    backbone.tokenizer,
-                    backbone.stop_ids,
-                    evaluator.prompts,
-                    greedy,
-                    0,
-                    "curve",
-                )
-            raw_PK, _ = evaluator.rewards(groups, never_stop)
+            _, raw_PK, _ = answered(evaluator, actor.model, 0.0)
             done = loaded.iteration if loaded else 0
             score = statistics.fmean(reward for row in raw_PK for reward in row)
             minutes = sum(seconds[:done]) / 60
@@ -124,8 +107,7 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
         seed=seed,
         output=str(run),
     )
-    if not (run / "final").is_dir() and not train(config, ui, resume=is_run(run)):
-        raise KeyboardInterrupt
+    finish(config, ui)
     points = curve(run, config, ui)
     rows = [row for row in log.read(run / log.METRICS) if "kl" in row]
     return {
@@ -162,17 +144,10 @@ def show(runs: list[dict[str, Any]], score: float, ui: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 123, 777])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--score", type=float, default=0.7)
-    parser.add_argument("--output", type=Path, default=Path("runs/time-to-reward"))
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/time-to-reward")
+    given.add_argument("--iterations", type=int, default=20)
+    given.add_argument("--score", type=float, default=0.7)
+    args = given.parse_args()
     ui, runs = Console(), []
     for seed in args.seeds:
         for name in args.only:

@@ -194,8 +194,7 @@ def streamed(
 ) -> list[tuple[mx.array, mx.array]]:
     """Hidden states after the last block, [1, S, D] and [1, T, D] for each row, with the weights of
     one block in memory at a time."""
-    decoder = Decoder(open_model())
-    cast_around_blocks(decoder, precision.dtype)
+    decoder = cast_around_blocks(Decoder(open_model()), precision.dtype)
     entered = [embed_rows(decoder, mx.array([a]), mx.array([b])) for a, b in rows]
     with decoder.without_blocks():
         let_go(decoder.model)

@@ -102,12 +102,10 @@ def write_model(opened: OpenedSource, directory: Path) -> None:
     open_model, precision = lazily(directory), choose_precision(0)
 
     def written() -> Decoder:
-        decoder = Decoder(open_model())  # every tensor is in its place
-        cast_around_blocks(decoder, precision.dtype)
-        return decoder
+        return cast_around_blocks(Decoder(open_model()), precision.dtype)
 
     try:
-        check_streamed(written, precision)
+        check_streamed(written, precision)  # and every tensor is in its place
     except InputError as e:
         raise InputError(f"{opened.source.path}: {e}") from e
 

@@ -17,7 +17,7 @@ from mlx_grpo.backend.own_dtypes import may_cast
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.models.block_calls import Embedded, States
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.stand_ins import StandIn
+from mlx_grpo.models.stand_ins import Evaluated, places_of, replaced
 
 
 @dataclass
@@ -47,36 +47,31 @@ def run_blocks(decoder: Decoder, rows: Sequence[Rows], precision: Precision) -> 
         let_go(block)
 
 
-class _Read(StandIn):
+class _Read(Evaluated):
     """Reads a block when it is called, and lets it go."""
 
-    def __init__(self, block: nn.Module, bring: Callable[[nn.Module], None]):
+    def __init__(self, block: nn.Module, precision: Precision, castable: Callable[[str], bool]):
         super().__init__(block)
-        self.bring = bring
+        self.form = precision, castable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.bring(self.block)
+        apply_precision(self.block, *self.form)
         out = super().__call__(*args, **kwargs)
-        mx.eval(out)
         let_go(self.block)
         return out
 
 
 @contextmanager
-def each_block_read(decoder: Decoder, precision: Precision) -> Iterator[None]:
-    """Within it the whole model can be called, once, with one block in memory at a time."""
-    castable = may_cast(decoder.model)
-
-    def bring(block: nn.Module) -> None:
-        apply_precision(block, precision, castable)
-
-    with decoder.standing_in([_Read(block, bring) for block in decoder.blocks]):
+def each_block_read(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """Within it an mlx-lm model can be called, once, with one block in memory at a time."""
+    castable = may_cast(model)
+    with replaced(places_of(model), [_Read(b, precision, castable) for b in model.layers]):
         yield
 
 
-def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> None:
-    """Let embedding, final norm and head compute in a dtype. What looks tokens up stays packed; its
-    scales decide what a looked-up row is rounded to."""
+def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> Decoder:
+    """The decoder, whose embedding, final norm and head now compute in a dtype. What looks tokens
+    up stays packed; its scales decide what a looked-up row is rounded to."""
 
     castable = may_cast(decoder.model) if dtype != mx.float32 else None
 
@@ -86,6 +81,7 @@ def cast_around_blocks(decoder: Decoder, dtype: mx.Dtype) -> None:
 
     with decoder.without_blocks():
         decoder.model.update(tree_map_with_path(cast, decoder.model.parameters()))
+    return decoder
 
 
 def let_go(module: nn.Module) -> None:

@@ -60,7 +60,7 @@ def check_streamed(opened: Callable[[], Decoder], precision: Precision) -> None:
         if whole.final_norm is None:
             return {}
         caches = caches_of_whole_sequences(whole.model)
-        with each_block_read(whole, precision), whole.final_norm.noted() as read:
+        with each_block_read(whole.model, precision), whole.final_norm.noted() as read:
             whole.model(tokens_KL, cache=caches)
         if mx.isnan(read[-1]).any().item():
             return {}  # damaged weights: others say so with the remedy

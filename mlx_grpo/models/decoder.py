@@ -19,7 +19,7 @@ A prompt is run once, and what it leaves serves all its completions (`models/pro
 gradients flow back through it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -140,12 +140,9 @@ class Decoder:
         with mlp_in_chunks(self.blocks[i], self.sizes.mlp_tokens):
             return self.call_block(e, i, *states)
 
+    @gated_delta.in_pieces()
     def call_block(self, e: Embedded, i: int, *states: mx.array) -> States:
         """As `run_block`, its MLP all at once, to be differentiated."""
-        with gated_delta.in_pieces():
-            return self._call_block(e, i, *states)
-
-    def _call_block(self, e: Embedded, i: int, *states: mx.array) -> States:
         h_prompt, h_rows, *arrays = states
         values = e.unpack(i, arrays)
         number = e.prompt_calls[i].number
@@ -185,12 +182,6 @@ class Decoder:
             mx.eval(states)
         h_prompt, h_rows = states
         return h_prompt, h_rows
-
-    @contextmanager
-    def standing_in(self, stand_ins: Sequence[Any]) -> Iterator[None]:
-        """Within it the model calls these in place of its blocks."""
-        with replaced(self._places, stand_ins):
-            yield
 
     @contextmanager
     def without_blocks(self) -> Iterator[None]:

@@ -153,7 +153,7 @@ class _Fp32Exit(StandIn):
         return out.astype(mx.float32)
 
 
-class _Evaluated(StandIn):
+class Evaluated(StandIn):
     """Of a block whose arrays are to be gone before the next one runs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,7 +242,7 @@ def one_block_at_a_time(model: nn.Module) -> Iterator[None]:
     """Within it each block of an mlx-lm model is evaluated before the next: a GPU would have the
     arrays of many alive."""
     blocks = list(model.layers)
-    with replaced(places_of(model), [_Evaluated(block) for block in blocks]):
+    with replaced(places_of(model), [Evaluated(block) for block in blocks]):
         yield
 
 

@@ -111,10 +111,9 @@ class StreamedRewardModel:
         model.eval()
         decoder = Decoder(model, self.sizes)
         if self.precision.dense:  # the embedding stays packed all the same
-            cast_around_blocks(decoder, self.precision.dtype)
-        else:
-            with decoder.without_blocks():
-                apply_precision(model, self.precision)
+            return cast_around_blocks(decoder, self.precision.dtype)
+        with decoder.without_blocks():
+            apply_precision(model, self.precision)
         return decoder
 
 

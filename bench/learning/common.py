@@ -1,0 +1,71 @@
+"""What the benchmarks of learning share: runs that are not done twice, answers of a policy."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.nn as nn
+
+from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.console.output import Console
+from mlx_grpo.core.stopping import never_stop
+from mlx_grpo.core.types import Group
+from mlx_grpo.grpo.evaluate import Evaluator
+from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.models.merging import merged_for_rollout
+from mlx_grpo.run.directory import is_run
+from mlx_grpo.training.loop import train
+
+Marks = dict[str, list[float | None]]
+"""What each source of rewards gave to each answer."""
+
+
+def parser(
+    about: str | None, choices: Iterable[str], seeds: Sequence[int], output: str
+) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that trains several things with several seeds."""
+    names = list(choices)
+    found = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--model", type=Path, default=Path("weights/sft-4bit"))
+    found.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    found.add_argument("--only", nargs="+", choices=names, default=names)
+    found.add_argument("--output", type=Path, default=Path(output))
+    found.add_argument("--json", type=Path)
+    return found
+
+
+def finish(config: TrainConfig, ui: Console, title: str = "") -> None:
+    """Train a run to its end, if it is not there.
+
+    Raises:
+        KeyboardInterrupt: it was stopped on the way.
+    """
+    run = config.run_directory
+    if (run / "final").is_dir():
+        return
+    if title:
+        ui.say(title)
+    if not train(config, ui, resume=is_run(run)):
+        raise KeyboardInterrupt
+
+
+def answered(
+    evaluator: Evaluator, model: nn.Module, temperature: float
+) -> tuple[list[Group], list[list[float]], Marks]:
+    """One answer of a policy to each prompt: (groups, rewards [P][1], marks by source)."""
+    backbone = evaluator.backbone
+    with merged_for_rollout(backbone, model) as policy:
+        groups = rollout(
+            policy,
+            backbone.tokenizer,
+            backbone.stop_ids,
+            evaluator.prompts,
+            replace(evaluator.sampling, k=1, temperature=temperature),
+            evaluator.seed,
+            "judge",
+            acting=evaluator.acting,
+        )
+    return groups, *evaluator.rewards(groups, never_stop)
