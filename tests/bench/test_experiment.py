@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench.learning import experiment
+from bench.learning import common, experiment
 from bench.learning.experiment import Scores, Variant, phases, seed_run
 from mlx_grpo.config.settings import train_config
 from mlx_grpo.console.output import Console
@@ -36,6 +36,6 @@ def test_a_finished_run_is_read_and_not_run_again(
     first = seed_run(variant, 3, tmp_path, Console(quiet=True))
     assert first["seed"] == 3 and first["before"]["kl"] == 0.0
     assert len(first["iterations"]) == tiny.run.num_iterations
-    monkeypatch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "compare_run", lambda *_: pytest.fail("measured again"))
     assert seed_run(variant, 3, tmp_path, Console(quiet=True)) == first

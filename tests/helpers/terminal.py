@@ -12,6 +12,8 @@ import sys
 import termios
 import time
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
 from typing import Any
 
 import pyte
@@ -70,6 +72,21 @@ class Terminal:
             preexec_fn=_at_a_terminal,
         )
         os.close(slave)
+        self._written: SimpleQueue[bytes] = SimpleQueue()
+        self._left = Event()
+        self._reader = Thread(target=self._read_at_once, daemon=True)
+        self._reader.start()
+
+    def _read_at_once(self) -> None:
+        """As a person's terminal does: at a Ctrl-C, Linux drops what nobody has read yet."""
+        found = b"?"
+        while found and not self._left.is_set():
+            if select.select([self._master], [], [], 0.02)[0]:
+                try:
+                    found = os.read(self._master, 65536)
+                except OSError:  # how Linux says that the other side is closed
+                    found = b""
+                self._written.put(found)
 
     def until(self, text: str) -> None:
         """Read until the screen shows `text`."""
@@ -102,16 +119,18 @@ class Terminal:
 
     def hang_up(self) -> None:
         """Close the terminal, as the window's button does."""
+        self._left.set()
+        self._reader.join()
         os.close(self._master)
-        self._master = -1
 
     def end(self) -> int:
         """Read all there is to come; the exit status."""
-        while self._master >= 0 and self._read():
+        hung_up = self._left.is_set()
+        while not hung_up and self._read():
             pass
         status = self.process.wait(PATIENCE)
-        if self._master >= 0:
-            os.close(self._master)
+        if not hung_up:
+            self.hang_up()
         return status
 
     def kill(self) -> None:
@@ -121,13 +140,10 @@ class Terminal:
         self.process.wait()
 
     def _read(self) -> bool:
-        end = time.monotonic() + PATIENCE
-        while not select.select([self._master], [], [], 0.5)[0]:
-            assert time.monotonic() < end, f"hangs:\n{self.seen()}"
         try:
-            found = os.read(self._master, 65536)
-        except OSError:  # how Linux says that the other side is closed
-            found = b""
+            found = self._written.get(timeout=PATIENCE)
+        except Empty:
+            raise AssertionError(f"hangs:\n{self.seen()}") from None
         self.raw += found
         self._stream.feed(found)
         return bool(found)
