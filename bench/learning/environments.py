@@ -30,7 +30,6 @@ EXAMPLES = Path("examples")
 SHOWN = {"calculator": ("right", "used"), "number_game": ("found",)}
 """Figures of each example that are 0 or 1 for an answer."""
 DECODING = {"greedy": 0.0, "sampled": 1.0}
-JUDGED = "judged.json"
 
 
 def judged(evaluator: Evaluator, model: nn.Module) -> dict[str, Any]:
@@ -51,8 +50,8 @@ def judged(evaluator: Evaluator, model: nn.Module) -> dict[str, Any]:
 def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, Any]]:
     """Train and judge all seeds of one example; the SFT model is the first row."""
     base = build_config(EXAMPLES / f"{name}.toml", {"actor_model": str(args.model)})
-    place = args.output / name
-    before = place / JUDGED
+    place, judged_file = args.output / name, f"judged-{args.instances or 'all'}.json"
+    before = place / judged_file
     if not before.exists():
         place.mkdir(parents=True, exist_ok=True)
         write_json(before, _judge(base, name, None, args.instances, ui))
@@ -61,10 +60,10 @@ def example(name: str, args: argparse.Namespace, ui: Console) -> list[dict[str, 
         run = place / f"seed-{seed}"
         config = with_settings(base, seed=seed, output=str(run))
         finish(config, ui)
-        if not (run / JUDGED).exists():
+        if not (run / judged_file).exists():
             found = _judge(config, name, run / "final", args.instances, ui)
-            write_json(run / JUDGED, found)
-        rows.append({"example": name, "seed": seed, **read_json(run / JUDGED)})
+            write_json(run / judged_file, found)
+        rows.append({"example": name, "seed": seed, **read_json(run / judged_file)})
     return rows
 
 

@@ -1,21 +1,25 @@
-"""Does it learn, and does the KL stay on its target? Three seeds and three variants, compared with
-the SFT model on the held-out prompts.
+"""Does it learn, and does the KL stay on its target? The reference protocol in small: 800
+iterations on a reward model with three seeds, and on a reward that can be checked with one.
 
-    python bench/learning/experiment.py  # a few hours on two CPU cores; can be stopped
-    python bench/learning/experiment.py --json bench/results/experiment.json
+usage: python -m bench.learning.experiment [--only decay constraints] [--seeds 42 123 777]
+           [--output runs/experiment] [--json bench/results/experiment.json]
 
-Needs `weights/sft-4bit` and `weights/rm-4bit` (`make demo` or `mlx-grpo convert`). What is done is
-not done again: a run that is finished is only measured, a measured one only read.
+Settings are in `experiment.toml`; about two hours of one CPU core a seed. Needs `weights/sft-4bit`
+and `weights/rm-4bit` (`make demo` or `mlx-grpo convert`), and PyTorch with the embedding model for
+the third judge (`bench/learning/similarity.py`). It may be stopped: what is done is not done again,
+and each seed's figures are written as soon as they are there. --json keeps the runs of other seeds
+that the file has.
 """
 
-import argparse
+import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
+import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.learning.common import finish
+from bench.learning.common import finish, parser
 from mlx_grpo.config.settings import flat_values, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
@@ -32,33 +36,25 @@ FIGURES = "judged.json"
 DECODING = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures of the answers that are judged."""
 GOLD = "mlx_grpo.rubric:gold"
-JUDGES = ("reward", "gold")
+SIMILARITY = "bench.learning.similarity:similarity"
+JUDGES = ("reward", "gold", "similarity")
 CONSTRAINTS = "examples/constraints"
+ITERATION = ("step", "reward", "kl", "kl/target", "kl/decay", "completions/mean_length")
+WINDOW = 10
+"""Iterations whose means are a point of a curve."""
+EVALUATION = ("step", "eval_reward", "eval_kl", "eval_perplexity", "eval_best")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is changed against `experiment.toml`, and the seeds it runs with."""
-
-    name: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (42,)
-
-
-VARIANTS = (
-    Variant("decay", {}, (42, 123, 777)),
-    Variant("none", {"kl_control": "none"}),
-    Variant("std", {"scale_advantages": "std"}),
-    Variant(
-        "constraints",
-        {
-            "rm_model": "none",
-            "reward": (f"{CONSTRAINTS}.py:constraints",),
-            "prompts": f"{CONSTRAINTS}_train.jsonl",
-            "eval_prompts": f"{CONSTRAINTS}_eval.jsonl",
-        },
-    ),
-)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "decay": {},
+    "constraints": {
+        "rm_model": "none",
+        "reward": (f"{CONSTRAINTS}.py:constraints",),
+        "prompts": f"{CONSTRAINTS}_train.jsonl",
+        "eval_prompts": f"{CONSTRAINTS}_eval.jsonl",
+    },
+}
+"""What is changed against `experiment.toml`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +67,8 @@ class Scores:
     """Of the trained policy; ties count half."""
     interval: tuple[float, float]
     """95 %, Wilson."""
+    ties: float
+    """Share of the prompts."""
     cohens_d: float
     """See `core/stats.py`."""
 
@@ -82,41 +80,60 @@ class Scores:
             statistics.fmean(after),
             wins.share,
             wins.wilson(),
+            statistics.fmean(b == a for b, a in zip(before, after, strict=True)),
             cohens_d(before, after),
         )
 
 
-def seed_run(variant: Variant, seed: int, output: Path, ui: Console) -> dict[str, Any]:
-    """Train, measure, and return the figures of one run; what is there is not done again."""
-    run = output / variant.name / f"seed-{seed}"
-    config = with_settings(build_config(SETTINGS), seed=seed, output=str(run), **variant.changes)
-    finish(config, ui, f"{variant.name}, seed {seed}")
+def seed_run(variant: str, seed: int, output: Path, ui: Console, **given: Any) -> dict[str, Any]:
+    """Train, measure, and return the figures of one run; what is there is not done again.
+
+    Args:
+        given: further settings.
+    """
+    run = output / variant / f"seed-{seed}"
+    changes = {**VARIANTS[variant], **given, "seed": seed, "output": str(run)}
+    finish(with_settings(build_config(SETTINGS), **changes), ui, f"{variant}, seed {seed}")
     if not (run / FIGURES).exists():
         write_json(run / FIGURES, _judged_run(run, ui))
     rows = log.read(run / log.METRICS)
     return {
-        "variant": variant.name,
+        "variant": variant,
         "seed": seed,
         **read_json(run / FIGURES),
         "kl_by_phase": phases(rows),
         "iterations_to_60_percent": read(run, running=False).winning_from(0.6),
-        "iterations": _curve(rows, ITERATION),
-        "evaluations": _curve(rows, EVALUATION),
-        "seconds": sum(
-            v for r in rows for v in (r.get("time/iteration"), r.get("time/evaluate")) if v
-        ),
+        "iterations": _means([row for row in rows if "kl" in row]),
+        "evaluations": [
+            {name: row[name] for name in EVALUATION} for row in rows if "eval_kl" in row
+        ],
+        "seconds_per_iteration": statistics.median(r["time/iteration"] for r in rows if "kl" in r),
     }
 
 
+def _means(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of every `WINDOW` iterations."""
+    windows = (rows[i : i + WINDOW] for i in range(0, len(rows), WINDOW))
+    return [{n: statistics.fmean(row[n] for row in some) for n in ITERATION} for some in windows]
+
+
 def _judged_run(run: Path, ui: Console) -> dict[str, Any]:
-    """Wins on prompts that did not choose the adapter, by greedy and by sampled answers."""
+    """Wins on prompts that did not choose the adapter, by greedy and by sampled answers; of the
+    last adapter as well, where another one was chosen."""
+    found = _judged_adapter(run, "", ui)
+    if found["adapter"] == "best":
+        found["final"] = _judged_adapter(run, "final", ui)
+    return found
+
+
+def _judged_adapter(run: Path, adapter: str, ui: Console) -> dict[str, Any]:
     found = {
-        how: compare_run(run, None, "", ui, judges=(GOLD,), temperature=temperature)
+        how: compare_run(run, None, adapter, ui, judges=(GOLD, SIMILARITY), temperature=temperature)
         for how, temperature in DECODING.items()
     }
     sampled = found["sampled"]
     return {
-        "adapter": chosen_adapter(run, "").name,
+        "adapter": chosen_adapter(run, adapter).name,
         "prompts": len(sampled.before.groups),
         **{
             how: {j: asdict(Scores.of(*contests(c)[j])) for j in JUDGES} for how, c in found.items()
@@ -124,14 +141,6 @@ def _judged_run(run: Path, ui: Console) -> dict[str, Any]:
         "before": _policy(sampled.before),
         "after": _policy(sampled.after),
     }
-
-
-ITERATION = ("step", "reward", "kl", "kl/target", "kl/decay", "completions/mean_length")
-EVALUATION = ("step", "eval_reward", "eval_kl", "eval_perplexity", "eval_best")
-
-
-def _curve(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [{n: row[n] for n in names} for row in rows if names[1] in row]
 
 
 def _policy(e: Evaluation) -> dict[str, float]:
@@ -157,52 +166,57 @@ def phases(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def main() -> None:
     """Run or resume everything; print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/experiment"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--only", choices=[v.name for v in VARIANTS], help="one variant")
-    arguments = parser.parse_args()
-    ui = Console()
-    runs = [
-        seed_run(variant, seed, arguments.output, ui)
-        for variant in VARIANTS
-        if arguments.only in (None, variant.name)
-        for seed in variant.seeds
-    ]
+    given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/experiment")
+    args, ui = given.parse_args(), Console()
+    runs: list[dict[str, Any]] = []
+    for variant in args.only:
+        for seed in args.seeds if variant == "decay" else args.seeds[:1]:
+            runs.append(seed_run(variant, seed, args.output, ui, actor_model=str(args.model)))
+            if args.json:
+                keep(args.json, runs[-1])
     show(runs, ui)
-    if arguments.json:
-        write_json(arguments.json, {"settings": flat_values(build_config(SETTINGS)), "runs": runs})
+
+
+def keep(file: Path, run: dict[str, Any]) -> None:
+    """Put a run's figures into the file, in the place of an earlier one of that name."""
+    settings = json.loads(json.dumps(flat_values(build_config(SETTINGS))))  # tuples become lists
+    before = read_json(file) if file.exists() else {}
+    others = before["runs"] if before.get("settings") == settings else []
+    runs = [r for r in others if _name(r) != _name(run)] + [run]
+    write_json(file, {"settings": settings, "runs": sorted(runs, key=_name)})
 
 
 def show(runs: list[dict[str, Any]], ui: Console) -> None:
     """The tables of bench/RESULTS.md."""
+    policies = [(_name(r), r, r) for r in runs]
+    policies += [(f"{_name(r)}, last", r, r["final"]) for r in runs if "final" in r]
     for how in DECODING:
         ui.table(
-            f"{runs[0]['prompts']} held-out prompts that chose nothing, {how} answers: "
-            "SFT model -> adapter; wins of the adapter",
-            ("run", "reward", "wins", "gold", "wins", "adapter"),
+            f"Prompts that chose nothing, {how} answers: SFT model -> adapter; wins of the adapter",
+            ("run", "prompts", *(name for j in JUDGES for name in (j, "wins"))),
             [
-                (_name(r), *(cell for j in JUDGES for cell in _judged(r[how][j])), r["adapter"])
-                for r in runs
+                (name, str(p["prompts"]), *(cell for j in JUDGES for cell in _judged(p[how][j])))
+                for name, _, p in policies
             ],
         )
     ui.table(
         "The same, beyond the reward",
-        ("run", "KL", "perplexity", "length", "finished", "KL / target by phase"),
+        ("run", "adapter", "KL", "perplexity", "length", "finished", "KL / target by phase"),
         [
             (
-                _name(r),
-                f"{r['after']['kl']:.3f}",
+                name,
+                p["adapter"],
+                f"{p['after']['kl']:.3f}",
                 *(
-                    f"{r['before'][n]:{form}} -> {r['after'][n]:{form}}"
+                    f"{p['before'][n]:{form}} -> {p['after'][n]:{form}}"
                     for n, form in (("perplexity", ".1f"), ("length", ".0f"), ("finished", ".0%"))
                 ),
-                ", ".join(f"{p['kl'] / p['target']:.2f}" for p in r["kl_by_phase"]),
+                ", ".join(f"{x['kl'] / x['target']:.2f}" for x in r["kl_by_phase"]),
             )
-            for r in runs
+            for name, r, p in policies
         ],
     )
-    main_runs = [r for r in runs if r["variant"] == VARIANTS[0].name]
+    main_runs = [r for r in runs if r["variant"] == "decay"]
     if len(main_runs) > 1:
         ui.table(
             f"Over {len(main_runs)} seeds, mean (95 % interval)",

@@ -22,6 +22,7 @@ import mlx_grpo  # noqa: F401  (loads OpenBLAS before MLX)
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.data.chat import end_of_turn
 from mlx_grpo.data.pairs import group_pairs, load_pairs, split_groups
 from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import read_json, write_json
@@ -86,7 +87,7 @@ def measure(directory: Path, model: Path, ui: Console) -> Quality:
     split = split_groups(
         group_pairs(pairs), *((0.0, valid) if test is None else (valid, test)), seed
     )
-    found = quality(judged_pairs(reward_model, split.test))
+    found = quality(judged_pairs(reward_model, split.test, end_of_turn(backbone.tokenizer)))
     show_quality(ui, found)
     return found
 

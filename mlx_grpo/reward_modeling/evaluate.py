@@ -158,6 +158,7 @@ def _judge(
             len(fits[chosen].token_ids),
             len(fits[rejected].token_ids),
             number,
+            chosen[1] == rejected[1] == "stop",
         )
         for chosen, rejected in map(_sides, usable)
     ]

@@ -35,6 +35,8 @@ class JudgedPair:
     rejected_tokens: int
     prompt: int
     """Which prompt it belongs to."""
+    both_ended: bool = True
+    """Whether both answers ended by themselves; the others were cut off."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Quality(Ranking):
 
     similar_length: Ranking | None
     """The same on pairs whose lengths differ by at most 20 %; None where there are none."""
+    both_ended: Ranking | None
+    """The same on pairs whose answers both ended by themselves; None where all did, or none."""
     loss: float
     """Mean of -log p(chosen wins)."""
     calibration_error: float
@@ -82,14 +86,25 @@ class Quality(Ranking):
     calibrated_bins: tuple[Bin, ...]
 
 
-def judged_pairs(model: RewardModel, groups: Sequence[PairGroup]) -> list[JudgedPair]:
-    """Score every answer once."""
+def judged_pairs(model: RewardModel, groups: Sequence[PairGroup], stop: int) -> list[JudgedPair]:
+    """Score every answer once.
+
+    Args:
+        stop: the token that ends an answer, see `end_of_turn`.
+    """
     judged = []
     for i, group in enumerate(groups):
         scores = model.score_ids(group.prompt_ids, list(group.answers))
         tokens = list(map(len, group.answers))
+        ended = [ids[-1] == stop for ids in group.answers]
         judged += [
-            JudgedPair(scores[chosen] - scores[rejected], tokens[chosen], tokens[rejected], i)
+            JudgedPair(
+                scores[chosen] - scores[rejected],
+                tokens[chosen],
+                tokens[rejected],
+                i,
+                ended[chosen] and ended[rejected],
+            )
             for chosen, rejected in group.pairs
         ]
     return judged
@@ -98,12 +113,14 @@ def judged_pairs(model: RewardModel, groups: Sequence[PairGroup]) -> list[Judged
 def quality(pairs: Sequence[JudgedPair]) -> Quality:
     """All figures; at least one pair is needed."""
     similar = [p for p in pairs if _similar(p.chosen_tokens, p.rejected_tokens)]
+    ended = [p for p in pairs if p.both_ended]
     differences = [p.difference for p in pairs]
     as_trained = calibration_bins([probability(d) for d in differences])
     calibrated = calibration_bins(cross_fitted(pairs))
     return Quality(
         **vars(ranking(pairs)),
         similar_length=ranking(similar) if similar else None,
+        both_ended=ranking(ended) if 0 < len(ended) < len(pairs) else None,
         loss=pair_loss(differences),
         calibration_error=calibration_error(as_trained),
         bins=as_trained,
@@ -198,7 +215,11 @@ def cross_fitted(pairs: Sequence[JudgedPair]) -> list[float]:
 
 def show_quality(ui: Console, found: Quality, title: str = "Held-out pairs") -> None:
     """Two tables: ranking beside the length rules, and confidence beside accuracy."""
-    rows = [("all", found), (f"lengths within {SIMILAR:.0%}", found.similar_length)]
+    rows = [
+        ("all", found),
+        (f"lengths within {SIMILAR:.0%}", found.similar_length),
+        ("both answers end", found.both_ended),
+    ]
     ui.table(
         f"{title}, loss {found.loss:.3f}",
         ("", *RANKING_COLUMNS),

@@ -26,6 +26,7 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.padding import pad_right
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.types import Parameters
+from mlx_grpo.data.chat import end_of_turn
 from mlx_grpo.data.pairs import (
     SIDES,
     PairGroup,
@@ -161,7 +162,7 @@ def train_rm(
         split = split_groups(groups, config.valid_fraction, config.test_fraction, config.seed)
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
         model, curve = _fit(config, backbone, split, say)
-        measured = quality(judged_pairs(model, split.test))
+        measured = quality(judged_pairs(model, split.test, end_of_turn(backbone.tokenizer)))
         save_adapter(directory, model.decoder.model, mx.bfloat16)
         save_arrays(directory / REWARD_HEAD, {"weight": model.weight_1D})
         lines = (json.dumps(asdict(point)) + "\n" for point in curve)
@@ -214,6 +215,7 @@ def _fit(
     best, lowest, best_step = weights, math.inf, 0
     curve: list[CurvePoint] = []
     batches = list(_batches(config, split.train))
+    stop = end_of_turn(backbone.tokenizer)
     loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
     for step, batch in enumerate(batches, 1):
         found, batch_loss = batch_gradients(decoder, weights[HEAD], batch)
@@ -229,7 +231,8 @@ def _fit(
         seen += pairs
         point = CurvePoint(step, seen, loss / pairs)
         if split.valid:
-            judged = judged_pairs(RewardModel(decoder, weights[HEAD], None, None), split.valid)
+            now = RewardModel(decoder, weights[HEAD], None, None)
+            judged = judged_pairs(now, split.valid, stop)
             point = replace(
                 point,
                 valid_loss=pair_loss([p.difference for p in judged]),

@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 
 from bench.learning import common, experiment
-from bench.learning.experiment import Scores, Variant, phases, seed_run
-from mlx_grpo.config.settings import train_config
+from bench.learning.experiment import Scores, keep, phases, seed_run
+from mlx_grpo.config.settings import flat_values, train_config
+from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
+from mlx_grpo.files.atomic import read_json, write_json
 
 
 def test_scores_give_win_rate_and_effect_size() -> None:
     scores = Scores.of([0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 3.0])
     assert (scores.before, scores.after) == (1.5, 2.25)
     assert scores.win_rate == 3.5 / 4  # the tie counts half
+    assert scores.ties == 1 / 4
     assert scores.cohens_d == pytest.approx(0.75 / ((5 / 3 + 11 / 12) / 2) ** 0.5)
 
 
@@ -32,10 +35,33 @@ def test_a_finished_run_is_read_and_not_run_again(
 ) -> None:
     tiny = train_config(**train_arguments)
     monkeypatch.setattr(experiment, "build_config", lambda _: tiny)
-    variant = Variant("tiny", {"kl_targets": (0.5,), "kl_schedule": "constant"})
-    first = seed_run(variant, 3, tmp_path, Console(quiet=True))
+    monkeypatch.setattr(experiment, "SIMILARITY", f"{__name__}:words")
+    monkeypatch.setattr(experiment, "JUDGES", ("reward", "gold", "words"))
+    first = seed_run("decay", 3, tmp_path, Console(quiet=True))
     assert first["seed"] == 3 and first["before"]["kl"] == 0.0
-    assert len(first["iterations"]) == tiny.run.num_iterations
+    assert len(first["iterations"]) == -(-tiny.run.num_iterations // experiment.WINDOW)
+    assert set(first["greedy"]) == {"reward", "gold", "words"}
+    assert (first["adapter"] == "final") == ("final" not in first)
     monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(experiment, "compare_run", lambda *_: pytest.fail("measured again"))
-    assert seed_run(variant, 3, tmp_path, Console(quiet=True)) == first
+    monkeypatch.setattr(experiment, "compare_run", lambda *_, **__: pytest.fail("measured again"))
+    assert seed_run("decay", 3, tmp_path, Console(quiet=True)) == first
+
+
+def words(completions: list[str]) -> list[float]:
+    return [float(len(c.split())) for c in completions]
+
+
+def test_figures_of_other_seeds_stay_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "experiment.json"
+    for variant, seed, reward in (("decay", 42, 1), ("decay", 7, 2), ("decay", 42, 3)):
+        keep(file, {"variant": variant, "seed": seed, "reward": reward})
+    assert [(r["seed"], r["reward"]) for r in read_json(file)["runs"]] == [(42, 3), (7, 2)]
+    write_json(file, {**read_json(file), "settings": "others"})
+    keep(file, {"variant": "decay", "seed": 1})
+    assert [r["seed"] for r in read_json(file)["runs"]] == [1]
+
+
+def test_the_reference_protocol_is_what_is_run() -> None:
+    settings = flat_values(build_config(experiment.SETTINGS))
+    protocol = {"K": 6, "num_iterations": 800, "clip_range": 0.2, "kl_schedule": "phased"}
+    assert {name: settings[name] for name in protocol} == protocol

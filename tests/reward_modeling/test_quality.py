@@ -58,16 +58,17 @@ def test_quality_of_a_case_done_by_hand() -> None:
         PairGroup((1,), ((3, 0, 0), (1, 0)), ((0, 1),)),  # right by 2, the longer one chosen
         PairGroup((2,), ((1,), (2, 0), (2, 1)), ((0, 1), (1, 2))),  # wrong by 1; undecided
     ]
-    judged = judged_pairs(Scores(), groups)  # type: ignore[arg-type]
+    judged = judged_pairs(Scores(), groups, stop=0)  # type: ignore[arg-type]
     assert judged == [
-        JudgedPair(2.0, 3, 2, 0),
-        JudgedPair(-1.0, 1, 2, 1),
-        JudgedPair(0.0, 2, 2, 1),
+        JudgedPair(2.0, 3, 2, 0, both_ended=True),
+        JudgedPair(-1.0, 1, 2, 1, both_ended=False),
+        JudgedPair(0.0, 2, 2, 1, both_ended=False),
     ]
     found = quality(judged)
     assert (found.pairs, found.accuracy) == (3, 0.5)
     assert (found.longer_wins, found.shorter_wins) == (0.5, 0.5)
     assert found.similar_length == ranking(judged[2:])
+    assert found.both_ended == ranking(judged[:1])
     losses = [math.log1p(math.exp(-2)), math.log1p(math.exp(1)), math.log(2)]
     assert found.loss == pytest.approx(sum(losses) / 3)
     sure, unsure = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))
@@ -83,6 +84,7 @@ def test_lengths_are_similar_within_a_fifth_of_the_longer_one(
 ) -> None:
     found = quality(pairs_of(1.0, -2.0, tokens=(chosen, rejected)))
     assert (found.similar_length is not None) == similar
+    assert found.both_ended is None  # all of them ended: it would say the same again
 
 
 def test_the_rules_of_length_are_counted_apart_from_the_model() -> None:
@@ -107,7 +109,7 @@ def test_bins_say_how_sure_and_how_right() -> None:
 
 def test_scores_far_apart_do_not_overflow() -> None:
     group = PairGroup((1,), ((0,), (5000,)), ((0, 1), (1, 0)))
-    found = quality(judged_pairs(Scores(), [group]))  # type: ignore[arg-type]
+    found = quality(judged_pairs(Scores(), [group], stop=0))  # type: ignore[arg-type]
     assert found.loss == 2500.0
     assert found.calibration_error == pytest.approx(0.5)
     assert (probability(1e6), probability(-1e6)) == (1.0, 0.0)
