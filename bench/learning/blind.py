@@ -16,7 +16,7 @@ from typing import Any
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import permutation, uniforms
-from mlx_grpo.core.stats import WinRate
+from mlx_grpo.core.stats import win_rate
 from mlx_grpo.evaluation.compare import compare_run
 from mlx_grpo.files.atomic import read_json, write_json, write_text
 
@@ -97,10 +97,8 @@ def main() -> int:
         ui.error(str(e))
         return 2
     write_json(args.run / FOUND, {"rows": found})
-    chosen = [row["chosen"] for row in found]
-    won = WinRate(sum(POINTS[who] for who in chosen), len(chosen))
-    ties = chosen.count("tie")
-    ui.say(f"adapter preferred: {won} of {len(chosen)} prompts; {ties} ties count half")
+    won = win_rate([POINTS["tie"]] * len(found), [POINTS[row["chosen"]] for row in found])
+    ui.say(f"adapter preferred: {won} of {won.prompts} prompts; {won.ties} ties count half")
     return 0
 
 

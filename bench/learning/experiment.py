@@ -80,7 +80,7 @@ class Scores:
             statistics.fmean(after),
             wins.share,
             wins.wilson(),
-            statistics.fmean(b == a for b, a in zip(before, after, strict=True)),
+            wins.ties / wins.prompts,
             cohens_d(before, after),
         )
 

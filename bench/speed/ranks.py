@@ -79,10 +79,7 @@ def train(config: Path, run: Path, size: int, *more: str) -> Path:
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:
     """Of a log, without times and memory."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-        for row in log.read(run / name)
-    ]
+    return [log.repeatable(row) for row in log.read(run / name)]
 
 
 def adapter(run: Path) -> dict[str, np.ndarray]:

@@ -71,6 +71,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [_row(f"{path}:{number}", line) for number, line in enumerate(whole, 1)]
 
 
+def repeatable(row: dict[str, Any]) -> dict[str, Any]:
+    """What the same run gives again: a row without times and memory."""
+    return {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
+
+
 def _whole(digits: str) -> float:
     """A whole number; one that 64 bits cannot hold as the float it would be in a computation."""
     return int(digits) if len(digits) < 20 else float(digits)

@@ -25,7 +25,7 @@ from mlx_grpo import cli
 from mlx_grpo.config.settings import train_config
 from mlx_grpo.config.sources import to_toml
 from mlx_grpo.grpo import metrics
-from mlx_grpo.run import checkpoint
+from mlx_grpo.run import checkpoint, log
 from mlx_grpo.run import directory as run_directory
 from mlx_grpo.training import loop as trainer  # noqa: F401
 from tests import conftest
@@ -209,14 +209,11 @@ def contents(run: Path) -> dict[str, Any]:
     del state["logs"], state["config"]["output"]  # sizes follow the digits of times
     arrays = {p.name: p.read_bytes() for p in sorted(last.glob("*.safetensors"))}
     adapters = {p.parent.name: p.read_bytes() for p in sorted(run.glob("*/adapters.safetensors"))}
-    numbers = [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows
-    ]
     return {
         "arrays": arrays,
         "adapters": adapters,
         "state": state,
-        "metrics": numbers,
+        "metrics": [log.repeatable(row) for row in rows],
         "completions": (run / "completions.jsonl").read_bytes(),
         "held-out completions": (run / "eval_completions.jsonl").read_bytes(),
         "entries": sorted(p.name for p in run.iterdir()),

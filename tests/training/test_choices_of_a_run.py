@@ -12,6 +12,7 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import read_chat_tokenizer
 from mlx_grpo.evaluation.compare import compare_run
+from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
 from tests.helpers.interrupted import interrupted_in
 from tests.helpers.tiny import CHAT_TEMPLATE
@@ -23,11 +24,7 @@ TEMPLATE = CHAT_TEMPLATE.replace("'<assistant>'", "'<a>' if thinking else '<b>'"
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The iterations' rows, without times and memory."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-        for row in rows
-        if "reward" in row
-    ]
+    return [log.repeatable(row) for row in rows if "reward" in row]
 
 
 @pytest.fixture

@@ -32,9 +32,7 @@ def run_of(config: TrainConfig, resume: bool = False) -> Path:
 def rows(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without times and memory."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in lines
-    ]
+    return [log.repeatable(row) for row in lines]
 
 
 @pytest.fixture(scope="module")
