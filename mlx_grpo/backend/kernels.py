@@ -90,6 +90,15 @@ def exp_rows(z_NV: mx.array) -> tuple[mx.array, mx.array]:
     return z_NV, mx.array(top)
 
 
+def aligned_rank(factor: mx.array, axis: int) -> mx.array:
+    """A factor of experts' LoRA, its rank filled up with zeros where `mx.gather_mm` needs it: MLX
+    0.32's kernels on CUDA read 16 bytes at a time and fault where a row is no multiple of that."""
+    missing = -factor.shape[axis] % 8
+    if device_name() != "cuda" or not missing:
+        return factor
+    return mx.pad(factor, [(0, missing if i == axis else 0) for i in range(factor.ndim)])
+
+
 def gathered_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """What `mx.gather_mm` is to compute in: MLX's CPU backend has it for fp32 alone."""
     return mx.float32 if device_name() == "cpu" else dtype

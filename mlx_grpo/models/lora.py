@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_grpo.backend.kernels import gathered_dtype
+from mlx_grpo.backend.kernels import aligned_rank, gathered_dtype
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.core.types import Parameters
@@ -48,7 +48,7 @@ class GatherLoRA(LoRASwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         z = x.astype(gathered_dtype(x.dtype))
-        for factor in (self.lora_a, self.lora_b):
+        for factor in (aligned_rank(self.lora_a, 1), aligned_rank(self.lora_b, 2)):
             z = mx.gather_mm(
                 z,
                 factor.astype(z.dtype).swapaxes(-1, -2),

@@ -29,6 +29,13 @@ from mlx_grpo.models.backbone import share
 from tests.helpers.tiny import tiny_model
 
 
+@pytest.fixture(autouse=True)
+def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-gpu` asks for a precision in the environment; what is chosen without is tested."""
+    for variable in ALLOWED:
+        monkeypatch.delenv(variable, raising=False)
+
+
 def inputs(scale: float) -> list[mx.array]:
     return [scale * mx.random.normal((5, 64), key=key(1, name)) for name in ("gate", "up", "grad")]
 
@@ -81,6 +88,8 @@ def test_exp_rows_are_those_of_a_stable_softmax() -> None:
 def test_a_precision_can_be_asked_for_by_setting_and_by_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in (device, precision):
+        monkeypatch.setattr(module, "device_name", lambda: "cpu")
     assert str(precision_for(True, Asked("bf16"))) == "dense bf16"
     assert [str(p) for p in precisions(1000, Asked("fp16", "packed"))] == ["packed fp16"]
     assert [str(p) for p in precisions(1000, Asked())] == ["dense fp32", "packed bf16"]
@@ -136,6 +145,7 @@ def test_a_scale_that_fp16_cannot_hold_is_refused() -> None:
 
 
 def test_rows_are_dropped_where_it_saves_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "device_name", lambda: "cpu")
     assert worth_dropping(96, 84) and not worth_dropping(96, 85)
     monkeypatch.setattr(kernels, "device_name", lambda: "metal")
     assert worth_dropping(96, 64) and not worth_dropping(96, 65)

@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.backend import kernels
+from mlx_grpo.backend.device import device_name
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.loss import Clip
 from mlx_grpo.grpo.rollout import Sampling, rollout
@@ -19,8 +21,18 @@ from tests.helpers.tiny import VOCABULARY
 CHUNK = 5
 HEAD = Sizes(head_bytes=CHUNK * 4 * VOCABULARY)
 CHUNKS = -(-sum(LENGTHS) // CHUNK)
-SOFTMAX = 2
-"""Of a chunk: the picked logits, and on a CPU the logits that numpy overwrites."""
+DEVICES = ("cpu", "metal")
+
+
+@pytest.fixture(params=DEVICES)
+def numpy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """1 where numpy overwrites the logits of each chunk and each token, and so waits for them: on a
+    CPU; 0 on a GPU."""
+    name = request.param
+    if name == "cpu" != device_name():
+        pytest.skip("this backend's arrays are not numpy's")
+    monkeypatch.setattr(kernels, "device_name", lambda: name)
+    return int(name == "cpu")
 
 
 @pytest.fixture
@@ -42,17 +54,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], in
     return count
 
 
-def test_log_probs_wait_once_a_block_and_three_times_a_chunk(
-    counted: Callable[[Callable[[], Any]], int],
+def test_log_probs_wait_once_a_block_and_twice_a_chunk(
+    counted: Callable[[Callable[[], Any]], int], numpy: int
 ) -> None:
     decoder, group = Decoder(actor_of("llama"), HEAD), group_of()
     arguments = (mx.array([group.prompt_ids]), group.tokens_KT, group.mask_KT)
     found = counted(lambda: token_logps(decoder, *arguments))
-    assert found == len(decoder.blocks) + CHUNKS * (SOFTMAX + 1)
+    assert found == len(decoder.blocks) + CHUNKS * (2 + numpy)
 
 
-def test_an_update_waits_three_times_a_block_and_four_times_a_chunk(
-    counted: Callable[[Callable[[], Any]], int],
+def test_an_update_waits_three_times_a_block_and_three_times_a_chunk(
+    counted: Callable[[Callable[[], Any]], int], numpy: int
 ) -> None:
     from mlx_grpo.grpo.update import surrogate_gradients
 
@@ -62,7 +74,7 @@ def test_an_update_waits_three_times_a_block_and_four_times_a_chunk(
     old = [group.sampled_logp_KT]
     found = counted(lambda: surrogate_gradients(decoder, [group], old, [weights_KT], settings))
     cotangents = 1
-    assert found == 3 * len(decoder.blocks) + CHUNKS * (SOFTMAX + 2) + cotangents
+    assert found == 3 * len(decoder.blocks) + CHUNKS * (3 + numpy) + cotangents
 
 
 def test_a_step_of_adamw_waits_twice_where_its_arrays_are_small(
@@ -75,7 +87,7 @@ def test_a_step_of_adamw_waits_twice_where_its_arrays_are_small(
 
 
 def test_a_rollout_waits_for_the_blocks_of_each_prompt_and_for_no_token(
-    backbone: Backbone, counted: Callable[[Callable[[], Any]], int]
+    backbone: Backbone, counted: Callable[[Callable[[], Any]], int], numpy: int
 ) -> None:
     from mlx_grpo.core.types import Prompt
 
@@ -83,5 +95,5 @@ def test_a_rollout_waits_for_the_blocks_of_each_prompt_and_for_no_token(
     sampling, blocks = Sampling(2, 6), len(backbone.model.layers)
     sample = (backbone.model, backbone.tokenizer, frozenset(), prompts, sampling, 1, "test")
     found = counted(lambda: rollout(*sample))
-    caches, logits_of_numpy = 1, sampling.max_tokens
-    assert found == len(prompts) * (blocks + caches) + logits_of_numpy
+    caches = 1
+    assert found == len(prompts) * (blocks + caches) + numpy * sampling.max_tokens

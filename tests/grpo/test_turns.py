@@ -28,6 +28,7 @@ from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.run import log
 from mlx_grpo.training.loop import train
 from tests.helpers.groups import actor_of, group_of, staged_gradients
+from tests.helpers.rounding import apart
 from tests.helpers.tiny import EOS, write_acting_model
 
 FILE = Path(__file__).parent.parent / "helpers" / "environments.py"
@@ -110,7 +111,7 @@ def test_log_probs_and_tokens_are_those_of_the_conversation(
         for c, row in zip(group.completions, np.array(again), strict=True):
             assert len(c.by_model) == len(c.token_ids) and c.by_model[-1]
             own = np.array(c.by_model)
-            assert np.abs(np.array(c.logps) - row[: len(own)])[own].max() < 1e-4
+            assert np.abs(np.array(c.logps) - row[: len(own)])[own].max() < apart(1e-4)
             assert (np.array(c.logps)[~own] == 0).all() and (row[: len(own)][~own] == 0).all()
             observed = backbone.tokenizer.decode(np.array(c.token_ids)[~own].tolist())
             for m in c.turns:

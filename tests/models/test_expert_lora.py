@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 
+from mlx_grpo.backend import kernels
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
@@ -29,7 +30,14 @@ from mlx_grpo.models.lora import (
 )
 from mlx_grpo.models.lora_targets import coverage, lora_keys
 from mlx_grpo.models.merging import merged
-from tests.helpers.mixtures import EXPERTS, MIXTURES, tiny_mixture
+from tests.helpers.mixtures import (
+    EXPERTS,
+    INNER,
+    MIXTURES,
+    WIDTH,
+    skip_without_kernel,
+    tiny_mixture,
+)
 
 RANK, EXPERT_RANK = 4, 2
 EXPERT = "model.layers.1.mlp.switch_mlp.up_proj"
@@ -68,6 +76,8 @@ def weighted(logits: mx.array) -> mx.array:
 def test_staged_gradients_of_experts_are_those_of_autodiff(
     family: str, kept: int, packed: bool
 ) -> None:
+    if packed:
+        skip_without_kernel(family)
     model = tiny_mixture(family)
     actor = moved(quantized(model) if packed else model)
     names = lora_parameters(actor)
@@ -122,11 +132,12 @@ def test_without_a_rank_of_their_own_experts_stay_as_they_are() -> None:
     assert coverage(model).describe(0).endswith("weights, experts frozen, 2 routers frozen")
 
 
-@pytest.mark.parametrize("ranks", ((4, 2), (2, 4), (3, 3)))
+@pytest.mark.parametrize("ranks", ((4, 2), (2, 4), (4, 4)))
 @pytest.mark.parametrize("family", ("qwen3_moe", "deepseek_v3"))
 def test_a_saved_adapter_loads_here_bit_for_bit_and_in_mlx_lm(
     family: str, ranks: tuple[int, int], tmp_path: Path
 ) -> None:
+    skip_without_kernel(family)
     model = quantized(tiny_mixture(family))
     actor = add_lora(model, ranks[0], 2.0, seed=1, blocks=1, expert_rank=ranks[1])
     drawn = {
@@ -174,6 +185,35 @@ def test_keys_are_names_within_a_block() -> None:
     assert lora_keys(tiny_mixture("mixtral"), experts=False) == [
         f"self_attn.{n}_proj" for n in "koqv"
     ]
+
+
+@pytest.mark.parametrize("rank", (1, 3, 8))
+def test_a_rank_that_cuda_cannot_gather_is_filled_up_with_zeros(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = moved(tiny_mixture("qwen3_moe"), rank)
+    values = lora_parameters(actor)
+
+    def loss(values: Any) -> mx.array:
+        set_parameters(actor, values)
+        return weighted(actor(ROWS))
+
+    expected = mx.value_and_grad(loss)(values)
+    mx.eval(expected)
+    monkeypatch.setattr(kernels, "device_name", lambda: "cuda")
+    gathered, gather = set(), mx.gather_mm
+
+    def recorded(x: mx.array, factor: mx.array, **rest: Any) -> mx.array:
+        gathered.update(n for n in factor.shape[1:] if n not in (WIDTH, INNER))
+        return gather(x, factor, **rest)
+
+    monkeypatch.setattr(mx, "gather_mm", recorded)
+    value, found = mx.value_and_grad(loss)(values)
+    assert gathered == {8}
+    assert value.item() == pytest.approx(expected[0].item(), abs=1e-6)
+    for name, gradient in found.items():
+        assert gradient.shape == values[name].shape
+        assert mx.allclose(gradient, expected[1][name], atol=1e-6).item(), name
 
 
 def test_experts_in_16_bits_get_a_lora_where_gather_mm_takes_fp32_alone() -> None:

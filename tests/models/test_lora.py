@@ -63,7 +63,7 @@ def test_mlx_lm_generates_with_the_adapter_of_a_run(
     given = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     done = subprocess.run(
         [sys.executable, "-m", "mlx_lm", "generate", *arguments, "--max-tokens", "4"],
-        env={**given, "PYTHONPATH": WITHOUT_TORCH},
+        env={**given, "PYTHONPATH": f"{WITHOUT_TORCH}{os.pathsep}{given.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
         timeout=120,
