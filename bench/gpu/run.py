@@ -3,7 +3,8 @@
 usage: bash bench/gpu.sh [FILE.json]
 
 A step that fails or takes too long is told, and the others run all the same. `--only` names the
-steps to run; `--shape` and `--minutes` are for trying the command on a CPU.
+steps to run; `--shape` and `--minutes` are for trying the command on a CPU. `--take STEP LOG...`
+runs nothing: what tests noted in these logs (MLX_GRPO_TEST_LOG) replaces that step in FILE.json.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -62,7 +63,7 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
         log = place / f"tests-{dtype}.jsonl"
         options = ["-q", "-p", "no:cacheprovider"]
         if device_name() == "cuda" and find_spec("xdist"):  # each kernel is compiled at run time
-            options += ["-n", "4"]
+            options += ["-n", str(min(16, os.cpu_count() or 1))]
         way = {"MLX_GRPO_TEST_DEVICE": "any", "MLX_GRPO_TEST_LOG": str(log)}
         way |= {"MLX_GRPO_PRECISION": dtype, "MLX_GRPO_WEIGHTS": "packed"}
         command = [python, "-m", "pytest", *options, *TESTS]
@@ -91,11 +92,25 @@ def steps(shape: str, minutes: float, place: Path) -> list[tuple[Step, Callable[
     ]
 
 
-def counted(log: Path) -> dict[str, Any]:
-    """How many tests ran, and what failed and why, also of a run that was stopped."""
-    ran = [json.loads(line) for line in log.read_text().splitlines()]
-    failed = {test["test"]: test["why"] for test in ran if test["outcome"] == "failed"}
-    return {"ran": len(ran), "failed": failed}
+def counted(*logs: Path) -> dict[str, Any]:
+    """How many tests ran, and what failed and why, also of a run that was stopped. Of a test that
+    ran several times the last one counts."""
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    ran = {test["test"]: test for test in map(json.loads, lines)}
+    failed = {name: test["why"] for name, test in ran.items() if test["outcome"] == "failed"}
+    skipped = [name for name, test in ran.items() if test["outcome"] == "skipped"]
+    return {"ran": len(ran), "failed": failed, "skipped": skipped}
+
+
+def take(file: Path, name: str, logs: list[Path]) -> dict[str, Any]:
+    """Replace a step of tests by what logs say."""
+    results = json.loads(file.read_text())
+    (step,) = (s for s in results["steps"] if s["name"] == name)
+    figures = counted(*logs)
+    ended = "with failures" if figures["failed"] else "well"
+    step.update(figures=figures, ended=f"{ended}, in {len(logs)} parts", seconds=0, output="")
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
 def run(step: Step, figures: Callable[[], Any]) -> None:
@@ -163,7 +178,9 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     for step in results["steps"]:
         figures = step["figures"] or {}
         if "failed" in figures:
-            yield f"{step['name']}: {figures['ran']} ran, {len(figures['failed'])} failed"
+            skipped = len(figures.get("skipped", ()))
+            failed = len(figures["failed"])
+            yield f"{step['name']}: {figures['ran']} ran, {failed} failed, {skipped} skipped"
             yield from (f"  {test}" for test in figures["failed"])
         if "planned" in figures:
             yield "| stage | planned | measured |"
@@ -192,7 +209,12 @@ def main() -> None:
     parser.add_argument("--shape", default="gemma-2b", help="of bench/shapes.py")
     parser.add_argument("--minutes", type=float, default=7.5, help="for all steps together")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="the steps to run")
+    parser.add_argument("--take", nargs="+", metavar=("STEP", "LOG"), help="logs of that step")
     args = parser.parse_args()
+    if args.take:
+        name, *logs = args.take
+        print("\n".join(table(take(args.json, name, list(map(Path, logs))))))
+        return
     args.json.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**about(), "shape": args.shape, "steps": []}
     print(f"device: {results['device']}")
