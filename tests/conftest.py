@@ -56,7 +56,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     be stopped."""
     log = os.environ.get("MLX_GRPO_TEST_LOG")
     on_worker = "PYTEST_XDIST_WORKER" in os.environ  # the process in charge sees its reports too
-    if log and not on_worker and (report.when == "call" or report.failed):
+    ended = report.when == "call" or report.failed or report.skipped
+    if log and not on_worker and ended:
         why = report.longreprtext[-2000:] if report.failed else ""
         line = {"test": report.nodeid, "outcome": report.outcome, "why": why}
         with open(log, "a") as file:

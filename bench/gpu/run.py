@@ -105,10 +105,13 @@ def counted(*logs: Path) -> dict[str, Any]:
 def take(file: Path, name: str, logs: list[Path]) -> dict[str, Any]:
     """Replace a step of tests by what logs say."""
     results = json.loads(file.read_text())
-    (step,) = (s for s in results["steps"] if s["name"] == name)
+    steps = {s["name"]: s for s in results["steps"]}
+    if name not in steps:
+        sys.exit(f"{file}: has no step {name}; there are {', '.join(steps)}")
+    step = steps[name]
     figures = counted(*logs)
     ended = "with failures" if figures["failed"] else "well"
-    step.update(figures=figures, ended=f"{ended}, in {len(logs)} parts", seconds=0, output="")
+    step.update(figures=figures, ended=f"{ended}, in {len(logs)} parts", seconds=None, output="")
     file.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
@@ -174,7 +177,8 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     yield "| step | ended | seconds |"
     yield "|---|---|---|"
     for step in results["steps"]:
-        yield f"| {step['name']} | {step['ended']} | {step['seconds']:.0f} |"
+        seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
+        yield f"| {step['name']} | {step['ended']} | {seconds} |"
     for step in results["steps"]:
         figures = step["figures"] or {}
         if "failed" in figures:

@@ -1,6 +1,6 @@
 """How well each actuator of the KL controller holds its targets, on a policy whose KL is known.
 
-    python bench/learning/kl_simulation.py [--seeds 20] [--kl-share 1]
+    python bench/learning/kl_simulation.py [--seeds 20] [--kl-share 1] [--prompts 4]
 
 The policy draws each of T tokens from a Gaussian around theta, the reference around zero: its KL is
 |theta|^2 / 2 nats per token. GRPO trains theta (groups of K, advantages without scaling, AdamW) on
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_grpo.config.settings import train_config
+from mlx_grpo.config.settings import KLSettings, train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.kl_controller import Actuator, KLController, kl_target
 from mlx_grpo.grpo.learner import first_state
@@ -59,7 +59,8 @@ class Toy:
         drawn = mean + self.random.normal(size=shape)
         log_ratio = (mean * drawn).sum(-1) - (mean**2).sum(-1) / 2
         k3 = (np.exp(-log_ratio) - 1 + log_ratio).mean(-1)
-        rows = measured_rows(self.seed, self.updates, self.prompts, self.K, self.share)
+        measured = KLSettings(share=self.share).measured(self.prompts * self.K)
+        rows = measured_rows(self.seed, self.updates, self.prompts, self.K, measured)
         seen = float(np.mean([k3[p, i] for p, chosen in enumerate(rows) for i in chosen]))
         signal = drawn.mean(2) @ self.wanted * math.sqrt(self.tokens)
         z = (signal + self.random.normal(size=signal.shape)) / math.sqrt(2)
@@ -124,16 +125,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--kl-share", type=float, default=1.0)
+    parser.add_argument("--prompts", type=int, default=4)
     args = parser.parse_args()
-    seeds = args.seeds
+    seeds, toy = args.seeds, {"prompts": args.prompts, "share": args.kl_share}
     rows = []
     for iterations, rate in ((30, 0.01), (45, 0.03), (90, 0.004), (300, 0.002), (800, 0.002)):
         for actuator in ("decay", "reward", "lr", "none"):
             halves = np.array(
                 [
-                    second_halves(
-                        simulate(Toy(seed, share=args.kl_share), actuator, iterations, rate)
-                    )
+                    second_halves(simulate(Toy(seed, **toy), actuator, iterations, rate))
                     for seed in range(seeds)
                 ]
             )

@@ -1,30 +1,41 @@
 """Minutes until a held-out score, for the settings that compute less: each alone, and together.
 
 usage: python -m bench.learning.time_to_reward [--model weights/sft-4bit] [--seeds 42 123 777]
-           [--only off all] [--iterations 20] [--score 0.7] [--output DIR] [--json FILE]
+           [--only everything defaults] [--iterations 20] [--score 0.88] [--output DIR]
+           [--json FILE]
+       python -m bench.learning.time_to_reward --times 3 [--only everything defaults] [--json FILE]
 
-SmolLM2 follows constraints (examples/constraints.py): 8 prompts x 6 answers of 48 tokens, LoRA 16,
-the same learning rate, seeds and held-out prompts for all. Every checkpoint answers the 71 held-out
-prompts at temperature 0. Time is that of the iterations alone, so leave the machine idle. What is
-done is not done again.
+SmolLM2 follows constraints (examples/constraints.py): 8 prompts x 6 answers of 48 tokens (6 prompts
+with the defaults), LoRA 16, the same learning rate, seeds and held-out prompts for all. Every
+checkpoint answers the 71 held-out prompts at temperature 0. What is done is not done again; a run
+with other settings is refused.
+
+How long an iteration takes does not depend on what is learnt, so it is measured apart, on an idle
+machine: `--times N` runs N iterations of each variant in turn and notes their seconds in the same
+FILE. Minutes to a score are the iterations to it times those seconds.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
+import json
 import statistics
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench.learning.common import answered, finish, parser
-from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
+from mlx_grpo.config.settings import TrainConfig, flat_values, train_config, with_settings
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import read_json, write_json
-from mlx_grpo.models.lora import set_parameters
+from mlx_grpo.grpo.iteration import iterate
+from mlx_grpo.grpo.learner import first_state
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
-from mlx_grpo.training.setup import load_evaluator
+from mlx_grpo.run.directory import run_settings
+from mlx_grpo.training.setup import load_evaluator, load_learner
 
 EVERY = 5
 """Iterations between two points of a curve."""
@@ -36,6 +47,8 @@ COMMON: dict[str, Any] = {
     "eval_prompts": f"{CONSTRAINTS}_eval.jsonl",
     "batch_size": 8,
     "minibatch_size": 4,
+    "update_rows": 0,
+    "kl_share": 1.0,
     "max_completion_length": 48,
     "learning_rate": 2e-4,
     "kl_schedule": "constant",
@@ -46,7 +59,8 @@ COMMON: dict[str, Any] = {
     "keep": 1000,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "off": {},
+    "everything": {},
+    "defaults": {"batch_size": 6, "minibatch_size": 3, "update_rows": 3, "kl_share": 0.125},
     "rows": {"update_rows": 3},
     "kl": {"kl_share": 0.25},
     "layers": {"lora_layers": 15},
@@ -57,11 +71,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]:
-    """Minutes and held-out score of every checkpoint, from the SFT model on."""
+    """Held-out score of every checkpoint, from the SFT model on."""
     file = run / "curve.json"
     if file.exists():
         return list(read_json(file)["points"])
-    seconds = [row["time/iteration"] for row in log.read(run / log.METRICS) if "kl" in row]
     evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
     model = config.model
     actor = new_actor(
@@ -82,31 +95,44 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
             _, raw_PK, _ = answered(evaluator, actor.model, 0.0)
             done = loaded.iteration if loaded else 0
             score = statistics.fmean(reward for row in raw_PK for reward in row)
-            minutes = sum(seconds[:done]) / 60
-            points.append({"iteration": done, "minutes": minutes, "score": score})
+            points.append({"iteration": done, "score": score})
     write_json(file, {"points": points})
     return points
 
 
-def minutes_to(points: list[dict[str, float]], score: float) -> float | None:
+def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
     """When the straight line between two points first reaches a score; None: never."""
     for before, after in pairwise(points):
         if before["score"] < score <= after["score"]:
             part = (score - before["score"]) / (after["score"] - before["score"])
-            return before["minutes"] + part * (after["minutes"] - before["minutes"])
+            return before["iteration"] + part * (after["iteration"] - before["iteration"])
     return None
 
 
-def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str, Any]:
-    """Train and measure one run."""
-    run = args.output / name / f"seed-{seed}"
-    config = train_config(
+def configured(name: str, seed: int, run: Path, args: argparse.Namespace) -> TrainConfig:
+    """A variant's settings."""
+    return train_config(
         **{**COMMON, **VARIANTS[name]},
         actor_model=str(args.model),
         num_iterations=args.iterations,
         seed=seed,
         output=str(run),
     )
+
+
+def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str, Any]:
+    """Train and measure one run.
+
+    Raises:
+        InputError: the run that is there has other settings.
+    """
+    run = args.output / name / f"seed-{seed}"
+    config = configured(name, seed, run, args)
+    if (run / "final").is_dir():
+        then, now = flat_values(run_settings(run)), flat_values(config)
+        for field in (*COMMON, *VARIANTS[name], "num_iterations"):
+            if then[field] != now[field]:
+                raise InputError(f"{run}: has another {field}; remove it or give another --output")
     finish(config, ui)
     points = curve(run, config, ui)
     rows = [row for row in log.read(run / log.METRICS) if "kl" in row]
@@ -114,48 +140,92 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
         "variant": name,
         "seed": seed,
         "points": points,
-        "seconds_per_iteration": statistics.median(row["time/iteration"] for row in rows),
         "kl": statistics.fmean(row["kl"] for row in rows[len(rows) // 2 :]),
-        "minutes_to_score": minutes_to(points, args.score),
     }
 
 
-def show(runs: list[dict[str, Any]], score: float, ui: Console) -> None:
+def times(args: argparse.Namespace, ui: Console) -> dict[str, dict[str, Any]]:
+    """Seconds of an iteration and its stages, medians. The variants take turns; the first turn is
+    dropped."""
+    found: dict[str, list[Any]] = {name: [] for name in args.only}
+    with ExitStack() as open_:
+        runs = {}
+        for name in args.only:
+            config = configured(name, args.seeds[0], args.output / name, args)
+            learner = load_learner(config, Console(quiet=True))
+            open_.enter_context(closing(learner.evaluator.rewards))
+            arrays = lora_parameters(learner.roles.actor.model)
+            set_parameters(learner.roles.actor.model, {n: v + 1e-6 for n, v in arrays.items()})
+            runs[name] = (learner, first_state(config))
+        for turn in range(1 + args.times):
+            for name, (learner, state) in runs.items():
+                done = iterate(learner, state, Console(quiet=True))
+                runs[name] = (learner, done.state)
+                if turn:
+                    found[name].append(done.metrics)
+                    ui.say(f"{name}: {done.metrics['time/iteration']:.1f} s")
+    return {
+        name: {
+            stage: statistics.median(row[f"time/{stage}"] for row in rows)
+            for stage in ("iteration", "rollout", "reward", "logprob", "update")
+        }
+        for name, rows in found.items()
+    }
+
+
+def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: Console) -> None:
     """A line for each variant, means over its seeds."""
     lines = []
-    for name in dict.fromkeys(run["variant"] for run in runs):
+    for name in dict.fromkeys([*seconds, *(run["variant"] for run in runs)]):
         own = [run for run in runs if run["variant"] == name]
-        reached = [r["minutes_to_score"] for r in own if r["minutes_to_score"] is not None]
+        to_score = [iterations_to(run["points"], score) for run in own]
+        reached = statistics.fmean(to_score) if own and None not in to_score else None
+        each = seconds.get(name, {}).get("iteration")
         first, last = ([run["points"][i]["score"] for run in own] for i in (0, -1))
+        minutes = f"{reached * each / 60:.1f}" if reached and each else "-"
         lines.append(
             (
                 name,
                 f"{len(own)}",
-                f"{statistics.fmean(r['seconds_per_iteration'] for r in own):.1f} s",
-                f"{statistics.fmean(first):.3f} -> {statistics.fmean(last):.3f}",
+                f"{each:.1f} s" if each else "-",
+                f"{statistics.fmean(first):.3f} -> {statistics.fmean(last):.3f}" if own else "-",
                 " ".join(f"{s:.3f}" for s in last),
-                f"{statistics.fmean(reached):.1f}" if reached else "-",
-                f"{len(reached)} of {len(own)}",
-                f"{statistics.fmean(r['kl'] for r in own):.3f}",
+                f"{reached:.1f}" if reached else "-",
+                minutes,
+                f"{statistics.fmean(r['kl'] for r in own):.3f}" if own else "-",
             )
         )
-    columns = ("variant", "seeds", "an iteration", "held-out score", "each", f"minutes to {score}")
-    ui.table("Time to reward", (*columns, "reached by", "KL"), lines)
+    to = (f"iterations to {score}", "minutes to it")
+    columns = ("variant", "seeds", "an iteration", "held-out score", "each", *to, "KL")
+    ui.table("Time to reward", columns, lines)
 
 
 def main() -> None:
     given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/time-to-reward")
     given.add_argument("--iterations", type=int, default=20)
-    given.add_argument("--score", type=float, default=0.7)
+    given.add_argument("--score", type=float, default=0.88)
+    given.add_argument("--times", type=int, metavar="N", help="only measure seconds")
     args = given.parse_args()
-    ui, runs = Console(), []
+    ui = Console()
+    # as they come back from a file, where tuples are lists
+    about = json.loads(
+        json.dumps({"iterations": args.iterations, "common": COMMON, "variants": VARIANTS})
+    )
+    saved = read_json(args.json) if args.json and args.json.exists() else {}
+    same = {name: saved.get(name) for name in about} == about
+    runs, seconds = (saved.get("runs", []), saved.get("seconds", {})) if same else ([], {})
+    if args.times:
+        seconds = {**seconds, **times(args, ui)}
+        args.seeds = ()
     for seed in args.seeds:
         for name in args.only:
+            runs = [r for r in runs if (r["variant"], r["seed"]) != (name, seed)]
             runs.append(one(name, seed, args, ui))
             if args.json:
-                settings = {"iterations": args.iterations, "score": args.score}
-                write_json(args.json, {**settings, "common": COMMON, "runs": runs})
-    show(runs, args.score, ui)
+                write_json(args.json, {**about, "seconds": seconds, "runs": runs})
+    if args.json:
+        write_json(args.json, {**about, "seconds": seconds, "runs": runs})
+    show(runs, seconds, args.score, ui)
 
 
 if __name__ == "__main__":

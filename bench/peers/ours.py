@@ -1,6 +1,10 @@
 """mlx-grpo itself, in the environment that runs this script.
 
 usage: python bench/peers/ours.py [--prompts N] [--iterations N] [--rollout-only]
+           [--variant defaults|everything]
+
+`everything` leaves out what the defaults save: all K completions are learned from, and the KL is
+measured on all of them, as other trainers do.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -24,6 +28,8 @@ from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.training.setup import load_learner
 
+EVERYTHING: dict[str, Any] = {"update_rows": 0, "kl_share": 1.0}
+
 
 def learner_for(args: argparse.Namespace, place: Path) -> Learner:
     """What a run on the model and prompts of the comparison works with."""
@@ -39,12 +45,14 @@ def learner_for(args: argparse.Namespace, place: Path) -> Learner:
         eval_prompts=str(place / "held_out.jsonl"),
         seed=SEED,
         batch_size=args.prompts,
+        minibatch_size=args.prompts,
         K=K,
         max_completion_length=args.tokens,
         num_iterations=1 + args.iterations,
         learning_rate=LEARNING_RATE,
         lora_rank=RANK,
         lora_scale=SCALE,
+        **(EVERYTHING if args.variant == "everything" else {}),
     )
     return load_learner(config, Console(quiet=True))
 
@@ -95,4 +103,4 @@ def _rollout_seconds(learner: Learner, iteration: int) -> float:
 
 
 if __name__ == "__main__":
-    common.main(measure, ())
+    common.main(measure, (), variants=("defaults", "everything"))

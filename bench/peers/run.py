@@ -9,7 +9,8 @@ else at work; where a machine is never quite at rest, --more takes another turn 
 of each job.
 
 Whole iterations: the peers take one prompt an iteration, mlx-grpo four; the ratio is of seconds per
-prompt. Rollouts: the ratio is of tokens per second on the same rows.
+prompt, once with everything computed as the peers do, once with the defaults, which learn from
+three of six completions. Rollouts: the ratio is of tokens per second on the same rows.
 """
 
 import argparse
@@ -47,8 +48,15 @@ def _rollouts(name: str, script: str, *arguments: str) -> list[Job]:
 
 
 JOBS = [
-    Job("mlx-grpo, 4 prompts", "ours", ("--prompts", "4", "--iterations", "2")),
-    Job("mlx-grpo, 1 prompt", "ours", ("--prompts", "1", "--iterations", "2")),
+    *(
+        Job(
+            f"mlx-grpo, {n} prompts, {variant}",
+            "ours",
+            ("--prompts", str(n), "--iterations", "2", "--variant", variant),
+        )
+        for n in (4, 1)
+        for variant in ("everything", "defaults")
+    ),
     *_rollouts("mlx-grpo rollout", "ours"),
     *_rollouts("mlx-lm BatchGenerator", "batch_generator"),
     *_rollouts("mlx-lm-lora rollout, width K", "lm_lora", "--variant", "width-k"),
@@ -127,9 +135,10 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 def _ratio(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     if r["job"].startswith("mlx-grpo"):
         return ""
-    if "seconds_per_prompt_iteration" in r:
-        ours = results.get("mlx-grpo, 4 prompts", {}).get("seconds_per_prompt_iteration")
-        return f"{r['seconds_per_prompt_iteration'] / ours:.2f}x" if ours else ""
+    if theirs := r.get("seconds_per_prompt_iteration"):
+        own = [results.get(f"mlx-grpo, 4 prompts, {v}") for v in ("everything", "defaults")]
+        ratios = [f"{theirs / o['seconds_per_prompt_iteration']:.2f}x" for o in own if o]
+        return " / ".join(ratios)
     ours = results.get(f"mlx-grpo rollout, {r['prompts']} prompts", {})
     speed = ours.get("rollout_tokens_per_second")
     return f"{speed / r['rollout_tokens_per_second']:.2f}x" if speed else ""

@@ -3,8 +3,9 @@
 usage: python -m bench.speed.nights
 
 Prompts and answers of 256 tokens, K = 6, a reward adapter. `defaults` is what `mlx-grpo train`
-does, `one night` is the preset gemma-2b-one-night with a LoRA on half of the model's blocks. The
-memory is what MLX plans with on a Mac of that size (bench/memory/macs.py), and 2.5 GB.
+does, `everything` the preset gemma-2b-reference: 16 prompts an iteration, all completions in the
+update, the KL of all of them. The memory is what MLX plans with on a Mac of that size
+(bench/memory/macs.py), and 2.5 GB.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -20,7 +21,7 @@ from mlx_grpo.plan.footprint import Footprint
 from mlx_grpo.plan.memory import RewardFootprint
 from mlx_grpo.plan.planner import Planner
 
-ONE_NIGHT = PRESETS / "gemma-2b-one-night.toml"
+EVERYTHING = PRESETS / "gemma-2b-reference.toml"
 MACS = (("m1", 8), ("m2", 16), ("m2-pro", 16), ("m3-pro", 36), ("m4", 24), ("m4-max", 48))
 SHAPES = ("qwen2.5-0.5b", "llama-3.2-1b", "gemma-2b", "llama-3.2-3b")
 
@@ -37,14 +38,14 @@ def hours(model: Footprint, config: TrainConfig, mac: str, limit: int) -> str:
 
 
 def main() -> None:
-    print("| Mac | MLX may take | model | defaults | one night |\n|---|---|---|---|---|")
+    print("| Mac | MLX may take | model | defaults | everything |\n|---|---|---|---|---|")
     models = {shape: sizes_of(shape, 0) for shape in SHAPES}
     limits = [(mac, gib, limit_of(gib)) for mac, gib in MACS]
     limits.insert(3, ("m2-pro", 16, 2_500_000_000))
     for mac, gib, limit in limits:
         for shape, model in models.items():
-            night = with_settings(build_config(ONE_NIGHT), lora_layers=-(-model.blocks // 2))
-            found = (hours(model, config, mac, limit) for config in (TrainConfig(), night))
+            configs = (TrainConfig(), build_config(EVERYTHING))
+            found = (hours(model, config, mac, limit) for config in configs)
             print(f"| {mac}, {gib} GB | {limit / 1e9:.1f} GB | {shape} | {' | '.join(found)} |")
 
 

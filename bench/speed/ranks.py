@@ -208,6 +208,7 @@ def _killed(
 def speed(world: World, ui: Console) -> dict[str, Any]:
     """Longer answers and more of them, so that there is something to share."""
     work = {"batch_size": 8, "minibatch_size": 4, "K": 8, "max_completion_length": 128}
+    work |= {"update_rows": 0, "kl_share": 1}
     config = world.config(num_iterations=8, checkpoint_every=100, eval_every=100, **work)
     per_second = {}
     for size in (1, 2):
@@ -227,6 +228,7 @@ def launcher(model: Path, place: Path, ui: Console) -> dict[str, Any]:
         **{"actor-model": model, "rm-model": "none", "reward": "mlx_grpo.rubric:gold"},
         **{"prompts": "data/rl_prompts.jsonl", "eval-prompts": "data/eval_prompts.jsonl"},
         **{"num-iterations": 4, "batch-size": 4, "minibatch-size": 4, "K": 6, "eval-limit": 1},
+        **{"update-rows": 0, "kl-share": 1},
         **{"max-completion-length": 48, "eval-every": 100, "checkpoint-every": 100},
     }
     command = [*own, *(f"--{name}={value}" for name, value in flags.items()), "--quiet"]

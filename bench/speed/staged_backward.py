@@ -62,7 +62,7 @@ def random_group(k: int, prompt: int, completion: int, vocabulary: int) -> Train
 
 
 def update_settings(max_tokens: int) -> UpdateSettings:
-    """The defaults of a run."""
+    """Of one group an optimizer step."""
     return UpdateSettings(
         clip=Clip(),
         aggregation="sequence",

@@ -15,6 +15,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = (
     *("--batch-size", "4", "--minibatch-size", "2", "--max-completion-length", "48"),
+    *("--update-rows", "0", "--kl-share", "1"),
     *("--eval-limit", "1", "--checkpoint-every", "5", "--num-iterations", "50"),
 )
 STOPPED = 130

@@ -6,9 +6,15 @@ flags become settings: `sources.py`.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NewType
 
+FEWEST_MEASURED = 6
+"""Completions of an iteration whose KL must be measured for the controller to hold its target, in
+runs of 90 iterations or more (bench/RESULTS.md)."""
+ENOUGH_TO_MEASURE_LESS = 90
+"""Iterations from which so few hold it."""
 REPEATED = ("reward", "eval_reward", "test_prompts", "log")
 """Settings whose flag may be given several times."""
 FREE = (
@@ -95,7 +101,7 @@ class DataSettings:
     one removes theirs. Reward models and reward functions see it as well."""
     max_prompt_length: int = 256
     """Prompts longer than this many tokens, chat template included, are skipped and counted."""
-    batch_size: int = 16
+    batch_size: int = 6
     """Prompts per iteration."""
     prompt_sampling: Literal["uniform", "adaptive"] = "uniform"
     """Visit every prompt once per epoch, or prefer those whose completions differ in reward."""
@@ -169,9 +175,10 @@ class KLSettings:
     """How the KL target moves over the run."""
     targets: tuple[float, ...] = named("kl_targets", (0.05, 0.02, 0.01))
     """KL targets in nats per token."""
-    share: float = named("kl_share", 1.0)
-    """Share of the completions on which the KL is measured, drawn at random. Under --kl-control
-    reward and in evaluations it is measured on all of them."""
+    share: float = named("kl_share", 0.125)
+    """Share of the completions on which the KL is measured, drawn at random, but at
+    least six per iteration. Under --kl-control reward and in evaluations it is measured on all of
+    them."""
     phases: tuple[float, ...] = named("kl_phases", ())
     """Relative lengths of the phases; empty means equal lengths."""
     beta: float = named("kl_beta", 10.0)
@@ -191,10 +198,10 @@ class KLSettings:
     """Skip the remaining minibatches once the update's own KL passes this times the target; 0:
     never."""
 
-    @property
-    def measured_share(self) -> float:
-        """Of an iteration's completions, those whose KL is measured."""
-        return 1.0 if self.control == "reward" else self.share
+    def measured(self, completions: int) -> int:
+        """How many of an iteration's completions the KL is measured on."""
+        share = 1.0 if self.control == "reward" else self.share
+        return max(ceil(share * completions), min(FEWEST_MEASURED, completions))
 
 
 @dataclass(frozen=True)
@@ -212,13 +219,13 @@ class OptimizerSettings:
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5
     """Global norm the gradient is clipped to."""
-    minibatch_size: int = 4
+    minibatch_size: int = 3
     """Prompts per optimizer step."""
     epochs: int = 1
     """Passes over each rollout."""
-    update_rows: int = 0
-    """Completions per prompt that the update learns from: those whose rewards differ most; 0 means
-    all K."""
+    update_rows: int = 3
+    """Completions per prompt that the update learns from: those whose rewards differ most; 0, or K
+    or more, means all."""
     rows_per_pass: int = 0
     """Completions per forward and backward pass. Fewer need less memory; 0 means all of similar
     length, or as many as fit in memory."""

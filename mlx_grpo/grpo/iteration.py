@@ -95,9 +95,8 @@ def iterate(
         if config.reward.multi_objective_aggregation == "normalize_then_sum":
             scores_PK = decoupled_scores(by_source, learner.evaluator.rewards.weights, k)
         with stage("logprob"), ranks.failing_together():
-            measured = measured_rows(
-                config.run.seed, state.iteration, len(groups), k, config.kl.measured_share
-            )
+            count = config.kl.measured(len(groups) * k)
+            measured = measured_rows(config.run.seed, state.iteration, len(groups), k, count)
             kls = kl_to_reference(
                 groups, measured, roles.reference, temperature, safe_point, ranks.share
             )

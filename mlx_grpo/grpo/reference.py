@@ -5,7 +5,6 @@ Where it is only measured, a share of the completions tells it without bias; a p
 needs it for each.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,12 +33,11 @@ class GroupKL:
     tokens: int = 0
 
 
-def measured_rows(seed: int, iteration: int, groups: int, k: int, share: float) -> list[list[int]]:
-    """Which completions of each group the KL is measured on: a share of all, drawn by key."""
-    count = groups * k
-    drawn = permutation(seed, "kl", iteration, n=count)[: math.ceil(share * count)]
+def measured_rows(seed: int, iteration: int, groups: int, k: int, count: int) -> list[list[int]]:
+    """Which completions of each group the KL is measured on: `count` of all, drawn by key."""
+    drawn = permutation(seed, "kl", iteration, n=groups * k)[:count]
     rows: list[list[int]] = [[] for _ in range(groups)]
-    for place in sorted(drawn) if share < 1 else range(count):
+    for place in sorted(drawn):
         rows[place // k].append(place % k)
     return rows
 

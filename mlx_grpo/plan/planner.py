@@ -6,7 +6,13 @@ from pathlib import Path
 from mlx_grpo.backend.device import recommended_memory
 from mlx_grpo.backend.precision import DTYPES, Asked, Precision, asked, precision_for, precisions
 from mlx_grpo.config.checks import parse_bytes
-from mlx_grpo.config.settings import TrainConfig, flag_of, flat_values, with_settings
+from mlx_grpo.config.settings import (
+    ENOUGH_TO_MEASURE_LESS,
+    TrainConfig,
+    flag_of,
+    flat_values,
+    with_settings,
+)
 from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.plan.devices import THIS, Device, device
@@ -32,6 +38,7 @@ class Planner:
     def work(self) -> Workload:
         """Of the rank that has most."""
         config = self.config
+        completions = config.data.batch_size * config.rollout.K
         return Workload(
             prompts=-(-config.data.batch_size // self.ranks),
             k=config.rollout.K,
@@ -44,7 +51,7 @@ class Planner:
             epochs=config.optimizer.epochs,
             update_rows=config.optimizer.update_rows,
             lora_layers=config.model.lora_layers,
-            kl_share=config.kl.measured_share,
+            kl_share=config.kl.measured(completions) / completions,
         )
 
     def plan(self) -> Plan:
@@ -68,15 +75,18 @@ class Planner:
         """Settings that cost less, each alone and then together, and the share of an iteration's
         expected time that is left."""
         config, half = self.config, -(-self.model.blocks // 2)
-        cheaper: dict[str, float] = {
-            "update_rows": -(-config.rollout.K // 2),
-            "kl_share": 0.25,
-            "lora_layers": half,
-        }
+        rows = max(2, -(-config.rollout.K // 2))
+        cheaper: dict[str, float] = {"update_rows": rows, "kl_share": 0.125, "lora_layers": half}
         now = flat_values(config)
         cheaper = {n: v for n, v in cheaper.items() if not 0 < now[n] <= v}
-        if config.kl.control == "reward":
+        completions = config.data.batch_size * config.rollout.K
+        measured, fewer = (
+            c.kl.measured(completions) for c in (config, with_settings(config, kl_share=0.125))
+        )
+        if fewer == measured or config.run.num_iterations < ENOUGH_TO_MEASURE_LESS:
             cheaper.pop("kl_share", None)
+        if rows >= config.rollout.K:
+            cheaper.pop("update_rows", None)
         tried = [{n: v} for n, v in cheaper.items()]
         if len(tried) > 1:
             tried.append(cheaper)

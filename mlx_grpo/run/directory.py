@@ -163,8 +163,9 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
         InputError: with the bytes free and needed.
     """
     adapter = sum(v.nbytes for v in lora_parameters(actor).values())
+    written = 1 + -(-config.run.num_iterations // config.run.checkpoint_every)
     # while a checkpoint is written the oldest is still there; best/ and final/ are one adapter each
-    arrays = 3 * adapter * (config.run.keep + 1) + 2 * _adapter_bytes(actor)
+    arrays = 3 * adapter * min(config.run.keep + 1, written) + 2 * _adapter_bytes(actor)
     completions = config.run.num_iterations * config.data.batch_size * config.rollout.K
     logs = LOG_BYTES_PER_TOKEN * completions * config.rollout.max_completion_length
     need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")

@@ -61,6 +61,10 @@ def recorded(
     return dict(json.loads(json.dumps(about)))
 
 
+BEFORE = {"update_rows": 0, "kl_share": 1.0}
+"""What versions without these settings did."""
+
+
 def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields of the configuration that shape the numbers and differ."""
     before, after = _settings(saved), now["config"]
@@ -69,9 +73,9 @@ def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint; a field that its version did not have is at its default."""
+    """Those of a checkpoint; a field that its version did not have is at what it did then."""
     defaults = json.loads(json.dumps(flat_values(TrainConfig())))
-    return {**defaults, **saved["config"]}
+    return {**defaults, **BEFORE, **saved["config"]}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -28,7 +28,16 @@ def test_ratios_compare_seconds_per_prompt_and_tokens_per_second_on_the_same_row
     results = {
         r["job"]: r
         for r in (
-            {"job": "mlx-grpo, 4 prompts", "seconds_per_prompt_iteration": 8.0, "peak_gb": 0.7},
+            {
+                "job": "mlx-grpo, 4 prompts, everything",
+                "seconds_per_prompt_iteration": 8.0,
+                "peak_gb": 0.7,
+            },
+            {
+                "job": "mlx-grpo, 4 prompts, defaults",
+                "seconds_per_prompt_iteration": 5.0,
+                "peak_gb": 0.7,
+            },
             {
                 "job": "mlx-grpo rollout, 16 prompts",
                 "prompts": 16,
@@ -41,8 +50,8 @@ def test_ratios_compare_seconds_per_prompt_and_tokens_per_second_on_the_same_row
         )
     }
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in table(results)[2:]]
-    assert [row[-1] for row in rows] == ["", "", "2.50x", "4.00x", ""]
-    assert rows[2] == ["a trainer", "", "20.0", "4.00 (RSS)", "2.50x"]
+    assert [row[-1] for row in rows] == ["", "", "", "2.50x / 4.00x", "4.00x", ""]
+    assert rows[3] == ["a trainer", "", "20.0", "4.00 (RSS)", "2.50x / 4.00x"]
 
 
 def test_of_several_turns_the_faster_counts() -> None:

@@ -189,6 +189,7 @@ OUT_OF_RANGE: list[tuple[str, dict[str, Any]]] = [
     *((name, {name: 0.0}) for name in KINDS if name in POSITIVE),
     *((name, {name: -1}) for name in NOT_NEGATIVE),
     ("K", {"K": 1}),
+    ("update_rows", {"update_rows": 1}),
     ("clip_range", {"clip_range": 0.0}),
     ("clip_range", {"clip_range": 1.0}),
     ("reward_alpha", {"reward_alpha": -0.1}),

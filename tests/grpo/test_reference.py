@@ -1,10 +1,12 @@
 """The KL of a share of the completions stands for all of them."""
 
 from statistics import fmean
+from typing import Literal
 
 import mlx.core as mx
 import pytest
 
+from mlx_grpo.config.settings import KLSettings
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
 from mlx_grpo.grpo.logprob import token_logps
@@ -26,25 +28,41 @@ def sampled(seed: int) -> Group:
     return Group(Prompt(str(seed), (), g.prompt_ids), tuple(completions))
 
 
-def test_the_share_has_the_size_that_was_asked_for_and_no_row_twice() -> None:
-    rows = measured_rows(42, 3, groups=16, k=6, share=0.25)
+def test_as_many_are_drawn_as_were_asked_for_and_no_row_twice() -> None:
+    rows = measured_rows(42, 3, groups=16, k=6, count=24)
     assert sum(map(len, rows)) == 24
     assert all(sorted(set(r)) == r and set(r) <= set(range(6)) for r in rows)
-    assert rows == measured_rows(42, 3, groups=16, k=6, share=0.25)
-    assert rows != measured_rows(42, 4, groups=16, k=6, share=0.25)
+    assert rows == measured_rows(42, 3, groups=16, k=6, count=24)
+    assert rows != measured_rows(42, 4, groups=16, k=6, count=24)
+
+
+@pytest.mark.parametrize(
+    "share, control, completions, measured",
+    [
+        (0.125, "decay", 96, 12),
+        (0.125, "decay", 36, 6),  # never fewer than the controller needs
+        (0.125, "decay", 4, 4),
+        (0.3, "decay", 24, 8),
+        (0.125, "reward", 96, 96),
+    ],
+)
+def test_a_share_of_the_completions_is_measured(
+    share: float, control: Literal["decay", "reward"], completions: int, measured: int
+) -> None:
+    assert KLSettings(share=share, control=control).measured(completions) == measured
 
 
 def test_every_completion_is_measured_equally_often() -> None:
     counts = [0] * 12
     for iteration in range(600):
-        for place, rows in enumerate(measured_rows(1, iteration, groups=3, k=4, share=0.25)):
+        for place, rows in enumerate(measured_rows(1, iteration, groups=3, k=4, count=3)):
             for row in rows:
                 counts[4 * place + row] += 1
     assert min(counts) > 110 and max(counts) < 190  # 150 each, give or take
 
 
-def test_a_share_of_one_is_all_in_order() -> None:
-    assert measured_rows(1, 0, groups=2, k=3, share=1.0) == [[0, 1, 2], [0, 1, 2]]
+def test_all_of_them_come_in_order() -> None:
+    assert measured_rows(1, 0, groups=2, k=3, count=6) == [[0, 1, 2], [0, 1, 2]]
 
 
 def test_the_kl_of_all_rows_is_that_of_the_estimators() -> None:
@@ -64,7 +82,7 @@ def test_the_share_is_unbiased() -> None:
     sums = [(kl.k3_sum, kl.tokens) for kl in alone]
     drawn = []
     for iteration in range(400):
-        rows = measured_rows(9, iteration, groups=4, k=3, share=0.5)
+        rows = measured_rows(9, iteration, groups=4, k=3, count=6)
         part = [sums[3 * place + i] for place, own in enumerate(rows) for i in own]
         drawn.append((sum(k3 for k3, _ in part), sum(n for _, n in part)))
     assert fmean(k for k, _ in drawn) / fmean(n for _, n in drawn) == pytest.approx(whole, rel=0.05)

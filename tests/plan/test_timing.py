@@ -117,11 +117,27 @@ def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
 
 def test_cheaper_settings_are_named_with_what_they_leave(train_arguments: dict[str, Any]) -> None:
     given = train_arguments | {"K": 4, "batch_size": 4, "minibatch_size": 1}
+    given |= {"update_rows": 0, "kl_share": 1.0, "num_iterations": 90}
     savings = planner_for(train_config(**given), here=False).savings(device("m2-pro"))
     (rows, _), (share, _), (layers, _), (together, least) = savings
-    assert rows == "--update-rows 2" and share == "--kl-share 0.25"
+    assert rows == "--update-rows 2" and share == "--kl-share 0.125"
     assert layers == "--lora-layers 1" and together == f"{rows} {share} {layers}"
     assert 0 < least < min(left for _, left in savings[:-1]) < 1
+
+
+def test_nothing_is_offered_that_would_do_harm_or_save_nothing(
+    train_arguments: dict[str, Any],
+) -> None:
+    def offered(**values: Any) -> str:
+        config = train_config(**{**train_arguments, "update_rows": 0, "kl_share": 1.0, **values})
+        found = planner_for(config, here=False).savings(device("m2-pro"))
+        return " ".join(flags for flags, _ in found)
+
+    assert "--kl-share" in offered(K=4, batch_size=4, num_iterations=90)
+    assert "--kl-share" not in offered(K=4, batch_size=4, num_iterations=89)
+    few = {"batch_size": 4, "num_iterations": 90}
+    assert "--kl-share" not in offered(K=6, kl_share=0.25, **few)  # six are measured either way
+    assert "--update-rows" not in offered(K=2, **few)
 
 
 def test_what_is_cheap_already_is_not_offered(train_arguments: dict[str, Any]) -> None:

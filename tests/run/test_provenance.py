@@ -80,6 +80,13 @@ def test_a_checkpoint_from_before_a_setting_existed_goes_on_at_its_default() -> 
     assert differences(older, about(eval_reward=("m:f",))) == ["--eval-reward  -> m:f"]
 
 
+def test_a_default_that_does_something_new_is_told_to_a_checkpoint_from_before_it() -> None:
+    older = about()
+    del older["config"]["update_rows"], older["config"]["kl_share"]
+    assert differences(older, about()) == ["--kl-share 1.0 -> 0.125", "--update-rows 0 -> 3"]
+    assert differences(older, about(update_rows=0, kl_share=1.0)) == []
+
+
 def test_weights_held_in_another_form_are_told() -> None:
     packed = recorded(TrainConfig(), INPUTS, "packed bf16")
     assert differences(about(), packed) == [
