@@ -76,8 +76,7 @@ def test_where_all_is_fp32_such_a_value_is_too() -> None:
 def test_a_converted_model_chooses_the_experts_that_its_source_does(
     family: str, bits: int, tmp_path: Path
 ) -> None:
-    if bits == 4:
-        skip_without_kernel(family)
+    skip_without_kernel(family, packed=bits == 4)
     config = mixture_config(family, max_position_embeddings=4096)
     source = write_model_of(tmp_path / "source", config)
     convert_sft(locate(str(source)), tmp_path / "out", Quantization(bits, 32), None)
