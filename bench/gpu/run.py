@@ -182,8 +182,7 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     for step in results["steps"]:
         figures = step["figures"] or {}
         if "failed" in figures:
-            skipped = len(figures.get("skipped", ()))
-            failed = len(figures["failed"])
+            failed, skipped = len(figures["failed"]), len(figures["skipped"])
             yield f"{step['name']}: {figures['ran']} ran, {failed} failed, {skipped} skipped"
             yield from (f"  {test}" for test in figures["failed"])
         if "planned" in figures:
@@ -216,6 +215,8 @@ def main() -> None:
     parser.add_argument("--take", nargs="+", metavar=("STEP", "LOG"), help="logs of that step")
     args = parser.parse_args()
     if args.take:
+        if len(args.take) < 2:
+            parser.error("--take: give the step and at least one log")
         name, *logs = args.take
         print("\n".join(table(take(args.json, name, list(map(Path, logs))))))
         return

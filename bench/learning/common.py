@@ -1,9 +1,11 @@
 """What the benchmarks of learning share: runs that are not done twice, answers of a policy."""
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 
@@ -11,6 +13,7 @@ from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.core.types import Group
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.merging import merged_for_rollout
@@ -35,6 +38,13 @@ def parser(
     found.add_argument("--output", type=Path, default=Path(output))
     found.add_argument("--json", type=Path)
     return found
+
+
+def earlier(file: Path | None, about: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, if it says `about` of its settings; otherwise nothing."""
+    before = read_json(file) if file and file.exists() else {}
+    as_read = json.loads(json.dumps(about))  # tuples become lists
+    return before if all(before.get(n) == v for n, v in as_read.items()) else {}
 
 
 def finish(config: TrainConfig, ui: Console, title: str = "") -> None:

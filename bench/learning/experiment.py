@@ -12,14 +12,13 @@ that the file has.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.learning.common import finish, parser
+from bench.learning.common import earlier, finish, parser
 from mlx_grpo.config.settings import flat_values, with_settings
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
@@ -179,11 +178,10 @@ def main() -> None:
 
 def keep(file: Path, run: dict[str, Any]) -> None:
     """Put a run's figures into the file, in the place of an earlier one of that name."""
-    settings = json.loads(json.dumps(flat_values(build_config(SETTINGS))))  # tuples become lists
-    before = read_json(file) if file.exists() else {}
-    others = before["runs"] if before.get("settings") == settings else []
+    about = {"settings": flat_values(build_config(SETTINGS))}
+    others = earlier(file, about).get("runs", [])
     runs = [r for r in others if _name(r) != _name(run)] + [run]
-    write_json(file, {"settings": settings, "runs": sorted(runs, key=_name)})
+    write_json(file, {**about, "runs": sorted(runs, key=_name)})
 
 
 def show(runs: list[dict[str, Any]], ui: Console) -> None:

@@ -17,21 +17,22 @@ FILE. Minutes to a score are the iterations to it times those seconds.
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
-import json
 import statistics
+import sys
 from contextlib import ExitStack, closing
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from bench.learning.common import answered, finish, parser
+from bench.learning.common import answered, earlier, finish, parser
+from bench.shapes import move_lora
 from mlx_grpo.config.settings import TrainConfig, flat_values, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import first_state
-from mlx_grpo.models.lora import lora_parameters, set_parameters
+from mlx_grpo.models.lora import set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
 from mlx_grpo.run.directory import run_settings
@@ -154,8 +155,7 @@ def times(args: argparse.Namespace, ui: Console) -> dict[str, dict[str, Any]]:
             config = configured(name, args.seeds[0], args.output / name, args)
             learner = load_learner(config, Console(quiet=True))
             open_.enter_context(closing(learner.evaluator.rewards))
-            arrays = lora_parameters(learner.roles.actor.model)
-            set_parameters(learner.roles.actor.model, {n: v + 1e-6 for n, v in arrays.items()})
+            move_lora(learner.roles.actor.model, 1e-6, seed=1)  # one of zeros is not merged
             runs[name] = (learner, first_state(config))
         for turn in range(1 + args.times):
             for name, (learner, state) in runs.items():
@@ -200,33 +200,34 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
     ui.table("Time to reward", columns, lines)
 
 
-def main() -> None:
+def main() -> int:
     given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/time-to-reward")
     given.add_argument("--iterations", type=int, default=20)
     given.add_argument("--score", type=float, default=0.88)
     given.add_argument("--times", type=int, metavar="N", help="only measure seconds")
     args = given.parse_args()
     ui = Console()
-    # as they come back from a file, where tuples are lists
-    about = json.loads(
-        json.dumps({"iterations": args.iterations, "common": COMMON, "variants": VARIANTS})
-    )
-    saved = read_json(args.json) if args.json and args.json.exists() else {}
-    same = {name: saved.get(name) for name in about} == about
-    runs, seconds = (saved.get("runs", []), saved.get("seconds", {})) if same else ([], {})
-    if args.times:
-        seconds = {**seconds, **times(args, ui)}
-        args.seeds = ()
-    for seed in args.seeds:
-        for name in args.only:
-            runs = [r for r in runs if (r["variant"], r["seed"]) != (name, seed)]
-            runs.append(one(name, seed, args, ui))
-            if args.json:
-                write_json(args.json, {**about, "seconds": seconds, "runs": runs})
-    if args.json:
-        write_json(args.json, {**about, "seconds": seconds, "runs": runs})
-    show(runs, seconds, args.score, ui)
+    about = {"iterations": args.iterations, "common": COMMON, "variants": VARIANTS}
+    found: dict[str, Any] = {"seconds": {}, "runs": [], **earlier(args.json, about), **about}
+
+    def keep() -> None:
+        if args.json:
+            write_json(args.json, found)
+
+    try:
+        if args.times:
+            found["seconds"] |= times(args, ui)
+            keep()
+        for seed, name in () if args.times else product(args.seeds, args.only):
+            others = [r for r in found["runs"] if (r["variant"], r["seed"]) != (name, seed)]
+            found["runs"] = [*others, one(name, seed, args, ui)]
+            keep()
+    except InputError as e:
+        ui.error(str(e))
+        return 2
+    show(found["runs"], found["seconds"], args.score, ui)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

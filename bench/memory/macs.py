@@ -13,10 +13,11 @@ import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX
 from bench.memory.measure import sizes_of
 from bench.shapes import SHAPES
 from mlx_grpo.backend.device import share_for_mlx
+from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, choose
+from mlx_grpo.plan.planner import Planner
 
-WORK = Workload(6, 6, 256, 256, 16, steps=2, update_rows=3)
 MACS = (8, 16, 24, 32, 48, 64)
 
 
@@ -47,8 +48,9 @@ def main() -> None:
                     if kind == "adapter"
                     else RewardFootprint(model=model)
                 )
+                work = Planner(TrainConfig(), model, reward, here=False, ranks=1).work
                 given = Choice(dense=False, value_bytes=2, decode_rows=0, sizes=Sizes())
-                plan = choose(model, reward, WORK, limit_of(gib), [given])
+                plan = choose(model, reward, work, limit_of(gib), [given])
                 if plan.fits:
                     best = f"{shape}: {plan.peak / 1e9:.2f} GB ({describe(plan)})"
             print(f"{gib:3} GB, limit {limit_of(gib) / 1e9:5.2f} GB, {kind:7}  {best}")

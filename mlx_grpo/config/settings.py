@@ -176,9 +176,8 @@ class KLSettings:
     targets: tuple[float, ...] = named("kl_targets", (0.05, 0.02, 0.01))
     """KL targets in nats per token."""
     share: float = named("kl_share", 0.125)
-    """Share of the completions on which the KL is measured, drawn at random, but at
-    least six per iteration. Under --kl-control reward and in evaluations it is measured on all of
-    them."""
+    """Share of the completions on which the KL is measured, drawn at random, but at least six
+    per iteration. Under --kl-control reward and in evaluations it is measured on all of them."""
     phases: tuple[float, ...] = named("kl_phases", ())
     """Relative lengths of the phases; empty means equal lengths."""
     beta: float = named("kl_beta", 10.0)

@@ -8,6 +8,7 @@ from mlx_grpo.backend.precision import DTYPES, Asked, Precision, asked, precisio
 from mlx_grpo.config.checks import parse_bytes
 from mlx_grpo.config.settings import (
     ENOUGH_TO_MEASURE_LESS,
+    KLSettings,
     TrainConfig,
     flag_of,
     flat_values,
@@ -75,15 +76,12 @@ class Planner:
         """Settings that cost less, each alone and then together, and the share of an iteration's
         expected time that is left."""
         config, half = self.config, -(-self.model.blocks // 2)
-        rows = max(2, -(-config.rollout.K // 2))
-        cheaper: dict[str, float] = {"update_rows": rows, "kl_share": 0.125, "lora_layers": half}
+        rows, share = max(2, -(-config.rollout.K // 2)), KLSettings().share
+        cheaper: dict[str, float] = {"update_rows": rows, "kl_share": share, "lora_layers": half}
         now = flat_values(config)
         cheaper = {n: v for n, v in cheaper.items() if not 0 < now[n] <= v}
-        completions = config.data.batch_size * config.rollout.K
-        measured, fewer = (
-            c.kl.measured(completions) for c in (config, with_settings(config, kl_share=0.125))
-        )
-        if fewer == measured or config.run.num_iterations < ENOUGH_TO_MEASURE_LESS:
+        fewer = replace(self, config=with_settings(config, kl_share=share)).work.kl_share
+        if fewer >= self.work.kl_share or config.run.num_iterations < ENOUGH_TO_MEASURE_LESS:
             cheaper.pop("kl_share", None)
         if rows >= config.rollout.K:
             cheaper.pop("update_rows", None)

@@ -21,6 +21,9 @@ from mlx_grpo.data.tables import digest
 from mlx_grpo.files.manifest import directory_digest, sha256
 from mlx_grpo.rewards.functions import CustomReward
 
+BEFORE = {"update_rows": 0, "kl_share": 1.0}
+"""What versions without these settings did."""
+
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the numbers."""
@@ -59,10 +62,6 @@ def recorded(
         "ranks": ranks,
     }
     return dict(json.loads(json.dumps(about)))
-
-
-BEFORE = {"update_rows": 0, "kl_share": 1.0}
-"""What versions without these settings did."""
 
 
 def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -21,10 +21,9 @@ from tests.helpers.tiny import VOCABULARY
 CHUNK = 5
 HEAD = Sizes(head_bytes=CHUNK * 4 * VOCABULARY)
 CHUNKS = -(-sum(LENGTHS) // CHUNK)
-DEVICES = ("cpu", "metal")
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", "metal"])
 def numpy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """1 where numpy overwrites the logits of each chunk and each token, and so waits for them: on a
     CPU; 0 on a GPU."""

@@ -14,6 +14,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 
 from mlx_grpo.backend import kernels
+from mlx_grpo.backend.device import device_name
 from mlx_grpo.backend.precision import Precision, apply_precision
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
@@ -132,12 +133,14 @@ def test_without_a_rank_of_their_own_experts_stay_as_they_are() -> None:
     assert coverage(model).describe(0).endswith("weights, experts frozen, 2 routers frozen")
 
 
-@pytest.mark.parametrize("ranks", ((4, 2), (2, 4), (4, 4)))
+@pytest.mark.parametrize("ranks", ((4, 2), (2, 4), (3, 3)))
 @pytest.mark.parametrize("family", ("qwen3_moe", "deepseek_v3"))
 def test_a_saved_adapter_loads_here_bit_for_bit_and_in_mlx_lm(
     family: str, ranks: tuple[int, int], tmp_path: Path
 ) -> None:
     skip_without_kernel(family)
+    if max(ranks) % 4 and device_name() == "cuda":
+        pytest.skip("this backend has no kernel for the rank in mlx-lm's own layers")
     model = quantized(tiny_mixture(family))
     actor = add_lora(model, ranks[0], 2.0, seed=1, blocks=1, expert_rank=ranks[1])
     drawn = {

@@ -1,0 +1,35 @@
+"""The variants of the comparison, and what becomes of results that are there."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.learning.common import earlier
+from bench.learning.time_to_reward import COMMON, VARIANTS, iterations_to
+from mlx_grpo.config.settings import TrainConfig, flat_values
+from mlx_grpo.files.atomic import write_json
+
+
+def test_the_defaults_are_those_of_a_run() -> None:
+    defaults = flat_values(TrainConfig())
+    assert VARIANTS["defaults"] == {n: defaults[n] for n in VARIANTS["defaults"]}
+    assert VARIANTS["defaults"].keys() == {
+        n
+        for n in ("batch_size", "minibatch_size", "update_rows", "kl_share", "lora_layers")
+        if {**defaults, **COMMON}[n] != defaults[n]
+    }
+
+
+def test_a_score_is_reached_between_two_points_or_never() -> None:
+    points = [{"iteration": i, "score": s} for i, s in ((0, 0.5), (5, 0.9), (10, 0.8))]
+    assert iterations_to(points, 0.7) == pytest.approx(2.5)
+    assert iterations_to(points, 0.95) is None
+
+
+def test_results_are_kept_under_the_same_settings_alone(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    assert earlier(None, {}) == earlier(file, {}) == {}
+    write_json(file, {"common": {"kl_targets": (0.05,)}, "runs": [1]})
+    assert earlier(file, {"common": {"kl_targets": (0.05,)}})["runs"] == [1]
+    assert earlier(file, {"common": {"kl_targets": (0.02,)}}) == {}
+    assert earlier(file, {"common": {"kl_targets": (0.05,)}, "iterations": 20}) == {}
