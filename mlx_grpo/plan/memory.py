@@ -59,11 +59,14 @@ class Workload:
     """Of the LoRA on each expert; 0 means none."""
     kl_share: float = 1.0
     """Share of the completions on which the KL is measured."""
+    update_prompts: int = 0
+    """Prompts an update lasts for, of the rank with most in each step; 0 means `prompts`."""
 
     @property
     def learned(self) -> "Workload":
         """As the update sees it, whose groups are smaller."""
-        return replace(self, k=min(self.update_rows or self.k, self.k))
+        k = min(self.update_rows or self.k, self.k)
+        return replace(self, k=k, prompts=self.update_prompts or self.prompts)
 
 
 @dataclass(frozen=True)

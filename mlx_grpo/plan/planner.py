@@ -37,22 +37,24 @@ class Planner:
 
     @property
     def work(self) -> Workload:
-        """Of the rank that has most."""
+        """Of the rank that has most. Ranks wait for each other at every optimizer step."""
         config = self.config
-        completions = config.data.batch_size * config.rollout.K
+        batch, step = config.data.batch_size, config.optimizer.minibatch_size
+        completions = batch * config.rollout.K
+        steps = [min(step, batch - start) for start in range(0, batch, step)]
         return Workload(
-            prompts=-(-config.data.batch_size // self.ranks),
+            prompts=-(-batch // self.ranks),
             k=config.rollout.K,
             prompt_tokens=config.data.max_prompt_length,
             completion_tokens=config.rollout.max_completion_length,
             lora_rank=config.model.lora_rank,
             expert_rank=config.model.expert_lora_rank,
-            steps=-(-config.data.batch_size // config.optimizer.minibatch_size)
-            * config.optimizer.epochs,
+            steps=len(steps) * config.optimizer.epochs,
             epochs=config.optimizer.epochs,
             update_rows=config.optimizer.update_rows,
             lora_layers=config.model.lora_layers,
             kl_share=config.kl.measured(completions) / completions,
+            update_prompts=sum(-(-prompts // self.ranks) for prompts in steps),
         )
 
     def plan(self) -> Plan:

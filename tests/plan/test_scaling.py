@@ -1,8 +1,14 @@
 """Traffic between ranks, and up to where more of them pay."""
 
+from dataclasses import replace
+
 import pytest
 
+from mlx_grpo.config.settings import TrainConfig, with_settings
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.plan.devices import device
+from mlx_grpo.plan.memory import RewardFootprint
+from mlx_grpo.plan.planner import Planner
 from mlx_grpo.plan.scaling import TOKEN_BYTES, Scaled, exchange, link_speed, pays_up_to
 from tests.helpers.shapes import GEMMA_2B, WORK
 
@@ -38,3 +44,15 @@ def test_a_link_is_in_bits_per_second() -> None:
     for text in ("10GB/s", "fast", "0Gb/s", ""):
         with pytest.raises(InputError, match="--link: must be bits per second"):
             link_speed(text)
+
+
+@pytest.mark.parametrize(
+    "step, ranks, prompts", [(3, 1, 6), (3, 2, 4), (6, 2, 3), (3, 3, 2), (4, 2, 3), (1, 2, 6)]
+)
+def test_ranks_wait_at_each_step_for_the_one_with_most(step: int, ranks: int, prompts: int) -> None:
+    config = with_settings(TrainConfig(), batch_size=6, minibatch_size=step)
+    planner = Planner(config, GEMMA_2B, RewardFootprint(), here=False, ranks=ranks)
+    assert planner.work.learned.prompts == prompts
+    alone, mac = replace(planner, ranks=1), device("m2-pro")
+    shared, whole = (p.times(p.plan(), mac)["update"].flops for p in (planner, alone))
+    assert shared / whole == pytest.approx(prompts / 6)
