@@ -155,8 +155,6 @@ def template(
     for name in ("pairs.jsonl", "data/preference_pairs.jsonl"):
         shutil.copyfile(pair_file, root / name)
     shutil.copytree(finished_run, root / "runs" / "seed-42")
-    config, model = root / "runs/seed-42/config.toml", str(finished_run.parent / "sft-4bit")
-    config.write_text(config.read_text().replace(model, "weights/sft-4bit"))
     return root
 
 

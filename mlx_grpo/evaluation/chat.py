@@ -29,7 +29,7 @@ from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.directory import check_length
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.plan.planner import planner_for
-from mlx_grpo.run.directory import chosen_adapter, run_settings
+from mlx_grpo.run.directory import chosen_adapter, other_model, run_settings
 from mlx_grpo.training.setup import load_models, training_rows
 
 NEW = "/new"
@@ -78,6 +78,8 @@ def open_chat(
         adapted = load_adapter(backbone.model, directory)
     if backbone.note:
         ui.warn(backbone.note)
+    if changed := other_model(run, backbone.path):
+        ui.warn(changed)
     if config.rollout.environment:
         ui.warn(
             f"{run}: its environment, '{config.rollout.environment}', takes no part in a chat; "

@@ -18,7 +18,7 @@ from mlx_grpo.grpo.evaluate import Evaluation, Evaluator
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import load_adapter
 from mlx_grpo.rewards.functions import PYTHON
-from mlx_grpo.run.directory import chosen_adapter, run_settings
+from mlx_grpo.run.directory import chosen_adapter, other_model, run_settings
 from mlx_grpo.training.held_out import choosing_rows
 from mlx_grpo.training.setup import load_evaluator, training_rows, without_given
 
@@ -107,6 +107,8 @@ def compare_run(
         evaluator = load_evaluator(config, ui, trained=lambda: training_rows(own), skip=skip)
         backbone = evaluator.backbone
         actor = load_adapter(backbone.model, directory)
+    if changed := other_model(run, backbone.path):
+        ui.warn(changed)
     if directory.name == "best":
         _warn_of_choosing(own, config, {p.id for p in evaluator.prompts}, ui)
     if by:

@@ -20,7 +20,7 @@ from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
 from mlx_grpo.files.atomic import atomic_directory, write_text
 from mlx_grpo.files.manifest import check_replaceable, verify_manifest, write_manifest
-from mlx_grpo.run.directory import REPORT, chosen_adapter, is_run, run_settings
+from mlx_grpo.run.directory import REPORT, chosen_adapter, is_run, other_model, run_settings
 
 Form = Literal["adapter", "fused", "dequantized", "peft"]
 
@@ -62,8 +62,8 @@ def export_run(export: Export) -> Exported:
     """Write a run's adapter in another form.
 
     Raises:
-        InputError: no finished run, its SFT model is gone, or the directory exists and `replace` is
-            false.
+        InputError: no finished run, its SFT model is gone or another one now, or the directory
+            exists and `replace` is false.
     """
     config = run_settings(export.run)
     adapter, sft = chosen_adapter(export.run, export.adapter), Path(config.model.actor)
@@ -71,6 +71,8 @@ def export_run(export: Export) -> Exported:
         raise InputError(f"{sft}: the run's SFT model is not here; run from where it was trained")
     verify_manifest(adapter)
     verify_manifest(sft)
+    if changed := other_model(export.run, sft):
+        raise InputError(changed)
     measured = _texts(export, config)
     base = export.base or declared_base(sft)
     out = export.output or export.run / "export" / export.form

@@ -24,7 +24,7 @@ from mlx_grpo.files.atomic import (
     write_text,
 )
 from mlx_grpo.files.lock import mine
-from mlx_grpo.files.manifest import write_manifest
+from mlx_grpo.files.manifest import directory_digest, write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.models.lora import (
@@ -148,6 +148,20 @@ def chosen_adapter(run: Path, name: str) -> Path:
             return directory
     places = " or ".join(f"{d.name}/" for d in candidates)
     raise InputError(f"{run}: no adapter in {places}; has the run finished?")
+
+
+def other_model(run: Path, actor: Path) -> str | None:
+    """A line that says so if the SFT model is no longer the one that the run was trained on: an
+    adapter changes the weights it has learned beside. None if it is, or if no checkpoint says."""
+    states = (d / "state.json" for d in checkpoint.step_directories(run / CHECKPOINTS))
+    found = next(filter(None, (provenance.recorded_digest(s, "--actor-model") for s in states)), "")
+    now = directory_digest(actor)
+    if found in ("", now):
+        return None
+    return (
+        f"{actor}: not the model that {run} was trained on (sha256 {found[:8]} -> {now[:8]}); its "
+        "adapter belongs to that one; put it back"
+    )
 
 
 def open_new(run: Path, config: TrainConfig) -> None:

@@ -17,7 +17,9 @@ from mlx_grpo.config.settings import (
     flag_of,
     flat_values,
 )
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.tables import digest
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.manifest import directory_digest, sha256
 from mlx_grpo.rewards.functions import CustomReward
 
@@ -62,6 +64,16 @@ def recorded(
         "ranks": ranks,
     }
     return dict(json.loads(json.dumps(about)))
+
+
+def recorded_digest(state: Path, flag: str) -> str | None:
+    """sha256 of an input that a state.json keeps; None if it does not, or if it is damaged: such a
+    checkpoint is skipped on resume as well."""
+    try:
+        inputs = read_json(state).get("inputs")
+    except InputError:
+        return None
+    return inputs.get(flag) if isinstance(inputs, dict) else None
 
 
 def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -13,13 +13,17 @@ from mlx_lm.utils import load
 
 from mlx_grpo.cli import main
 from mlx_grpo.config.settings import with_settings
+from mlx_grpo.console.output import Console
 from mlx_grpo.convert.source import licence
+from mlx_grpo.core.errors import InputError
+from mlx_grpo.evaluation.chat import open_chat
+from mlx_grpo.evaluation.compare import compare_run
 from mlx_grpo.export.card import Subject, export_card
 from mlx_grpo.export.export import Export, export_run
 from mlx_grpo.export.fused_cost import FusedCost
-from mlx_grpo.files.manifest import verify_manifest
+from mlx_grpo.files.manifest import verify_manifest, write_manifest
 from mlx_grpo.files.safetensors import load_arrays
-from mlx_grpo.run.directory import run_settings
+from mlx_grpo.run.directory import other_model, run_settings
 from tests.helpers.tiny import write_jsonl
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])
@@ -65,6 +69,31 @@ def test_sixteen_bits_keep_the_adapters_work_and_four_bits_say_what_they_lost(
     assert wide.cost.trained == packed.cost.trained > 1e-3
     assert wide.cost.advice() is None
     assert packed.cost.describe() in (tmp_path / "packed" / "README.md").read_text()
+
+
+def test_an_adapter_is_not_put_on_another_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same shape: nothing but the checkpoint's digest knows."""
+    here = shutil.copytree(run, tmp_path / "run")
+    sft = shutil.copytree(run.parent / "sft-4bit", tmp_path / "sft-4bit")
+    settings = (here / "config.toml").read_text()
+    (here / "config.toml").write_text(settings.replace(str(run.parent / "sft-4bit"), str(sft)))
+    assert other_model(here, sft) is None
+    weights = load_arrays(sft / "model.safetensors")
+    name = next(n for n in sorted(weights) if n.endswith(".scales"))
+    mx.save_safetensors(str(sft / "model.safetensors"), {**weights, name: weights[name] * 1.01})
+    write_manifest(sft)
+    line = re.escape(f"{sft}: not the model that {here} was trained on")
+    with pytest.raises(InputError, match=line):
+        export(here, "fused", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for told in (lambda ui: open_chat(here, "", ui), lambda ui: compare_run(here, None, "", ui, 1)):
+        told(Console())
+        assert re.search(line, re.sub(r"\s+", " ", capsys.readouterr().err))
+    for state in (here / "checkpoints").glob("step-*/state.json"):
+        state.write_text("{")
+    assert other_model(here, sft) is None  # no checkpoint says
 
 
 def test_rounding_that_undoes_training_is_told() -> None:
