@@ -1,7 +1,8 @@
-"""Minutes until a held-out score, for the settings that compute less: each alone, and together.
+"""Minutes until a held-out score, for the settings that compute less: each alone, and together;
+and for other trainers.
 
 usage: python -m bench.learning.time_to_reward [--model weights/sft-4bit] [--seeds 42 123 777]
-           [--only everything defaults] [--iterations 20] [--score 0.88] [--output DIR]
+           [--only everything defaults trl ...] [--iterations 20] [--score 0.88] [--output DIR]
            [--json FILE]
        python -m bench.learning.time_to_reward --times 3 [--only everything defaults] [--json FILE]
 
@@ -13,26 +14,35 @@ with other settings is refused.
 How long an iteration takes does not depend on what is learnt, so it is measured apart, on an idle
 machine: `--times N` runs N iterations of each variant in turn and notes their seconds in the same
 FILE. Minutes to a score are the iterations to it times those seconds.
+
+Other trainers run in environments of their own (`bench/peers/`) on the same weights, expanded to
+fp32, at the settings that make them fastest and a constant learning rate. They take an optimizer
+step an iteration, so they get the 4 prompts of one step here. Their seconds are those of the same
+run, so give them an idle machine. NAME-RATE is a variant, or a trainer, with another learning rate.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
 import argparse
+import json
 import statistics
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
 from bench.learning.common import answered, earlier, finish, parser
+from bench.learning.other_trainers import FASTEST, Trainer, their_adapters, trained_by
 from bench.shapes import move_lora
 from mlx_grpo.config.settings import TrainConfig, flat_values, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import first_state
-from mlx_grpo.models.lora import set_parameters
+from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
 from mlx_grpo.run.directory import run_settings
@@ -69,10 +79,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"update_rows": 3, "kl_share": 0.25, "lora_layers": 15},
 }
 """What is changed against `COMMON`."""
+RATES = (5e-5, 1e-4, 4e-4)
+"""Learning rates that are tried beside that of `COMMON`."""
+VARIANTS |= {
+    f"{name}-{rate:g}": {**VARIANTS[name], "learning_rate": rate}
+    for name, rate in product(("everything", "defaults"), RATES)
+}
+TRAINERS = {name: Trainer(*about, COMMON["learning_rate"]) for name, about in FASTEST.items()}
+TRAINERS |= {
+    f"{name}-{rate:g}": Trainer(*about, rate)
+    for (name, about), rate in product(FASTEST.items(), RATES)
+}
 
 
-def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]:
-    """Held-out score of every checkpoint, from the SFT model on."""
+def own_adapters(run: Path) -> Iterator[tuple[int, Parameters]]:
+    """(iteration, adapter) of every checkpoint."""
+    for directory in sorted(checkpoint.step_directories(run / "checkpoints")):
+        loaded = checkpoint.load(directory)
+        yield loaded.iteration, loaded.adapter
+
+
+def curve(
+    run: Path, adapters: Iterable[tuple[int, Parameters]], config: TrainConfig, ui: Console
+) -> list[dict[str, float]]:
+    """Held-out score of the SFT model and of every adapter."""
     file = run / "curve.json"
     if file.exists():
         return list(read_json(file)["points"])
@@ -86,19 +116,21 @@ def curve(run: Path, config: TrainConfig, ui: Console) -> list[dict[str, float]]
         layers=model.lora_layers,
         expert_rank=model.expert_lora_rank,
     )
-    points = []
-    saved = sorted(checkpoint.step_directories(run / "checkpoints"))
+    untrained, points = lora_parameters(actor.model), []
     with closing(evaluator.rewards):
-        for directory in [None, *saved]:
-            loaded = checkpoint.load(directory) if directory else None
-            if loaded:
-                set_parameters(actor.model, loaded.adapter)
+        for iteration, adapter in chain([(0, untrained)], adapters):
+            if shapes(adapter) != shapes(untrained):
+                raise InputError(f"{run}: the adapter of iteration {iteration} is of another shape")
+            set_parameters(actor.model, adapter)
             _, raw_PK, _ = answered(evaluator, actor.model, 0.0)
-            done = loaded.iteration if loaded else 0
             score = statistics.fmean(reward for row in raw_PK for reward in row)
-            points.append({"iteration": done, "score": score})
+            points.append({"iteration": iteration, "score": score})
     write_json(file, {"points": points})
     return points
+
+
+def shapes(adapter: Parameters) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in adapter.items()}
 
 
 def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
@@ -111,9 +143,9 @@ def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
 
 
 def configured(name: str, seed: int, run: Path, args: argparse.Namespace) -> TrainConfig:
-    """A variant's settings."""
+    """A variant's settings; for another trainer those of the evaluation."""
     return train_config(
-        **{**COMMON, **VARIANTS[name]},
+        **{**COMMON, **VARIANTS.get(name, {})},
         actor_model=str(args.model),
         num_iterations=args.iterations,
         seed=seed,
@@ -125,33 +157,48 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
     """Train and measure one run.
 
     Raises:
-        InputError: the run that is there has other settings.
+        InputError: the run that is there has other settings, or another trainer failed.
     """
     run = args.output / name / f"seed-{seed}"
     config = configured(name, seed, run, args)
-    if (run / "final").is_dir():
-        then, now = flat_values(run_settings(run)), flat_values(config)
-        for field in (*COMMON, *VARIANTS[name], "num_iterations"):
-            if then[field] != now[field]:
-                raise InputError(f"{run}: has another {field}; remove it or give another --output")
-    finish(config, ui)
-    points = curve(run, config, ui)
-    rows = [row for row in log.read(run / log.METRICS) if "kl" in row]
-    return {
-        "variant": name,
-        "seed": seed,
-        "points": points,
-        "kl": statistics.fmean(row["kl"] for row in rows[len(rows) // 2 :]),
-    }
+    if name in TRAINERS:
+        with ui.working(f"{name}, seed {seed}"):
+            seconds = trained_by(TRAINERS[name], config)
+        points = curve(run, their_adapters(run), config, ui)
+        more = {"seconds": statistics.median(seconds[1:])}
+    else:
+        check_same(run, config, (*COMMON, *VARIANTS[name], "num_iterations"))
+        finish(config, ui)
+        points = curve(run, own_adapters(run), config, ui)
+        rows = [row for row in log.read(run / log.METRICS) if "kl" in row]
+        more = {"kl": statistics.fmean(row["kl"] for row in rows[len(rows) // 2 :])}
+    return {"variant": name, "changes": changes(name), "seed": seed, "points": points, **more}
+
+
+def changes(name: str) -> Any:
+    """What makes a variant, or another trainer, as JSON reads it back."""
+    found = TRAINERS[name]._asdict() if name in TRAINERS else VARIANTS[name]
+    return json.loads(json.dumps(found))
+
+
+def check_same(run: Path, config: TrainConfig, fields: Iterable[str]) -> None:
+    """Raise InputError if a finished run has other settings."""
+    if not (run / "final").is_dir():
+        return
+    then, now = flat_values(run_settings(run)), flat_values(config)
+    for field in fields:
+        if then[field] != now[field]:
+            raise InputError(f"{run}: has another {field}; remove it or give another --output")
 
 
 def times(args: argparse.Namespace, ui: Console) -> dict[str, dict[str, Any]]:
     """Seconds of an iteration and its stages, medians. The variants take turns; the first turn is
     dropped."""
-    found: dict[str, list[Any]] = {name: [] for name in args.only}
+    names = [name for name in args.only if name in VARIANTS]
+    found: dict[str, list[Any]] = {name: [] for name in names}
     with ExitStack() as open_:
         runs = {}
-        for name in args.only:
+        for name in names:
             config = configured(name, args.seeds[0], args.output / name, args)
             learner = load_learner(config, Console(quiet=True))
             open_.enter_context(closing(learner.evaluator.rewards))
@@ -181,34 +228,40 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
         to_score = [iterations_to(run["points"], score) for run in own]
         reached = statistics.fmean(to_score) if own and None not in to_score else None
         each = seconds.get(name, {}).get("iteration")
+        if own and "seconds" in own[0]:
+            each = statistics.median(run["seconds"] for run in own)
         first, last = ([run["points"][i]["score"] for run in own] for i in (0, -1))
         minutes = f"{reached * each / 60:.1f}" if reached and each else "-"
+        kls = [run["kl"] for run in own if "kl" in run]
         lines.append(
             (
                 name,
                 f"{len(own)}",
                 f"{each:.1f} s" if each else "-",
+                f"{max(run['points'][-1]['iteration'] for run in own)}" if own else "-",
                 f"{statistics.fmean(first):.3f} -> {statistics.fmean(last):.3f}" if own else "-",
                 " ".join(f"{s:.3f}" for s in last),
                 f"{reached:.1f}" if reached else "-",
                 minutes,
-                f"{statistics.fmean(r['kl'] for r in own):.3f}" if own else "-",
+                f"{statistics.fmean(kls):.3f}" if kls else "-",
             )
         )
     to = (f"iterations to {score}", "minutes to it")
-    columns = ("variant", "seeds", "an iteration", "held-out score", "each", *to, "KL")
+    columns = ("variant", "seeds", "an iteration", "of", "held-out score", "each", *to, "KL")
     ui.table("Time to reward", columns, lines)
 
 
 def main() -> int:
-    given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/time-to-reward")
+    given = parser(__doc__, [*VARIANTS, *TRAINERS], (42, 123, 777), "runs/time-to-reward")
+    given.set_defaults(only=["everything", "defaults"])
     given.add_argument("--iterations", type=int, default=20)
     given.add_argument("--score", type=float, default=0.88)
     given.add_argument("--times", type=int, metavar="N", help="only measure seconds")
     args = given.parse_args()
     ui = Console()
-    about = {"iterations": args.iterations, "common": COMMON, "variants": VARIANTS}
+    about = {"common": COMMON}
     found: dict[str, Any] = {"seconds": {}, "runs": [], **earlier(args.json, about), **about}
+    found["runs"] = [r for r in found["runs"] if r["changes"] == changes(r["variant"])]
 
     def keep() -> None:
         if args.json:

@@ -9,11 +9,13 @@ import argparse
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 import venv
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ CACHE = ROOT / ".cache" / "peers"
 MODEL = CACHE / "model"
 PACKED = CACHE / "model-4bit"
 """The same values as they come from `mlx-grpo convert`, for mlx-grpo."""
+ENDING = CACHE / "model-ending"
+"""The same values with the model's own stop token, for learning."""
 
 # The work of design: SmolLM2-135M in fp32, LoRA 16 on all linear layers, K answers of 64 tokens.
 K, NEW_TOKENS, RANK, SCALE = 6, 64, 16, 2.0
@@ -32,9 +36,57 @@ MLX = ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
-    """The first `count` prompts: {"messages": [...], "ids": [...]}, 24 to 48 tokens each."""
+    """The first `count` prompts, see `Task.rows`; 24 to 48 tokens each."""
     rows = json.loads((MODEL / "prompts.json").read_text())
     return rows[:count]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a peer is trained on."""
+
+    rows: list[dict[str, Any]]
+    """{"messages": [...], "ids": [...], "fields": JSON of what the reward wants to know}."""
+    reward: Callable[[str, str], float]
+    """Of a completion and its row's fields."""
+
+
+def model_of(args: argparse.Namespace) -> Path:
+    """The model of the comparison."""
+    return ENDING if args.learn else MODEL
+
+
+def task(args: argparse.Namespace, tokens_of: Callable[[str], Any]) -> Task:
+    """Short answers to a few prompts, whose speed is measured; or, to learn from, constraints.
+
+    Args:
+        tokens_of: encodes a text. An answer that is as long as it may be was cut off.
+    """
+    if not args.learn:
+        return Task(prompts(args.prompts), lambda text, _: length_reward([text])[0])
+    marks = runpy.run_path(str(ROOT / "examples" / "constraints.py"))["constraints"]
+
+    def marked(text: str, fields: str) -> float:
+        reason = "stop" if len(tokens_of(text)) < args.tokens else "length"
+        return float(marks([text], [reason], **json.loads(fields))[0])
+
+    return Task(json.loads((ENDING / "constraints.json").read_text()), marked)
+
+
+def kept_at(args: argparse.Namespace, iteration: int) -> Path | None:
+    """Where the adapter goes after an iteration, under mlx-lm's names; None for nowhere."""
+    if not args.learn or iteration % args.every:
+        return None
+    return Path(args.learn) / f"step-{iteration:06d}.safetensors"
+
+
+def keep_adapter(model: Any, args: argparse.Namespace, iteration: int) -> None:
+    """Write an adapter of MLX."""
+    if place := kept_at(args, iteration):
+        import mlx.core as mx
+        from mlx.utils import tree_flatten
+
+        mx.save_safetensors(str(place), dict(tree_flatten(model.trainable_parameters())))
 
 
 def length_reward(completions: list[str]) -> list[float]:
@@ -64,6 +116,10 @@ def main(
         "--rollout-only", action="store_true", help="the dropped iteration then has one prompt"
     )
     parser.add_argument("--install", action="store_true", help="make the environment and stop")
+    parser.add_argument("--learn", metavar="DIR", help="train on constraints, keep adapters there")
+    parser.add_argument("--every", type=int, default=5, help="iterations between two adapters")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     args = parser.parse_args()
     if not os.environ.get(INSIDE):
         name, python = Path(sys.argv[0]).stem, sys.executable
@@ -149,4 +205,6 @@ def result(
         found["seconds_per_prompt_iteration"] = min(iteration[1:]) / args.prompts
     if peak is not None:
         found["peak_gb"] = peak
+    if args.learn:
+        found["seconds"] = iteration
     return found

@@ -62,6 +62,7 @@ JOBS = [
     *_rollouts("mlx-lm-lora rollout, width K", "lm_lora", "--variant", "width-k"),
     Job("mlx-lm-lora, as shipped", "lm_lora", ("--variant", "shipped")),
     Job("mlx-lm-lora, width K", "lm_lora", ("--variant", "width-k")),
+    Job("mlx-lm-lora, width K, no KL", "lm_lora", ("--variant", "fastest")),
     Job("inductive-mlxrl, compiled", "inductive_mlxrl", ("--variant", "compiled")),
     Job("inductive-mlxrl, checkpointed", "inductive_mlxrl", ("--variant", "checkpointed")),
     Job("Unsloth-zoo MLX, default", "unsloth_zoo_mlx", ("--variant", "default")),

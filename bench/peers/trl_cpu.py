@@ -1,24 +1,27 @@
 """TRL 1.16 on PyTorch's CPU backend; its memory is the resident set, PyTorch keeps no figure.
 
-usage: python bench/peers/trl_cpu.py [--prompts N]
+usage: python bench/peers/trl_cpu.py [--prompts N] [--learn DIR]
 """
 
 import argparse
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import common
-from common import LEARNING_RATE, MODEL, RANK, SCALE, SEED, K, Stopwatch
+from common import RANK, SCALE, K, Stopwatch
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     seconds: list[float] = []
+    model = str(common.model_of(args))
+    task = common.task(args, AutoTokenizer.from_pretrained(model).encode)
 
     class Steps(TrainerCallback):
         start = 0.0
@@ -26,8 +29,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             Steps.start = time.perf_counter()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
             seconds.append(time.perf_counter() - Steps.start)
+            if place := common.kept_at(args, len(seconds)):
+                _keep(model, place)
+
+    def reward(completions: list[Any], fields: list[str], **_: Any) -> list[float]:
+        texts = [c[0]["content"] for c in completions]
+        return [task.reward(*pair) for pair in zip(texts, fields, strict=True)]
 
     watch = Stopwatch()
     GRPOTrainer._generate = watch.around(GRPOTrainer._generate)
@@ -42,19 +51,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             num_generations=K,
             max_completion_length=args.tokens,
             max_steps=1 + args.iterations,
-            learning_rate=LEARNING_RATE,
-            seed=SEED,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant",
+            seed=args.seed,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
             logging_steps=1,
         )
         trainer = GRPOTrainer(
-            model=str(MODEL),
+            model=model,
             args=config,
-            reward_funcs=[_length],
+            reward_funcs=[reward],
             train_dataset=Dataset.from_list(
-                [{"prompt": r["messages"]} for r in common.prompts(args.prompts)]
+                [{"prompt": r["messages"], "fields": r["fields"]} for r in task.rows]
             ),
             peft_config=LoraConfig(
                 r=RANK, lora_alpha=RANK * SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -67,8 +77,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _length(completions: list[Any], **_: Any) -> list[float]:
-    return common.length_reward([c[0]["content"] for c in completions])
+def _keep(model: Any, place: Path) -> None:
+    """PEFT's matrices under mlx-lm's names, the other way round as mlx-lm has them."""
+    from safetensors.torch import save_file
+
+    arrays = {
+        n.removeprefix("base_model.model.").replace(f".{old}.default.weight", f".{new}"): v.detach()
+        for n, v in model.named_parameters()
+        for old, new in (("lora_A", "lora_a"), ("lora_B", "lora_b"))
+        if f".{old}." in n
+    }
+    save_file({n: v.T.contiguous() for n, v in arrays.items()}, place)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Unsloth-zoo 2026.10.9, its MLX GRPO trainer: fastest (no checkpointing, no KL) and leanest.
 
 usage: python bench/peers/unsloth_zoo_mlx.py [--variant default|fastest|leanest] [--prompts N]
+           [--learn DIR]
 
 `leanest` takes one answer per gradient pass. It runs on Linux with its own
 `UNSLOTH_ZOO_DISABLE_GPU_INIT=1`.
@@ -9,10 +10,11 @@ usage: python bench/peers/unsloth_zoo_mlx.py [--variant default|fastest|leanest]
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import common
-from common import LEARNING_RATE, MODEL, RANK, SCALE, SEED, K, Stopwatch
+from common import RANK, SCALE, K, Stopwatch
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -22,7 +24,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from unsloth_zoo.mlx.trainer import MLXGRPOConfig, MLXGRPOTrainer
 
     model, tokenizer = FastMLXModel.from_pretrained(
-        str(MODEL), max_seq_length=512, dtype="float32", load_in_4bit=False
+        str(common.model_of(args)),
+        max_seq_length=512,
+        dtype="float32",
+        load_in_4bit=False,
     )
     fastest, leanest = args.variant == "fastest", args.variant == "leanest"
     model = FastMLXModel.get_peft_model(
@@ -34,6 +39,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch()
     GRPOBatchPlan._generate = watch.around(GRPOBatchPlan._generate)
     rows = K * args.prompts
+    task = common.task(args, tokenizer.encode)
+
+    def reward(completions: list[Any], fields: list[str], **_: Any) -> list[float]:
+        texts = [c[0]["content"] for c in completions]
+        return [task.reward(*pair) for pair in zip(texts, fields, strict=True)]
+
     with tempfile.TemporaryDirectory() as place:
         config = MLXGRPOConfig(
             output_dir=place,
@@ -43,8 +54,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             max_completion_length=args.tokens,
             max_seq_length=512,
             max_steps=1 + args.iterations,
-            learning_rate=LEARNING_RATE,
-            seed=SEED,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            seed=args.seed,
             logging_steps=1,
             save_steps=10_000,
             **({"beta": 0.0} if fastest else {}),
@@ -53,20 +66,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer = MLXGRPOTrainer(
             model=model,
             tokenizer=tokenizer,
-            train_dataset=[{"prompt": r["messages"]} for r in common.prompts(args.prompts)],
+            train_dataset=[{"prompt": r["messages"], "fields": r["fields"]} for r in task.rows],
             args=config,
-            reward_funcs=[_length],
-            callbacks=[_steps(seconds)],
+            reward_funcs=[reward],
+            callbacks=[_steps(seconds, lambda: common.keep_adapter(model, args, len(seconds)))],
         )
         trainer.train()
     return common.result(args, rows, watch.seconds, seconds, common.mlx_peak_gb())
 
 
-def _length(completions: list[Any], **_: Any) -> list[float]:
-    return common.length_reward([c[0]["content"] for c in completions])
-
-
-def _steps(seconds: list[float]) -> Any:
+def _steps(seconds: list[float], after_each: Callable[[], None]) -> Any:
     """A callback that times whole optimizer steps."""
     import time
 
@@ -76,7 +85,8 @@ def _steps(seconds: list[float]) -> Any:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             now = time.perf_counter()
             seconds.append(now - Steps.start)
-            Steps.start = now
+            after_each()
+            Steps.start = time.perf_counter()
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("on_"):

@@ -1,5 +1,7 @@
 """The comparison with other programs: its ratios, and that nothing in it is missing."""
 
+import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,29 @@ def test_of_several_turns_the_faster_counts() -> None:
 
 
 def test_the_first_iteration_is_dropped_and_the_fastest_counts() -> None:
-    from argparse import Namespace
-
     from common import result
 
-    found = result(Namespace(prompts=2, tokens=10), 12, [9.0, 4.0, 3.0], [50.0, 20.0], 0.5)
+    found = result(
+        Namespace(prompts=2, tokens=10, learn=None), 12, [9.0, 4.0, 3.0], [50.0, 20.0], 0.5
+    )
     assert found["rollout_tokens_per_second"] == 12 * 10 / 3.0
     assert found["seconds_per_prompt_iteration"] == 10.0
+
+
+def test_what_is_learnt_from_is_the_reward_for_constraints_and_an_adapter_is_kept_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import common
+
+    monkeypatch.setattr(common, "ENDING", tmp_path)
+    fields = json.dumps({"min_words": 2, "max_words": 3, "keyword": "rain"})
+    rows = [{"messages": [], "ids": [1], "fields": fields}]
+    (tmp_path / "constraints.json").write_text(json.dumps(rows))
+    args = Namespace(learn=str(tmp_path), tokens=4, every=5)
+    task = common.task(args, str.split)
+    assert task.rows == rows and common.model_of(args) == tmp_path
+    assert task.reward("It may rain.", fields) == 1.0
+    assert task.reward("It may rain now", fields) == pytest.approx((1 - 1 / 3 + 1 + 0) / 3)
+    assert common.kept_at(args, 10) == tmp_path / "step-000010.safetensors"
+    assert common.kept_at(args, 11) is None
+    assert common.kept_at(Namespace(learn=None, every=5), 10) is None
