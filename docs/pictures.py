@@ -1,18 +1,17 @@
 """Make the pictures in docs/img: a run on a terminal, its report, and the report of three seeds.
 
-usage: python -m docs.pictures [terminal | report]
+usage: python -m docs.pictures [terminal] [report] [seeds]
 
-Everything is real: a shell on a pseudo-terminal in which one run is trained, stopped with Ctrl-C
-and resumed, then two more seeds and the reports. It needs weights/ (`make demo`) and Chromium, and
-takes about 20 minutes on two idle CPU cores. `terminal` trains its run again and overwrites it;
-`report` trains only the runs that are missing.
+Everything is real. `terminal` trains a run in a shell on a pseudo-terminal, stops it with Ctrl-C
+and resumes it; it needs weights/ (`make demo`) and about ten minutes of two idle CPU cores.
+`report` shows that run's report, and `seeds` the report of the reference experiment, whose runs
+`python -m bench.learning.experiment` has left. Both need Chromium. Without a name, all three.
 """
 
 import html
 import io
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -26,8 +25,8 @@ from tests.helpers.browser import browser
 from tests.helpers.terminal import ROOT, Terminal
 
 IMAGES = ROOT / "docs" / "img"
-RUNS = Path("runs/pictures")
-SEED, OTHERS = 42, (123, 777)
+RUN = Path("runs/pictures/seed-42")
+SEEDS = Path("runs/experiment/decay")
 TRAIN = "mlx-grpo train --config docs/pictures.toml"
 SHOWN_AT, STOPPED_AT = 6, 8
 """The evaluation that is shown with its warnings; the iteration in which Ctrl-C is pressed."""
@@ -102,9 +101,8 @@ def picture_of_page(
     )
 
 
-def terminal(command: str = TRAIN, runs: Path = RUNS) -> None:
+def terminal(command: str = TRAIN, run: Path = RUN) -> None:
     """Train, stop and resume a run in a shell, with a picture of each."""
-    run = runs / f"seed-{SEED}"
     shutil.rmtree(run, ignore_errors=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shell = Terminal(["bash", "--norc", "--noprofile"], PS1="$ ", PATH=path)
@@ -130,28 +128,32 @@ def terminal(command: str = TRAIN, runs: Path = RUNS) -> None:
         shell.kill()
 
 
-def reports(chromium: Any) -> None:
-    """Train the other seeds where they are missing; pictures of one report and of all three."""
-    seeds = [RUNS / f"seed-{seed}" for seed in (SEED, *OTHERS)]
-    for seed, run in zip((SEED, *OTHERS), seeds, strict=True):
-        if not (run / "final").is_dir():
-            train = [*TRAIN.split()[1:], "--seed", str(seed), "--output", str(run)]
-            subprocess.run([sys.executable, "-m", "mlx_grpo", *train], check=True)
-    one, three = write_report(seeds[:1]), write_report(seeds)
-    picture_of_page(chromium, one, "report", DESKTOP, "figure")
-    picture_of_page(chromium, one, "report-dark", DESKTOP, "figure", "dark")
-    picture_of_page(chromium, three, "report-seeds", DESKTOP, "figure")
-    picture_of_page(chromium, three, "report-seeds-phone", PHONE, "section[aria-label=Warnings]")
+def report(chromium: Any) -> None:
+    """Pictures of the report of that run."""
+    page = write_report([RUN])
+    picture_of_page(chromium, page, "report", DESKTOP, "figure")
+    picture_of_page(chromium, page, "report-dark", DESKTOP, "figure", "dark")
+
+
+def seeds(chromium: Any) -> None:
+    """Pictures of the report of the experiment's seeds."""
+    page = write_report(sorted(SEEDS.glob("seed-*")))
+    picture_of_page(chromium, page, "report-seeds", DESKTOP, "figure")
+    picture_of_page(chromium, page, "report-seeds-phone", PHONE, "section[aria-label=Warnings]")
 
 
 def main() -> None:
     os.chdir(ROOT)  # paths in the pictures are as a user of the checkout sees them
     IMAGES.mkdir(exist_ok=True)
-    if sys.argv[1:] != ["report"]:
+    pages = {"report": report, "seeds": seeds}
+    asked = sys.argv[1:] or ["terminal", *pages]
+    if unknown := set(asked) - {"terminal", *pages}:
+        sys.exit(f"{min(unknown)}: must be terminal, report or seeds")
+    if "terminal" in asked:
         terminal()
-    if sys.argv[1:] != ["terminal"]:
-        with browser() as chromium:
-            reports(chromium)
+    with browser() as chromium:
+        for name in set(asked) & set(pages):
+            pages[name](chromium)
 
 
 if __name__ == "__main__":
