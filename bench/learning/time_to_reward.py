@@ -71,7 +71,7 @@ COMMON: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {},
-    "defaults": {"batch_size": 6, "minibatch_size": 3, "update_rows": 3, "kl_share": 0.125},
+    "defaults": {"batch_size": 6, "minibatch_size": 2, "update_rows": 3, "kl_share": 0.125},
     "rows": {"update_rows": 3},
     "kl": {"kl_share": 0.25},
     "layers": {"lora_layers": 15},
@@ -79,6 +79,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"update_rows": 3, "kl_share": 0.25, "lora_layers": 15},
 }
 """What is changed against `COMMON`."""
+VARIANTS |= {
+    "everything-steps-of-2": {"minibatch_size": 2},
+    "defaults-steps-of-3": {**VARIANTS["defaults"], "minibatch_size": 3},
+}
 RATES = (5e-5, 1e-4, 4e-4)
 """Learning rates that are tried beside that of `COMMON`."""
 VARIANTS |= {

@@ -218,7 +218,7 @@ class OptimizerSettings:
     """Weight decay of AdamW."""
     max_grad_norm: float = 0.5
     """Global norm the gradient is clipped to."""
-    minibatch_size: int = 3
+    minibatch_size: int = 2
     """Prompts per optimizer step."""
     epochs: int = 1
     """Passes over each rollout."""

@@ -7,6 +7,7 @@ of 64 tokens). For a Mac it is the share that others measured for 4-bit products
 this project has not been timed on Metal.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,8 +62,9 @@ def stage_costs(
     scorer = reward.model or model
     scoring = reward.model is not None or reward.adapter_bytes > 0
     forward = 2.0 * model.block_weights
-    # the reference runs for a share of the completions, the prompt with each group
+    # the reference runs for a share of the completions, and for the prompts of these
     measured = work.kl_share * answered
+    asked = _measured_prompts(work)
     return {
         "rollout": StageCost(
             steps * weights + kept,
@@ -73,10 +75,18 @@ def stage_costs(
             scoring * 2.0 * scorer.block_weights * seen,
         ),
         "logprob": StageCost(
-            passes * weights, forward * (seen - answered + measured) + head * measured
+            passes * asked * weights,
+            forward * (asked * (seen - answered) + measured) + head * measured,
         ),
         "update": _update_cost(model, work.learned, choice),
     }
+
+
+def _measured_prompts(work: Workload) -> float:
+    """Share of the prompts of which a completion at the least is drawn to measure the KL on."""
+    rows = work.prompts * work.k
+    count = work.kl_share * rows
+    return 1 - math.prod(max(0.0, 1 - count / (rows - i)) for i in range(work.k))
 
 
 def _passes(work: Workload, choice: Choice) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """The estimate of time: what a stage must move and do, and which limit binds it."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -76,10 +77,14 @@ def test_what_the_settings_save_of_the_update() -> None:
     assert flops("update", update_rows=2) == pytest.approx(3.75 * once * shorter)
 
 
-def test_a_share_of_the_kl_spares_its_completions() -> None:
+def test_a_share_of_the_kl_spares_its_completions_and_prompts_without_any() -> None:
     saved = flops("logprob") - flops("logprob", kl_share=0.25)
     answered = WORK.prompts * WORK.k * WORK.completion_tokens
-    assert saved == 0.75 * 2.0 * GEMMA_2B.block_weights * answered
+    rows = WORK.prompts * WORK.k
+    none_drawn = math.comb(rows - WORK.k, rows // 4) / math.comb(rows, rows // 4)
+    spared = 0.75 * answered + none_drawn * WORK.prompts * WORK.prompt_tokens
+    assert saved == pytest.approx(2.0 * GEMMA_2B.block_weights * spared)
+    assert flops("logprob", kl_share=1 / rows) < flops("logprob") / 20
 
 
 def test_without_a_reward_model_its_stage_costs_nothing() -> None:
