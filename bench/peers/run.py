@@ -8,9 +8,10 @@ under `.cache/peers/results/` and not run again without --again (after a change 
 else at work; where a machine is never quite at rest, --more takes another turn and keeps the faster
 of each job.
 
-Whole iterations: the peers take one prompt an iteration, mlx-grpo four; the ratio is of seconds per
-prompt, once with everything computed as the peers do, once with the defaults, which learn from
-three of six completions. Rollouts: the ratio is of tokens per second on the same rows.
+Whole iterations: the peers take one prompt an iteration at each of their settings, and four at the
+fastest; mlx-grpo four. The ratio is of seconds per prompt, once with everything computed as the
+peers do, once with the defaults, which learn from three of six completions. Rollouts: the ratio is
+of tokens per second on the same rows.
 """
 
 import argparse
@@ -69,6 +70,15 @@ JOBS = [
     Job("Unsloth-zoo MLX, fastest", "unsloth_zoo_mlx", ("--variant", "fastest")),
     Job("Unsloth-zoo MLX, leanest", "unsloth_zoo_mlx", ("--variant", "leanest")),
     Job("TRL, PyTorch CPU", "trl_cpu"),
+    *(
+        Job(f"{name}, 4 prompts", script, ("--variant", variant, "--prompts", "4"))
+        for name, script, variant in (
+            ("mlx-lm-lora, width 4 K, no KL", "lm_lora", "fastest"),
+            ("inductive-mlxrl, compiled", "inductive_mlxrl", "compiled"),
+            ("Unsloth-zoo MLX, fastest", "unsloth_zoo_mlx", "fastest"),
+            ("TRL, PyTorch CPU", "trl_cpu", "default"),
+        )
+    ),
 ]
 
 
