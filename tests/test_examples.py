@@ -148,7 +148,7 @@ def test_the_defaults_plan_the_reference_run_in_a_night_on_an_m2_pro(
     plan = planner.plan()
     seconds = sum(t.expected for t in planner.times(plan, device("m2-pro")).values())
     assert plan.fits and config.run.num_iterations == 800
-    assert round(800 * seconds / 3600, 1) <= most_hours  # as it is printed
+    assert 800 * seconds < most_hours * 3600
 
 
 def test_the_cells_of_the_notebook_run_in_their_order(

@@ -64,7 +64,7 @@ def stage_costs(
     forward = 2.0 * model.block_weights
     # the reference runs for a share of the completions, and for the prompts of these
     measured = work.kl_share * answered
-    asked = _measured_prompts(work)
+    prompts = _share_of_prompts_measured(work)
     return {
         "rollout": StageCost(
             steps * weights + kept,
@@ -75,15 +75,16 @@ def stage_costs(
             scoring * 2.0 * scorer.block_weights * seen,
         ),
         "logprob": StageCost(
-            passes * asked * weights,
-            forward * (asked * (seen - answered) + measured) + head * measured,
+            passes * prompts * weights,
+            forward * (prompts * (seen - answered) + measured) + head * measured,
         ),
         "update": _update_cost(model, work.learned, choice),
     }
 
 
-def _measured_prompts(work: Workload) -> float:
-    """Share of the prompts of which a completion at the least is drawn to measure the KL on."""
+def _share_of_prompts_measured(work: Workload) -> float:
+    """Expected share of the prompts with at least one of the completions that the KL is measured
+    on, which are drawn without putting any back."""
     rows = work.prompts * work.k
     count = work.kl_share * rows
     return 1 - math.prod(max(0.0, 1 - count / (rows - i)) for i in range(work.k))
@@ -99,9 +100,10 @@ def _passes(work: Workload, choice: Choice) -> tuple[int, int]:
 
 def _update_cost(model: Footprint, work: Workload, choice: Choice) -> StageCost:
     """Old log-probs of all minibatches but the first, then for each a forward, and from the last
-    block to the first that learns: what was not kept again, and the gradients of the inputs. Each
-    adapter costs a forward, both its gradients and its inputs' gradient. The head runs once, and
-    once more for its gradient."""
+    block to the first that learns: what was not kept again, and the gradients of the inputs. An
+    adapter x A B costs two products forward and four backward: dy B', of which both dA and the
+    inputs' gradient are made, dB, and these two. The head runs once, and once more for its
+    gradient."""
     passes, seen = _passes(work, choice)
     answered = work.prompts * work.k * work.completion_tokens
     weights = weight_bytes(model, choice)
@@ -109,12 +111,12 @@ def _update_cost(model: Footprint, work: Workload, choice: Choice) -> StageCost:
     again = max(0.0, learn - choice.sizes.kept_blocks / model.blocks)
     before = 1.0 if choice.sizes.rows else 1 - work.epochs / work.steps
     runs = work.epochs * (1 + again + learn) + before
-    adapter = model.lora_values(work.lora_rank, work.expert_rank) * learn
+    adapter = model.lora_values(work.lora_rank, work.expert_rank)
     head = 2.0 * model.vocabulary * model.hidden * answered
     return StageCost(
         runs * passes * weights,
         runs * 2.0 * model.block_weights * seen
-        + (work.epochs * 8.0 + before * 2.0) * adapter * seen
+        + 2.0 * (work.epochs * (3 * learn + again) + before * learn) * adapter * seen
         + (2 * work.epochs + before) * head,
     )
 

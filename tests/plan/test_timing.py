@@ -77,6 +77,27 @@ def test_what_the_settings_save_of_the_update() -> None:
     assert flops("update", update_rows=2) == pytest.approx(3.75 * once * shorter)
 
 
+def test_an_adapter_is_run_again_only_in_blocks_that_are_not_kept() -> None:
+    """Forward x A, (x A) B; backward dy B', both gradients, the inputs'; two flops a value each."""
+    tokens = WORK.prompts * (WORK.prompt_tokens + WORK.k * WORK.completion_tokens)
+    product = 2.0 * GEMMA_2B.lora_values(WORK.lora_rank, WORK.expert_rank) * tokens
+
+    def products(kept_blocks: int, **work: float) -> float:
+        found = []
+        for width in (GEMMA_2B.lora_width, 0):
+            model = replace(GEMMA_2B, lora_width=width, vocabulary=0)
+            choice = replace(CHOICE, sizes=Sizes(kept_blocks=kept_blocks))
+            costs = stage_costs(model, ADAPTER, replace(WORK, **work), choice)
+            found.append(costs["update"].flops)
+        return (found[0] - found[1]) / product
+
+    before = 1 - WORK.epochs / WORK.steps  # old log-probs
+    assert products(0) == pytest.approx(4 + before)
+    assert products(18) == pytest.approx(3 + before)
+    assert products(9) == pytest.approx(3.5 + before)
+    assert products(0, lora_layers=9) == pytest.approx((4 + before) / 2)
+
+
 def test_a_share_of_the_kl_spares_its_completions_and_prompts_without_any() -> None:
     saved = flops("logprob") - flops("logprob", kl_share=0.25)
     answered = WORK.prompts * WORK.k * WORK.completion_tokens
