@@ -151,9 +151,10 @@ def main() -> None:
         sys.exit(f"{min(unknown)}: must be terminal, report or seeds")
     if "terminal" in asked:
         terminal()
-    with browser() as chromium:
-        for name in set(asked) & set(pages):
-            pages[name](chromium)
+    if of_pages := [name for name in pages if name in asked]:
+        with browser() as chromium:
+            for name in of_pages:
+                pages[name](chromium)
 
 
 if __name__ == "__main__":

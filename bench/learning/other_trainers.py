@@ -1,12 +1,12 @@
 """Other trainers on the task of `time_to_reward.py`, each in an environment of its own."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from bench.peers.common import measured
 from mlx_grpo.config.settings import TrainConfig
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Parameters
@@ -51,7 +51,7 @@ def trained_by(trainer: Trainer, config: TrainConfig) -> list[float]:
     return seconds
 
 
-def _trained(trainer: Trainer, config: TrainConfig, run: Path) -> dict[str, object]:
+def _trained(trainer: Trainer, config: TrainConfig, run: Path) -> dict[str, Any]:
     given = {
         "variant": trainer.variant,
         "learn": run.resolve(),
@@ -63,19 +63,12 @@ def _trained(trainer: Trainer, config: TrainConfig, run: Path) -> dict[str, obje
         "learning-rate": trainer.learning_rate,
     }
     flags = [text for flag, value in given.items() for text in (f"--{flag}", str(value))]
+    subprocess.run([sys.executable, str(PEERS / "model.py")], check=True)  # if it is not there yet
     log = run / "log.txt"
-    with log.open("w") as errors:
-        for command in ([PEERS / "model.py"], [PEERS / trainer.script, *flags]):
-            done = subprocess.run(
-                [sys.executable, *map(str, command)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-            if done.returncode:
-                raise InputError(f"{Path(command[0]).name}: failed, see {log}")
-    last = [line for line in done.stdout.splitlines() if line.startswith("{")][-1]
-    return dict(json.loads(last))
+    found = measured(PEERS / trainer.script, flags, log)
+    if found is None:
+        raise InputError(f"{trainer.script}: failed, see {log}")
+    return found
 
 
 def their_adapters(run: Path) -> Iterator[tuple[int, Parameters]]:

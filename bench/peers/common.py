@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,27 @@ def prompts(count: int) -> list[dict[str, Any]]:
     return rows[:count]
 
 
+def measured(
+    script: Path, arguments: Sequence[str], log: Path, timeout: float | None = None
+) -> dict[str, Any] | None:
+    """What a script of this directory prints as its last line of JSON; None if it fails. What it
+    says besides goes to `log`.
+
+    Raises:
+        subprocess.TimeoutExpired: it took more than `timeout` seconds.
+    """
+    with log.open("w") as errors:
+        done = subprocess.run(
+            [sys.executable, str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            timeout=timeout,
+        )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return None if done.returncode or not lines else dict(json.loads(lines[-1]))
+
+
 @dataclass(frozen=True)
 class Task:
     """What a peer is trained on."""
@@ -49,6 +70,18 @@ class Task:
     """{"messages": [...], "ids": [...], "fields": JSON of what the reward wants to know}."""
     reward: Callable[[str, str], float]
     """Of a completion and its row's fields."""
+
+    @property
+    def data_set(self) -> list[dict[str, Any]]:
+        """The rows as trainers take them that have TRL's interface."""
+        return [{"prompt": row["messages"], "fields": row["fields"]} for row in self.rows]
+
+    def rewards(self, texts: Sequence[str], fields: Sequence[str]) -> list[float]:
+        return [self.reward(*pair) for pair in zip(texts, fields, strict=True)]
+
+    def rewards_of_turns(self, completions: list[Any], fields: list[str], **_: Any) -> list[float]:
+        """A reward function as such trainers call it: each completion is a list of one turn."""
+        return self.rewards([turns[0]["content"] for turns in completions], fields)
 
 
 def model_of(args: argparse.Namespace) -> Path:

@@ -80,7 +80,7 @@ def _train(
             common.keep_adapter(model, args, info["iteration"])
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        return [task.reward(*pair) for pair in zip(completions, answer, strict=True)]
+        return task.rewards(completions, answer)
 
     fastest, reference = args.variant == "fastest", None
     if not fastest:  # its trainer loads it as a second copy of the model

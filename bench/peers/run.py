@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, NEW_TOKENS, ROOT, K
+from common import CACHE, NEW_TOKENS, ROOT, K, measured
 
 HERE = Path(__file__).resolve().parent
 RESULTS = CACHE / "results"
@@ -90,27 +90,17 @@ def run(job: Job, wanted: bool, again: bool, more: bool, tokens: int) -> dict[st
     if not wanted or (before and not (again or more)):
         return before
     print(f"{time.strftime('%H:%M:%S')}  {job.name}", flush=True)
-    command = [
-        sys.executable,
-        str(HERE / f"{job.script}.py"),
-        *job.arguments,
-        "--tokens",
-        str(tokens),
-    ]
     log = RESULTS / f"{kept.stem}.log"
-    with log.open("w") as errors:
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=TIMEOUT
-            )
-        except subprocess.TimeoutExpired:
-            print(f"          took more than {TIMEOUT} s")
-            return before if more else None
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
+    arguments = (*job.arguments, "--tokens", str(tokens))
+    try:
+        result = measured(HERE / f"{job.script}.py", arguments, log, TIMEOUT)
+    except subprocess.TimeoutExpired:
+        print(f"          took more than {TIMEOUT} s")
+        return before if more else None
+    if result is None:
         print(f"          failed, see {log}")
         return before if more else None
-    found = {"job": job.name, **json.loads(lines[-1])}
+    found = {"job": job.name, **result}
     if more and before:
         found = faster(before, found)
     kept.write_text(json.dumps(found))

@@ -34,10 +34,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if place := common.kept_at(args, len(seconds)):
                 _keep(model, place)
 
-    def reward(completions: list[Any], fields: list[str], **_: Any) -> list[float]:
-        texts = [c[0]["content"] for c in completions]
-        return [task.reward(*pair) for pair in zip(texts, fields, strict=True)]
-
     watch = Stopwatch()
     GRPOTrainer._generate = watch.around(GRPOTrainer._generate)
     with tempfile.TemporaryDirectory() as place:
@@ -62,10 +58,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer = GRPOTrainer(
             model=model,
             args=config,
-            reward_funcs=[reward],
-            train_dataset=Dataset.from_list(
-                [{"prompt": r["messages"], "fields": r["fields"]} for r in task.rows]
-            ),
+            reward_funcs=[task.rewards_of_turns],
+            train_dataset=Dataset.from_list(task.data_set),
             peft_config=LoraConfig(
                 r=RANK, lora_alpha=RANK * SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
             ),

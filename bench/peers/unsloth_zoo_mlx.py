@@ -40,11 +40,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     GRPOBatchPlan._generate = watch.around(GRPOBatchPlan._generate)
     rows = K * args.prompts
     task = common.task(args, tokenizer.encode)
-
-    def reward(completions: list[Any], fields: list[str], **_: Any) -> list[float]:
-        texts = [c[0]["content"] for c in completions]
-        return [task.reward(*pair) for pair in zip(texts, fields, strict=True)]
-
     with tempfile.TemporaryDirectory() as place:
         config = MLXGRPOConfig(
             output_dir=place,
@@ -66,9 +61,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         trainer = MLXGRPOTrainer(
             model=model,
             tokenizer=tokenizer,
-            train_dataset=[{"prompt": r["messages"], "fields": r["fields"]} for r in task.rows],
+            train_dataset=task.data_set,
             args=config,
-            reward_funcs=[reward],
+            reward_funcs=[task.rewards_of_turns],
             callbacks=[_steps(seconds, lambda: common.keep_adapter(model, args, len(seconds)))],
         )
         trainer.train()
