@@ -12,13 +12,13 @@ checkpoint answers the 71 held-out prompts at temperature 0. What is done is not
 with other settings is refused.
 
 How long an iteration takes does not depend on what is learnt, so it is measured apart, on an idle
-machine: `--times N` runs N iterations of each variant in turn and notes their seconds in the same
-FILE. Minutes to a score are the iterations to it times those seconds.
+machine: `--times N` runs N iterations of each variant in turn, then of each trainer, and notes
+their seconds in the same FILE. Minutes to a score are the iterations to it times those seconds.
 
 Other trainers run in environments of their own (`bench/peers/`) on the same weights, expanded to
 fp32, at the settings that make them fastest and a constant learning rate. They take an optimizer
-step an iteration, so they get the 4 prompts of one step here. Their seconds are those of the same
-run, so give them an idle machine. NAME-RATE is a variant, or a trainer, with another learning rate.
+step an iteration, so they get the 4 prompts of one step of `everything`. NAME-RATE is a variant, or
+a trainer, with another learning rate.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -26,10 +26,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.learning.common import answered, earlier, finish, parser
@@ -167,9 +168,8 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
     config = configured(name, seed, run, args)
     if name in TRAINERS:
         with ui.working(f"{name}, seed {seed}"):
-            seconds = trained_by(TRAINERS[name], config)
-        points = curve(run, their_adapters(run), config, ui)
-        more = {"seconds": statistics.median(seconds[1:])}
+            trained_by(TRAINERS[name], config)
+        points, more = curve(run, their_adapters(run), config, ui), {}
     else:
         check_same(run, config, (*COMMON, *VARIANTS[name], "num_iterations"))
         finish(config, ui)
@@ -195,10 +195,17 @@ def check_same(run: Path, config: TrainConfig, fields: Iterable[str]) -> None:
             raise InputError(f"{run}: has another {field}; remove it or give another --output")
 
 
-def times(args: argparse.Namespace, ui: Console) -> dict[str, dict[str, Any]]:
+def their_times(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of another trainer's iteration, median; the first one is dropped."""
+    with TemporaryDirectory() as place:
+        config = configured(name, args.seeds[0], Path(place), args)
+        seconds = trained_by(TRAINERS[name], with_settings(config, num_iterations=1 + args.times))
+    return {"iteration": statistics.median(seconds[1:])}
+
+
+def times(names: Sequence[str], args: argparse.Namespace, ui: Console) -> dict[str, Any]:
     """Seconds of an iteration and its stages, medians. The variants take turns; the first turn is
     dropped."""
-    names = [name for name in args.only if name in VARIANTS]
     found: dict[str, list[Any]] = {name: [] for name in names}
     with ExitStack() as open_:
         runs = {}
@@ -232,8 +239,6 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
         to_score = [iterations_to(run["points"], score) for run in own]
         reached = statistics.fmean(to_score) if own and None not in to_score else None
         each = seconds.get(name, {}).get("iteration")
-        if own and "seconds" in own[0]:
-            each = statistics.median(run["seconds"] for run in own)
         first, last = ([run["points"][i]["score"] for run in own] for i in (0, -1))
         minutes = f"{reached * each / 60:.1f}" if reached and each else "-"
         kls = [run["kl"] for run in own if "kl" in run]
@@ -273,8 +278,12 @@ def main() -> int:
 
     try:
         if args.times:
-            found["seconds"] |= times(args, ui)
+            found["seconds"] |= times([n for n in args.only if n in VARIANTS], args, ui)
             keep()
+            for name in (n for n in args.only if n in TRAINERS):
+                found["seconds"][name] = their_times(name, args)
+                ui.say(f"{name}: {found['seconds'][name]['iteration']:.1f} s")
+                keep()
         for seed, name in () if args.times else product(args.seeds, args.only):
             others = [r for r in found["runs"] if (r["variant"], r["seed"]) != (name, seed)]
             found["runs"] = [*others, one(name, seed, args, ui)]

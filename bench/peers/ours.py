@@ -3,8 +3,8 @@
 usage: python bench/peers/ours.py [--prompts N] [--iterations N] [--rollout-only]
            [--variant defaults|everything]
 
-`everything` leaves out what the defaults save: all K completions are learned from, and the KL is
-measured on all of them, as other trainers do.
+`everything` leaves out what the defaults save: all K completions are learned from in one step, and
+the KL is measured on all of them, as other trainers do. `defaults` takes its steps as a run does.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -19,7 +19,7 @@ import common
 from common import LEARNING_RATE, PACKED, RANK, SCALE, SEED, K
 
 from mlx_grpo.backend.device import peak_memory
-from mlx_grpo.config.settings import train_config
+from mlx_grpo.config.settings import TrainConfig, train_config
 from mlx_grpo.console.output import Console
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import Learner, first_state, sampling
@@ -29,6 +29,8 @@ from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.training.setup import load_learner
 
 EVERYTHING: dict[str, Any] = {"update_rows": 0, "kl_share": 1.0}
+STEP = TrainConfig().optimizer.minibatch_size
+"""Prompts of an optimizer step, with the defaults."""
 
 
 def learner_for(args: argparse.Namespace, place: Path) -> Learner:
@@ -37,6 +39,7 @@ def learner_for(args: argparse.Namespace, place: Path) -> Learner:
     lines = [json.dumps({"id": str(i), "messages": r["messages"]}) for i, r in enumerate(rows)]
     (place / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     (place / "held_out.jsonl").write_text('{"prompt": "Hello", "response": "Hello!"}\n')
+    everything = args.variant == "everything"
     config = train_config(
         actor_model=str(PACKED),
         rm_model="none",
@@ -45,14 +48,14 @@ def learner_for(args: argparse.Namespace, place: Path) -> Learner:
         eval_prompts=str(place / "held_out.jsonl"),
         seed=SEED,
         batch_size=args.prompts,
-        minibatch_size=args.prompts,
+        minibatch_size=args.prompts if everything else min(args.prompts, STEP),
         K=K,
         max_completion_length=args.tokens,
         num_iterations=1 + args.iterations,
         learning_rate=LEARNING_RATE,
         lora_rank=RANK,
         lora_scale=SCALE,
-        **(EVERYTHING if args.variant == "everything" else {}),
+        **(EVERYTHING if everything else {}),
     )
     return load_learner(config, Console(quiet=True))
 

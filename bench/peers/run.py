@@ -9,9 +9,9 @@ else at work; where a machine is never quite at rest, --more takes another turn 
 of each job.
 
 Whole iterations: the peers take one prompt an iteration at each of their settings, and four at the
-fastest; mlx-grpo four. The ratio is of seconds per prompt, once with everything computed as the
-peers do, once with the defaults, which learn from three of six completions. Rollouts: the ratio is
-of tokens per second on the same rows.
+fastest. mlx-grpo takes four with everything computed as the peers do, and its own six with the
+defaults, which learn from three of six completions. The ratios are of seconds per prompt.
+Rollouts: the ratio is of tokens per second on the same rows.
 """
 
 import argparse
@@ -48,6 +48,8 @@ def _rollouts(name: str, script: str, *arguments: str) -> list[Job]:
     ]
 
 
+OWN = ((4, "everything"), (6, "defaults"), (1, "everything"), (1, "defaults"))
+"""Prompts and variants of mlx-grpo's own iterations; the first two are what the ratios are of."""
 JOBS = [
     *(
         Job(
@@ -55,8 +57,7 @@ JOBS = [
             "ours",
             ("--prompts", str(n), "--iterations", "2", "--variant", variant),
         )
-        for n in (4, 1)
-        for variant in ("everything", "defaults")
+        for n, variant in OWN
     ),
     *_rollouts("mlx-grpo rollout", "ours"),
     *_rollouts("mlx-lm BatchGenerator", "batch_generator"),
@@ -137,7 +138,7 @@ def _ratio(r: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     if r["job"].startswith("mlx-grpo"):
         return ""
     if theirs := r.get("seconds_per_prompt_iteration"):
-        own = [results.get(f"mlx-grpo, 4 prompts, {v}") for v in ("everything", "defaults")]
+        own = [results.get(f"mlx-grpo, {n} prompts, {variant}") for n, variant in OWN[:2]]
         ratios = [f"{theirs / o['seconds_per_prompt_iteration']:.2f}x" for o in own if o]
         return " / ".join(ratios)
     ours = results.get(f"mlx-grpo rollout, {r['prompts']} prompts", {})

@@ -36,7 +36,7 @@ def test_ratios_compare_seconds_per_prompt_and_tokens_per_second_on_the_same_row
                 "peak_gb": 0.7,
             },
             {
-                "job": "mlx-grpo, 4 prompts, defaults",
+                "job": "mlx-grpo, 6 prompts, defaults",
                 "seconds_per_prompt_iteration": 5.0,
                 "peak_gb": 0.7,
             },
