@@ -19,6 +19,10 @@ Other trainers run in environments of their own (`bench/peers/`) on the same wei
 fp32, at the settings that make them fastest and a constant learning rate. They take an optimizer
 step an iteration, so they get the 4 prompts of one step of `everything`. NAME-RATE is a variant, or
 a trainer, with another learning rate.
+
+The others hold no KL: compare them with `defaults-no-kl`, and the KL they end at with its. The KL
+of a run is the mean of its second half; of another trainer, that of its last adapter on sampled
+answers to the held-out prompts.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -41,8 +45,10 @@ from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import read_json, write_json
+from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.iteration import iterate
 from mlx_grpo.grpo.learner import first_state
+from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
@@ -83,6 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 VARIANTS |= {
     "everything-steps-of-2": {"minibatch_size": 2},
     "defaults-steps-of-3": {**VARIANTS["defaults"], "minibatch_size": 3},
+    "defaults-no-kl": {**VARIANTS["defaults"], "kl_control": "none"},
 }
 RATES = (5e-5, 1e-4, 4e-4)
 """Learning rates that are tried beside that of `COMMON`."""
@@ -112,15 +119,7 @@ def curve(
     if file.exists():
         return list(read_json(file)["points"])
     evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
-    model = config.model
-    actor = new_actor(
-        evaluator.backbone,
-        model.lora_rank,
-        model.lora_scale,
-        0,
-        layers=model.lora_layers,
-        expert_rank=model.expert_lora_rank,
-    )
+    actor = untrained_actor(evaluator, config)
     untrained, points = lora_parameters(actor.model), []
     with closing(evaluator.rewards):
         for iteration, adapter in chain([(0, untrained)], adapters):
@@ -132,6 +131,31 @@ def curve(
             points.append({"iteration": iteration, "score": score})
     write_json(file, {"points": points})
     return points
+
+
+def untrained_actor(evaluator: Evaluator, config: TrainConfig) -> Decoder:
+    model = config.model
+    return new_actor(
+        evaluator.backbone,
+        model.lora_rank,
+        model.lora_scale,
+        0,
+        layers=model.lora_layers,
+        expert_rank=model.expert_lora_rank,
+    )
+
+
+def last_kl(run: Path, config: TrainConfig, ui: Console) -> float:
+    """KL to the SFT model of another trainer's last adapter."""
+    file = run / "kl.json"
+    if not file.exists():
+        evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
+        actor = untrained_actor(evaluator, config)
+        *_, (_, adapter) = their_adapters(run)
+        set_parameters(actor.model, adapter)
+        with closing(evaluator.rewards):
+            write_json(file, {"kl": evaluator(actor).kl})
+    return float(read_json(file)["kl"])
 
 
 def shapes(adapter: Parameters) -> dict[str, tuple[int, ...]]:
@@ -169,7 +193,8 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
     if name in TRAINERS:
         with ui.working(f"{name}, seed {seed}"):
             trained_by(TRAINERS[name], config)
-        points, more = curve(run, their_adapters(run), config, ui), {}
+        points = curve(run, their_adapters(run), config, ui)
+        more = {"kl": last_kl(run, config, ui)}
     else:
         check_same(run, config, (*COMMON, *VARIANTS[name], "num_iterations"))
         finish(config, ui)
