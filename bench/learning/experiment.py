@@ -4,11 +4,12 @@ iterations on a reward model with three seeds, and on a reward that can be check
 usage: python -m bench.learning.experiment [--only decay constraints] [--seeds 42 123 777]
            [--output runs/experiment] [--json bench/results/experiment.json]
 
-Settings are in `experiment.toml`; about two hours of one CPU core a seed. Needs `weights/sft-4bit`
-and `weights/rm-4bit` (`make demo` or `mlx-grpo convert`), and PyTorch with the embedding model for
-the third judge (`bench/learning/similarity.py`). It may be stopped: what is done is not done again,
-and each seed's figures are written as soon as they are there. --json keeps the runs of other seeds
-that the file has.
+Settings are in `experiment.toml`; two to four hours of one CPU core a seed, less with
+`sh bench/blas/with.sh` in front. Needs `weights/sft-4bit` and `weights/rm-4bit` (`make demo` or
+`mlx-grpo convert`), and PyTorch with the embedding model for the third judge
+(`bench/learning/similarity.py`). It may be stopped: what is done is not done again, and each seed's
+figures are written as soon as they are there. --json keeps the runs of other seeds that the file
+has.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)

@@ -190,11 +190,13 @@ def environment(name: str, requirements: tuple[str, ...], bare: tuple[str, ...])
 
 
 def _inside(own_environment: bool) -> dict[str, str]:
-    """The same BLAS for all: without it MLX's CPU wheel is fifty times slower."""
+    """The same BLAS for all: without it MLX's CPU wheel is fifty times slower. What is preloaded
+    already comes before it."""
     dropped = ("PYTHONPATH",) if own_environment else ()
     given = {k: v for k, v in os.environ.items() if k not in dropped}
     own = {INSIDE: "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    blas = {"LD_PRELOAD": "libopenblas.so.0"} if sys.platform == "linux" else {}
+    preloaded = (os.environ.get("LD_PRELOAD"), "libopenblas.so.0")
+    blas = {"LD_PRELOAD": ":".join(filter(None, preloaded))} if sys.platform == "linux" else {}
     return {**given, **own, **blas, "PYTHONUNBUFFERED": "1"}
 
 
