@@ -14,7 +14,7 @@ fi
 here=$(dirname "$0")
 mkdir -p "$here/../../.cache/blas"
 built=$(cd "$here/../../.cache/blas" && pwd)/short.so
-c++ -O3 -march=native -shared -fPIC -DOPENBLAS="\"$openblas\"" -o "$built.new" "$here/short.cpp" -ldl
-mv "$built.new" "$built"
+c++ -O3 -march=native -shared -fPIC -DOPENBLAS="\"$openblas\"" -o "$built.$$" "$here/short.cpp" -ldl
+mv "$built.$$" "$built"
 export LD_PRELOAD="$built" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 exec "$@"
