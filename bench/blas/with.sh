@@ -6,6 +6,7 @@
 # For runs that are about learning. Seconds that are compared are measured without it. Other
 # trainers' environments (bench/peers/) get it too.
 set -eu
+PATH="$PATH:/usr/sbin:/sbin"
 openblas=$(ldconfig -p | awk '/libopenblas\.so\.0 / {print $NF; exit}')
 if [ -z "$openblas" ]; then
   echo "OpenBLAS is missing; type: make openblas" >&2
