@@ -31,7 +31,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain, pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -118,10 +118,9 @@ def curve(
     file = run / "curve.json"
     if file.exists():
         return list(read_json(file)["points"])
-    evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
-    actor = untrained_actor(evaluator, config)
-    untrained, points = lora_parameters(actor.model), []
-    with closing(evaluator.rewards):
+    points = []
+    with judge(config, ui) as (evaluator, actor):
+        untrained = lora_parameters(actor.model)
         for iteration, adapter in chain([(0, untrained)], adapters):
             if shapes(adapter) != shapes(untrained):
                 raise InputError(f"{run}: the adapter of iteration {iteration} is of another shape")
@@ -133,9 +132,12 @@ def curve(
     return points
 
 
-def untrained_actor(evaluator: Evaluator, config: TrainConfig) -> Decoder:
+@contextmanager
+def judge(config: TrainConfig, ui: Console) -> Iterator[tuple[Evaluator, Decoder]]:
+    """Every held-out prompt, and an actor that takes a run's adapters."""
+    evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
     model = config.model
-    return new_actor(
+    actor = new_actor(
         evaluator.backbone,
         model.lora_rank,
         model.lora_scale,
@@ -143,17 +145,17 @@ def untrained_actor(evaluator: Evaluator, config: TrainConfig) -> Decoder:
         layers=model.lora_layers,
         expert_rank=model.expert_lora_rank,
     )
+    with closing(evaluator.rewards):
+        yield evaluator, actor
 
 
 def last_kl(run: Path, config: TrainConfig, ui: Console) -> float:
     """KL to the SFT model of another trainer's last adapter."""
     file = run / "kl.json"
     if not file.exists():
-        evaluator = load_evaluator(with_settings(config, eval_limit=0), ui)
-        actor = untrained_actor(evaluator, config)
         *_, (_, adapter) = their_adapters(run)
-        set_parameters(actor.model, adapter)
-        with closing(evaluator.rewards):
+        with judge(config, ui) as (evaluator, actor):
+            set_parameters(actor.model, adapter)
             write_json(file, {"kl": evaluator(actor).kl})
     return float(read_json(file)["kl"])
 

@@ -4,7 +4,7 @@ usage: python bench/peers/ours.py [--prompts N] [--iterations N] [--rollout-only
            [--variant defaults|everything]
 
 `everything` leaves out what the defaults save: all K completions are learned from in one step, and
-the KL is measured on all of them, as other trainers do. `defaults` takes its steps as a run does.
+the KL is measured on all of them. `defaults` takes its steps as a run does.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)

@@ -9,8 +9,8 @@ else at work; where a machine is never quite at rest, --more takes another turn 
 of each job.
 
 Whole iterations: the peers take one prompt an iteration at each of their settings, and four at the
-fastest. mlx-grpo takes four with everything computed as the peers do, and its own six with the
-defaults, which learn from three of six completions. The ratios are of seconds per prompt.
+fastest. mlx-grpo takes four with everything computed, and its own six with the defaults, which
+learn from three of six completions. The ratios are of seconds per prompt.
 Rollouts: the ratio is of tokens per second on the same rows.
 """
 
