@@ -13,7 +13,8 @@ with other settings is refused.
 
 How long an iteration takes does not depend on what is learnt, so it is measured apart, on an idle
 machine: `--times N` runs N iterations of each variant in turn, then of each trainer, and notes
-their seconds in the same FILE. Minutes to a score are the iterations to it times those seconds.
+their seconds in the same FILE, in the place of all that an earlier run had measured: seconds of two
+machines do not compare. Minutes to a score are the iterations to it times those seconds.
 
 Other trainers run in environments of their own (`bench/peers/`) on the same weights, expanded to
 fp32, at the settings that make them fastest and a constant learning rate. They take an optimizer
@@ -305,7 +306,7 @@ def main() -> int:
 
     try:
         if args.times:
-            found["seconds"] |= times([n for n in args.only if n in VARIANTS], args, ui)
+            found["seconds"] = times([n for n in args.only if n in VARIANTS], args, ui)
             keep()
             for name in (n for n in args.only if n in TRAINERS):
                 found["seconds"][name] = their_times(name, args)

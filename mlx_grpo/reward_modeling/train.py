@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_grpo.backend.device import limit_memory, recommended_memory
 from mlx_grpo.backend.precision import asked, choose_precision
@@ -60,6 +59,8 @@ from mlx_grpo.models.reward_model import (
 from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, pair_loss, quality, ranking
 
 HEAD = "reward_head.weight"
+Objective = Callable[[mx.array, Sequence[tuple[int, int]]], mx.array]
+"""Of scores [K] and pairs (chosen, rejected): a sum over the pairs."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def group_gradients(
     group: PairGroup,
     weight: float,
     total: Parameters | None = None,
+    objective: Objective = bradley_terry_loss,
 ) -> tuple[Parameters, float]:
     """Gradients of LoRA and head for one prompt's pairs, each pair weighted by `weight`, and the
     summed loss.
@@ -101,7 +103,7 @@ def group_gradients(
 
     def loss(last_KD: mx.array, head_1D: mx.array) -> mx.array:
         scores_K = reward_head(decoder, last_KD, head_1D, None)
-        return weight * bradley_terry_loss(scores_K, group.pairs)
+        return weight * objective(scores_K, group.pairs)
 
     def cotangents(states: list[States]) -> list[States]:
         ((h_prompt, h_rows),) = states
@@ -123,14 +125,17 @@ def group_gradients(
 
 
 def batch_gradients(
-    decoder: Decoder, weight_1D: mx.array, batch: Sequence[PairGroup]
+    decoder: Decoder,
+    weight_1D: mx.array,
+    batch: Sequence[PairGroup],
+    objective: Objective = bradley_terry_loss,
 ) -> tuple[Parameters, float]:
     """Gradients of the mean loss over the pairs of several prompts, and the summed loss."""
     weight = 1 / pair_count(batch)
     total: Parameters = {}
     loss = 0.0
     for group in batch:
-        total, group_loss = group_gradients(decoder, weight_1D, group, weight, total)
+        total, group_loss = group_gradients(decoder, weight_1D, group, weight, total, objective)
         loss += group_loss
     return total, loss
 
@@ -195,10 +200,22 @@ def _counted(groups: Sequence[PairGroup]) -> str:
     return f"{pair_count(groups)} pairs of {len(groups)} prompts"
 
 
-def _fit(
-    config: RewardTrainConfig, backbone: Backbone, split: Split, say: Callable[[str], None]
-) -> tuple[RewardModel, list[CurvePoint]]:
-    """The model with the lowest loss on `split.valid` (without any: the last), and the curve."""
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that was taken."""
+
+    number: int
+    """The first is 1."""
+    of: int
+    weights: Parameters
+    """LoRA and head after it."""
+    loss: float
+    """Summed over its pairs, under the weights before it."""
+    pairs: int
+
+
+def adapted_for_rewards(config: RewardTrainConfig, backbone: Backbone) -> Decoder:
+    """A new LoRA on the blocks that `config` names."""
     check_gradient(backbone.model)
     adapted = add_lora(
         backbone.model,
@@ -209,29 +226,58 @@ def _fit(
         config.expert_lora_rank,
     )
     adapted.train()
-    decoder = reward_decoder(adapted)
+    return reward_decoder(adapted)
+
+
+def optimizer_steps(
+    config: RewardTrainConfig,
+    decoder: Decoder,
+    groups: Sequence[PairGroup],
+    objective: Objective = bradley_terry_loss,
+) -> Iterator[Step]:
+    """Train on these prompts, `config.epochs` times; `decoder` holds each step's weights.
+
+    Raises:
+        InputError: the gradient is not finite.
+    """
     optimizer = new_optimizer(config.learning_rate, config.weight_decay)
-    weights = {**lora_parameters(adapted), HEAD: mx.zeros((1, decoder.hidden_size))}
-    best, lowest, best_step = weights, math.inf, 0
-    curve: list[CurvePoint] = []
-    batches = list(_batches(config, split.train))
-    stop = end_of_turn(backbone.tokenizer)
-    loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
-    for step, batch in enumerate(batches, 1):
-        found, batch_loss = batch_gradients(decoder, weights[HEAD], batch)
-        done = (step - 1) * config.batch_size / (config.epochs * len(split.train))
+    weights = {**lora_parameters(decoder.model), HEAD: mx.zeros((1, decoder.hidden_size))}
+    batches = list(_batches(config, groups))
+    for number, batch in enumerate(batches, 1):
+        found, loss = batch_gradients(decoder, weights[HEAD], batch, objective)
+        done = (number - 1) * config.batch_size / (config.epochs * len(groups))
         optimizer.learning_rate = config.learning_rate * (1 - done)
         weights, norm = adamw_step(optimizer, found, weights, config.max_grad_norm)
         if not math.isfinite(norm):
             raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")
-        _set_adapter(adapted, weights)
-        loss, pairs = loss + batch_loss, pairs + pair_count(batch)
-        if step % config.eval_every and step < len(batches):
+        with_weights(decoder, weights)
+        yield Step(number, len(batches), weights, loss, pair_count(batch))
+
+
+def with_weights(decoder: Decoder, weights: Parameters) -> RewardModel:
+    """The reward model of a step, whose LoRA `decoder` gets."""
+    set_parameters(decoder.model, {n: v for n, v in weights.items() if n != HEAD})
+    return RewardModel(decoder, weights[HEAD], None, None)
+
+
+def _fit(
+    config: RewardTrainConfig, backbone: Backbone, split: Split, say: Callable[[str], None]
+) -> tuple[RewardModel, list[CurvePoint]]:
+    """The model with the lowest loss on `split.valid` (without any: the last), and the curve."""
+    decoder = adapted_for_rewards(config, backbone)
+    best: Parameters = {}
+    lowest, best_step = math.inf, 0
+    curve: list[CurvePoint] = []
+    stop = end_of_turn(backbone.tokenizer)
+    loss, pairs, seen = 0.0, 0, 0  # pairs and their summed loss since the last evaluation
+    for step in optimizer_steps(config, decoder, split.train):
+        loss, pairs = loss + step.loss, pairs + step.pairs
+        if step.number % config.eval_every and step.number < step.of:
             continue
         seen += pairs
-        point = CurvePoint(step, seen, loss / pairs)
+        point = CurvePoint(step.number, seen, loss / pairs)
         if split.valid:
-            now = RewardModel(decoder, weights[HEAD], None, None)
+            now = RewardModel(decoder, step.weights[HEAD], None, None)
             judged = judged_pairs(now, split.valid, stop)
             point = replace(
                 point,
@@ -240,18 +286,17 @@ def _fit(
             )
         curve.append(point)
         if point.valid_loss is None or point.valid_loss < lowest:
-            best, best_step = weights, step
+            best, best_step = step.weights, step.number
             lowest = math.inf if point.valid_loss is None else point.valid_loss
-        say(_line(point, len(batches), step == best_step))
+        say(_line(point, step.of, step.number == best_step))
         loss, pairs = 0.0, 0
-        if config.patience and step - best_step >= config.patience * config.eval_every:
+        if config.patience and step.number - best_step >= config.patience * config.eval_every:
             say(f"no lower held-out loss for {config.patience} evaluations; the best are kept")
             break
-    _set_adapter(adapted, best)
-    return RewardModel(decoder, best[HEAD], None, None), curve
+    return with_weights(decoder, best), curve
 
 
-def _batches(config: RewardTrainConfig, groups: list[PairGroup]) -> Iterator[list[PairGroup]]:
+def _batches(config: RewardTrainConfig, groups: Sequence[PairGroup]) -> Iterator[list[PairGroup]]:
     """Prompts of each optimizer step: the epochs' orders end to end."""
     visits = [
         i
@@ -260,10 +305,6 @@ def _batches(config: RewardTrainConfig, groups: list[PairGroup]) -> Iterator[lis
     ]
     for start in range(0, len(visits), config.batch_size):
         yield [groups[i] for i in visits[start : start + config.batch_size]]
-
-
-def _set_adapter(adapted: nn.Module, weights: Parameters) -> None:
-    set_parameters(adapted, {n: v for n, v in weights.items() if n != HEAD})
 
 
 def _line(point: CurvePoint, steps: int, best: bool) -> str:

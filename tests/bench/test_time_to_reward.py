@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.learning import time_to_reward
 from bench.learning.common import earlier
 from bench.learning.time_to_reward import COMMON, VARIANTS, iterations_to
 from mlx_grpo.config.settings import TrainConfig, flat_values
-from mlx_grpo.files.atomic import write_json
+from mlx_grpo.files.atomic import read_json, write_json
 
 
 def test_the_defaults_are_those_of_a_run() -> None:
@@ -33,3 +34,18 @@ def test_results_are_kept_under_the_same_settings_alone(tmp_path: Path) -> None:
     assert earlier(file, {"common": {"kl_targets": (0.05,)}})["runs"] == [1]
     assert earlier(file, {"common": {"kl_targets": (0.02,)}}) == {}
     assert earlier(file, {"common": {"kl_targets": (0.05,)}, "iterations": 20}) == {}
+
+
+def test_seconds_are_those_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "found.json"
+    earlier_run = {"everything": {"iteration": 60.0}}
+    write_json(file, {"common": COMMON, "runs": [], "seconds": earlier_run})
+    monkeypatch.setattr(time_to_reward, "times", lambda *_: {"defaults": {"iteration": 20.0}})
+    monkeypatch.setattr(time_to_reward, "their_times", lambda *_: {"iteration": 30.0})
+    given = ["--times", "2", "--only", "defaults", "trl", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["time_to_reward", *given])
+    assert time_to_reward.main() == 0
+    assert {n: s["iteration"] for n, s in read_json(file)["seconds"].items()} == {
+        "defaults": 20.0,
+        "trl": 30.0,
+    }
