@@ -58,6 +58,8 @@ from mlx_grpo.training.setup import load_evaluator, load_learner
 
 EVERY = 5
 """Iterations between two points of a curve."""
+MINUTES = (1, 2, 3, 5, 7, 10, 15, 20)
+"""At which the curves are shown."""
 CONSTRAINTS = "examples/constraints"
 COMMON: dict[str, Any] = {
     "rm_model": "none",
@@ -174,6 +176,15 @@ def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
     return None
 
 
+def score_at(points: list[dict[str, float]], iteration: float) -> float | None:
+    """The score on the straight line between two points; None: after the last one."""
+    for before, after in pairwise(points):
+        if before["iteration"] <= iteration <= after["iteration"]:
+            part = (iteration - before["iteration"]) / (after["iteration"] - before["iteration"])
+            return before["score"] + part * (after["score"] - before["score"])
+    return None
+
+
 def configured(name: str, seed: int, run: Path, args: argparse.Namespace) -> TrainConfig:
     """A variant's settings; for another trainer those of the evaluation."""
     return train_config(
@@ -259,6 +270,13 @@ def times(names: Sequence[str], args: argparse.Namespace, ui: Console) -> dict[s
     }
 
 
+def timed(name: str, seconds: dict[str, Any]) -> float | None:
+    """Seconds of an iteration, which no learning rate changes; None: not measured."""
+    for rate in RATES:
+        name = name.removesuffix(f"-{rate:g}")
+    return seconds[name]["iteration"] if name in seconds else None
+
+
 def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: Console) -> None:
     """A line for each variant, means over its seeds."""
     lines = []
@@ -266,7 +284,7 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
         own = [run for run in runs if run["variant"] == name]
         to_score = [iterations_to(run["points"], score) for run in own]
         reached = statistics.fmean(to_score) if own and None not in to_score else None
-        each = seconds.get(name, {}).get("iteration")
+        each = timed(name, seconds)
         first, last = ([run["points"][i]["score"] for run in own] for i in (0, -1))
         minutes = f"{reached * each / 60:.1f}" if reached and each else "-"
         kls = [run["kl"] for run in own if "kl" in run]
@@ -286,6 +304,13 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
     to = (f"iterations to {score}", "minutes to it")
     columns = ("variant", "seeds", "an iteration", "of", "held-out score", "each", *to, "KL")
     ui.table("Time to reward", columns, lines)
+    lines = []
+    for name in dict.fromkeys(run["variant"] for run in runs):
+        if each := timed(name, seconds):
+            own = [run["points"] for run in runs if run["variant"] == name]
+            at = [[score_at(points, 60 * m / each) for points in own] for m in MINUTES]
+            lines.append((name, *("-" if None in s else f"{statistics.fmean(s):.3f}" for s in at)))
+    ui.table("Held-out score after so many minutes", ("variant", *map(str, MINUTES)), lines)
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from bench.learning import time_to_reward
 from bench.learning.common import earlier
-from bench.learning.time_to_reward import COMMON, VARIANTS, iterations_to
+from bench.learning.time_to_reward import COMMON, VARIANTS, iterations_to, score_at, timed
 from mlx_grpo.config.settings import TrainConfig, flat_values
 from mlx_grpo.files.atomic import read_json, write_json
 
@@ -25,6 +25,14 @@ def test_a_score_is_reached_between_two_points_or_never() -> None:
     points = [{"iteration": i, "score": s} for i, s in ((0, 0.5), (5, 0.9), (10, 0.8))]
     assert iterations_to(points, 0.7) == pytest.approx(2.5)
     assert iterations_to(points, 0.95) is None
+
+
+def test_the_curve_is_straight_between_two_points_and_ends_with_the_last() -> None:
+    points = [{"iteration": i, "score": s} for i, s in ((0, 0.5), (5, 0.9), (10, 0.8))]
+    assert [score_at(points, i) for i in (0, 2.5, 5, 9, 10)] == pytest.approx(
+        [0.5, 0.7, 0.9, 0.82, 0.8]
+    )
+    assert score_at(points, 10.1) is None
 
 
 def test_results_are_kept_under_the_same_settings_alone(tmp_path: Path) -> None:
@@ -49,3 +57,10 @@ def test_seconds_are_those_of_one_run(tmp_path: Path, monkeypatch: pytest.Monkey
         "defaults": 20.0,
         "trl": 30.0,
     }
+
+
+def test_a_learning_rate_does_not_change_the_seconds() -> None:
+    seconds = {"defaults": {"iteration": 20.0}, "trl": {"iteration": 30.0}}
+    assert timed("defaults-0.0004", seconds) == timed("defaults", seconds) == 20.0
+    assert timed("trl-5e-05", seconds) == 30.0
+    assert timed("defaults-no-kl", seconds) is None
