@@ -174,7 +174,8 @@ def test_training_stops_when_held_out_pairs_gain_nothing_and_keeps_the_best(
     assert said[-1].startswith("no lower held-out loss for 2 evaluations")
     # the pairs measured are like those that choose, so their loss tells which weights were kept
     kept, last = lowest["valid_loss"], curve[-1]["valid_loss"]
-    assert abs(stopped.loss - kept) < abs(stopped.loss - last)
+    # (the head of the best with the last LoRA is off by a third of the way)
+    assert abs(stopped.loss - kept) < 0.1 * abs(last - kept)
 
 
 def test_without_pairs_that_choose_the_last_weights_are_kept(
