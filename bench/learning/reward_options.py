@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ def show(found: dict[str, dict[str, Any]], ui: Console) -> None:
     """A line for each variant and its mean."""
     base = found[next(iter(VARIANTS))]["last"]["loss_by_prompt"]
     lines = []
-    for name, which in ((name, which) for name in found for which in ("last", "mean")):
+    for name, which in product((n for n in VARIANTS if n in found), ("last", "mean")):
         it = found[name][which]
         more = [own - other for own, other in zip(it["loss_by_prompt"], base, strict=True)]
         low, high = mean_interval(more) if any(more) else (0.0, 0.0)
@@ -132,14 +133,10 @@ def show(found: dict[str, dict[str, Any]], ui: Console) -> None:
         )
     columns = ("", "accuracy (95 % interval)", "both end", "loss")
     ui.table(
-        f"{base_pairs(found)} held-out pairs of {len(base)} prompts",
+        f"{it['pairs']} held-out pairs of {len(base)} prompts",
         (*columns, "loss by prompt against shipped (95 % interval)", "calibration error"),
         lines,
     )
-
-
-def base_pairs(found: dict[str, dict[str, Any]]) -> int:
-    return int(found[next(iter(VARIANTS))]["last"]["pairs"])
 
 
 def settings(model: str) -> RewardTrainConfig:

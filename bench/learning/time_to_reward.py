@@ -98,7 +98,7 @@ RATES = (5e-5, 1e-4, 4e-4)
 """Learning rates that are tried beside that of `COMMON`."""
 VARIANTS |= {
     f"{name}-{rate:g}": {**VARIANTS[name], "learning_rate": rate}
-    for name, rate in product(("everything", "defaults"), RATES)
+    for name, rate in product(("everything", "defaults", "defaults-no-kl"), RATES)
 }
 TRAINERS = {name: Trainer(*about, COMMON["learning_rate"]) for name, about in FASTEST.items()}
 TRAINERS |= {
