@@ -29,20 +29,23 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stats import mean_interval
 from mlx_grpo.core.types import Parameters
 from mlx_grpo.data.chat import end_of_turn
-from mlx_grpo.data.pairs import PairGroup, Split, group_pairs, load_pairs, pair_count, split_groups
+from mlx_grpo.data.pairs import PairGroup, Split, pair_count
 from mlx_grpo.files.atomic import read_json, write_json
-from mlx_grpo.models.backbone import load_backbone
+from mlx_grpo.models.backbone import Backbone, load_backbone
 from mlx_grpo.models.reward_model import REWARD_CONFIG, RewardModel
 from mlx_grpo.reward_modeling.quality import JudgedPair, judged_pairs, pair_loss, quality
 from mlx_grpo.reward_modeling.train import (
     Objective,
     adapted_for_rewards,
     bradley_terry_loss,
+    load_split,
     optimizer_steps,
     with_weights,
 )
 
-SHIPPED = Path("weights/smollm2-rm")
+WEIGHTS = Path("weights/smollm2-rm")
+SHIPPED = "shipped"
+"""The variant that the others are compared with."""
 LAST = 0.25
 """Share of the steps whose weights are averaged."""
 
@@ -55,7 +58,7 @@ def smoothed(scores_K: mx.array, pairs: Sequence[tuple[int, int]]) -> mx.array:
 
 def centred(scores_K: mx.array, pairs: Sequence[tuple[int, int]]) -> mx.array:
     """With 0.01 (chosen + rejected)^2 for each pair (Eisenstein et al. 2023, arXiv:2312.09244,
-    section 4), which holds the scores around zero."""
+    eq. 2), which holds the scores around zero."""
     chosen, rejected = (mx.array(side) for side in zip(*pairs, strict=True))
     sums = scores_K[chosen] + scores_K[rejected]
     return bradley_terry_loss(scores_K, pairs) + 0.01 * sums.square().sum()
@@ -69,7 +72,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "shipped": Variant(),
+    SHIPPED: Variant(),
     "smoothing": Variant(smoothed),
     "centring": Variant(centred),
     "8 blocks": Variant(changes={"lora_blocks": 8}),
@@ -92,10 +95,9 @@ def figures(model: RewardModel, groups: Sequence[PairGroup], stop: int) -> dict[
 
 
 def trained(
-    variant: Variant, config: RewardTrainConfig, split: Split, ui: Console
+    variant: Variant, config: RewardTrainConfig, backbone: Backbone, split: Split, ui: Console
 ) -> dict[str, Any]:
     """Figures of the last weights, and of the mean of the last ones."""
-    backbone = load_backbone(Path(config.model))
     decoder = adapted_for_rewards(replace(config, **variant.changes), backbone)
     total: Parameters = {}
     averaged = 0
@@ -115,7 +117,7 @@ def trained(
 
 def show(found: dict[str, dict[str, Any]], ui: Console) -> None:
     """A line for each variant and its mean."""
-    base = found[next(iter(VARIANTS))]["last"]["loss_by_prompt"]
+    base = found[SHIPPED]["last"]["loss_by_prompt"]
     lines = []
     for name, which in product((n for n in VARIANTS if n in found), ("last", "mean")):
         it = found[name][which]
@@ -141,7 +143,7 @@ def show(found: dict[str, dict[str, Any]], ui: Console) -> None:
 
 def settings(model: str) -> RewardTrainConfig:
     """Those of the reward model that is shipped."""
-    shipped = read_json(SHIPPED / REWARD_CONFIG)["training"]
+    shipped = read_json(WEIGHTS / REWARD_CONFIG)["training"]
     return replace(RewardTrainConfig(**shipped), model=model, output="")
 
 
@@ -156,18 +158,16 @@ def main() -> int:
     args, ui = parser.parse_args(), Console()
     try:
         config = settings(args.model)
-        tokenizer = load_backbone(Path(config.model)).tokenizer
-        pairs, _ = load_pairs(Path(config.pairs), tokenizer, config.max_length)
-        fractions = config.valid_fraction, config.test_fraction
-        split = split_groups(group_pairs(pairs), *fractions, config.seed)
+        backbone = load_backbone(Path(config.model))
+        split, _ = load_split(config, backbone.tokenizer)
         split = replace(split, train=split.train[: args.prompts])
         about = {"training_pairs": pair_count(split.train), "settings": asdict(config)}
         found: dict[str, Any] = {"variants": {}, **earlier(args.json, about), **about}
         done = found["variants"]
-        for name in dict.fromkeys([next(iter(VARIANTS)), *args.only]):
+        for name in dict.fromkeys([SHIPPED, *args.only]):
             if name not in done:
                 ui.say(name)
-                done[name] = trained(VARIANTS[name], config, split, ui)
+                done[name] = trained(VARIANTS[name], config, backbone, split, ui)
                 if args.json:
                     write_json(args.json, found)
     except InputError as e:

@@ -38,6 +38,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from bench.learning.common import answered, earlier, finish, parser
 from bench.learning.other_trainers import FASTEST, Trainer, their_adapters, trained_by
 from bench.shapes import move_lora
@@ -178,11 +180,10 @@ def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
 
 def score_at(points: list[dict[str, float]], iteration: float) -> float | None:
     """The score on the straight line between two points; None: after the last one."""
-    for before, after in pairwise(points):
-        if before["iteration"] <= iteration <= after["iteration"]:
-            part = (iteration - before["iteration"]) / (after["iteration"] - before["iteration"])
-            return before["score"] + part * (after["score"] - before["score"])
-    return None
+    if iteration > points[-1]["iteration"]:
+        return None
+    steps, scores = ([point[name] for point in points] for name in ("iteration", "score"))
+    return float(np.interp(iteration, steps, scores))
 
 
 def configured(name: str, seed: int, run: Path, args: argparse.Namespace) -> TrainConfig:
@@ -279,7 +280,7 @@ def timed(name: str, seconds: dict[str, Any]) -> float | None:
 
 def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: Console) -> None:
     """A line for each variant, means over its seeds."""
-    lines = []
+    lines, curves = [], []
     for name in dict.fromkeys([*seconds, *(run["variant"] for run in runs)]):
         own = [run for run in runs if run["variant"] == name]
         to_score = [iterations_to(run["points"], score) for run in own]
@@ -301,16 +302,13 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
                 f"{statistics.fmean(kls):.3f}" if kls else "-",
             )
         )
+        if own and each:
+            at = [[score_at(run["points"], 60 * m / each) for run in own] for m in MINUTES]
+            curves.append((name, *("-" if None in s else f"{statistics.fmean(s):.3f}" for s in at)))
     to = (f"iterations to {score}", "minutes to it")
     columns = ("variant", "seeds", "an iteration", "of", "held-out score", "each", *to, "KL")
     ui.table("Time to reward", columns, lines)
-    lines = []
-    for name in dict.fromkeys(run["variant"] for run in runs):
-        if each := timed(name, seconds):
-            own = [run["points"] for run in runs if run["variant"] == name]
-            at = [[score_at(points, 60 * m / each) for points in own] for m in MINUTES]
-            lines.append((name, *("-" if None in s else f"{statistics.fmean(s):.3f}" for s in at)))
-    ui.table("Held-out score after so many minutes", ("variant", *map(str, MINUTES)), lines)
+    ui.table("Held-out score after so many minutes", ("variant", *map(str, MINUTES)), curves)
 
 
 def main() -> int:

@@ -10,9 +10,11 @@ is scored once.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -157,14 +159,9 @@ def train_rm(
         backbone = backbone or _load(config)
         if backbone.note:
             warn(backbone.note)
-        columns = {side: getattr(config, f"{side}_column") for side in ("prompt", *SIDES)}
-        pairs, skipped = load_pairs(
-            Path(config.pairs), backbone.tokenizer, config.max_length, columns
-        )
+        split, skipped = load_split(config, backbone.tokenizer)
         if skipped:
             warn(f"{config.pairs}: pairs skipped: {told(skipped)}")
-        groups = group_pairs(pairs)
-        split = split_groups(groups, config.valid_fraction, config.test_fraction, config.seed)
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
         model, curve = _fit(config, backbone, split, say)
         measured = quality(judged_pairs(model, split.test, end_of_turn(backbone.tokenizer)))
@@ -187,6 +184,18 @@ def train_rm(
         )
         write_manifest(directory)
     return measured
+
+
+def load_split(config: RewardTrainConfig, tokenizer: Any) -> tuple[Split, Counter[str]]:
+    """(prompts to train on, choose by and measure on, number of pairs left out by reason).
+
+    Raises:
+        InputError: see `load_pairs` and `split_groups`.
+    """
+    columns = {side: getattr(config, f"{side}_column") for side in ("prompt", *SIDES)}
+    pairs, skipped = load_pairs(Path(config.pairs), tokenizer, config.max_length, columns)
+    fractions = config.valid_fraction, config.test_fraction
+    return split_groups(group_pairs(pairs), *fractions, config.seed), skipped
 
 
 def _load(config: RewardTrainConfig) -> Backbone:
@@ -250,14 +259,18 @@ def optimizer_steps(
         weights, norm = adamw_step(optimizer, found, weights, config.max_grad_norm)
         if not math.isfinite(norm):
             raise InputError(f"{config.pairs}: the gradient is not finite; lower --learning-rate")
-        with_weights(decoder, weights)
+        _set_lora(decoder, weights)
         yield Step(number, len(batches), weights, loss, pair_count(batch))
 
 
 def with_weights(decoder: Decoder, weights: Parameters) -> RewardModel:
     """The reward model of a step, whose LoRA `decoder` gets."""
-    set_parameters(decoder.model, {n: v for n, v in weights.items() if n != HEAD})
+    _set_lora(decoder, weights)
     return RewardModel(decoder, weights[HEAD], None, None)
+
+
+def _set_lora(decoder: Decoder, weights: Parameters) -> None:
+    set_parameters(decoder.model, {n: v for n, v in weights.items() if n != HEAD})
 
 
 def _fit(

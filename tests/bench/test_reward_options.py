@@ -12,6 +12,7 @@ from bench.learning.reward_options import Variant, by_prompt, centred, smoothed,
 from mlx_grpo.config.settings import RewardTrainConfig
 from mlx_grpo.console.output import Console
 from mlx_grpo.data.pairs import Split
+from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.reward_modeling.quality import JudgedPair
 from mlx_grpo.reward_modeling.train import Step, bradley_terry_loss
 from tests.helpers.tiny import write_jsonl
@@ -76,12 +77,12 @@ def test_each_variant_is_trained_once_and_measured_with_its_mean(
 
 
 def test_the_mean_is_of_the_last_quarter_of_the_steps(
-    sft: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = [Step(n, 8, {"w": mx.array([float(n)])}, 1.0, 1) for n in range(1, 9)]
     monkeypatch.setattr(reward_options, "optimizer_steps", lambda *_: iter(steps))
     monkeypatch.setattr(reward_options, "with_weights", lambda _, weights: weights)
     monkeypatch.setattr(reward_options, "figures", lambda weights, *_: weights["w"].item())
-    config = RewardTrainConfig(model=str(sft))
-    found = trained(Variant(), config, Split([], [], []), Console(quiet=True))
+    config = RewardTrainConfig()
+    found = trained(Variant(), config, backbone, Split([], [], []), Console(quiet=True))
     assert found == {"last": 8.0, "mean": 7.5}
