@@ -159,7 +159,7 @@ def main() -> int:
     try:
         config = settings(args.model)
         backbone = load_backbone(Path(config.model))
-        split, _ = load_split(config, backbone.tokenizer)
+        split = load_split(config, backbone.tokenizer, ui.warn)
         split = replace(split, train=split.train[: args.prompts])
         about = {"training_pairs": pair_count(split.train), "settings": asdict(config)}
         found: dict[str, Any] = {"variants": {}, **earlier(args.json, about), **about}

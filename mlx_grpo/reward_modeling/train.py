@@ -10,7 +10,6 @@ is scored once.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -159,9 +158,7 @@ def train_rm(
         backbone = backbone or _load(config)
         if backbone.note:
             warn(backbone.note)
-        split, skipped = load_split(config, backbone.tokenizer)
-        if skipped:
-            warn(f"{config.pairs}: pairs skipped: {told(skipped)}")
+        split = load_split(config, backbone.tokenizer, warn)
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
         model, curve = _fit(config, backbone, split, say)
         measured = quality(judged_pairs(model, split.test, end_of_turn(backbone.tokenizer)))
@@ -186,16 +183,20 @@ def train_rm(
     return measured
 
 
-def load_split(config: RewardTrainConfig, tokenizer: Any) -> tuple[Split, Counter[str]]:
-    """(prompts to train on, choose by and measure on, number of pairs left out by reason).
+def load_split(
+    config: RewardTrainConfig, tokenizer: Any, warn: Callable[[str], None] = lambda _: None
+) -> Split:
+    """Prompts to train on, to choose by and to measure on; `warn` gets what was left out.
 
     Raises:
         InputError: see `load_pairs` and `split_groups`.
     """
     columns = {side: getattr(config, f"{side}_column") for side in ("prompt", *SIDES)}
     pairs, skipped = load_pairs(Path(config.pairs), tokenizer, config.max_length, columns)
+    if skipped:
+        warn(f"{config.pairs}: pairs skipped: {told(skipped)}")
     fractions = config.valid_fraction, config.test_fraction
-    return split_groups(group_pairs(pairs), *fractions, config.seed), skipped
+    return split_groups(group_pairs(pairs), *fractions, config.seed)
 
 
 def _load(config: RewardTrainConfig) -> Backbone:
