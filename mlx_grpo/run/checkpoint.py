@@ -101,7 +101,16 @@ def load_newest(
         else:
             if wanted(found.state):
                 return found, skipped
-    reason = "; ".join(skipped) or "there is none"
     raise InputError(
-        f"{directory}: no usable checkpoint ({reason}); start anew in another --output"
+        f"{directory}: no usable checkpoint ({_reason(skipped)}); start anew in another --output"
     )
+
+
+def _reason(skipped: list[str]) -> str:
+    """Of the newest one, and how many others there are: what damages one often damages all."""
+    if not skipped:
+        return "there is none"
+    newest, *others = skipped
+    if not others:
+        return newest
+    return f"{newest}; {len(others)} older {'one' if len(others) == 1 else 'ones'} too"

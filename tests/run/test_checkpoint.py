@@ -149,6 +149,14 @@ def test_without_a_good_one_the_reasons_are_told(tmp_path: Path) -> None:
         load_newest(tmp_path)
 
 
+def test_of_many_damaged_ones_the_newest_is_told_and_the_others_counted(tmp_path: Path) -> None:
+    for iteration in (2, 4, 6):
+        flip(save(tmp_path, example(iteration), keep=9) / "state.json")
+    with pytest.raises(InputError, match=r"step-000006/state\.json.*; 2 older ones too\)") as told:
+        load_newest(tmp_path)
+    assert str(told.value).count("state.json") == 1
+
+
 @pytest.mark.parametrize("keep", [1, 2, 5])
 def test_pruning_keeps_the_newest(tmp_path: Path, keep: int) -> None:
     for iteration in (8, 9, 10, 11):
