@@ -9,7 +9,9 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class ScoreNormalizer:
-    """Exponential moving mean and standard deviation of raw scores, started from the first batch.
+    """Exponential moving mean and standard deviation of raw scores, started from the first batch;
+    the standard deviation from the first that has one: grown from zero it would clip every score
+    for a hundred batches.
 
     mean <- alpha * mean + (1 - alpha) * mean(batch), std likewise; z = clip((r - mean) / (std +
     eps), -limit, limit).
@@ -27,9 +29,8 @@ class ScoreNormalizer:
         if self.mean is None or self.std is None:
             return ScoreNormalizer(self.alpha, self.limit, mean, std)
         a = self.alpha
-        return ScoreNormalizer(
-            a, self.limit, a * self.mean + (1 - a) * mean, a * self.std + (1 - a) * std
-        )
+        moved = std if self.std < EPSILON else a * self.std + (1 - a) * std
+        return ScoreNormalizer(a, self.limit, a * self.mean + (1 - a) * mean, moved)
 
     def __call__(self, score: float) -> float:
         """z of one raw score."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from mlx_grpo.config.settings import train_config
@@ -70,6 +71,14 @@ def test_outliers_are_clipped(score: float, z: float) -> None:
 
 def test_equal_scores_normalise_to_zero() -> None:
     assert ScoreNormalizer().observe([4.0] * 6)(4.0) == 0.0
+
+
+@pytest.mark.parametrize("equal", [0.0, 0.1, 4.0])  # 0.1: the mean of 36 of them is not quite it
+def test_a_first_batch_without_spread_does_not_clip_the_later_ones(equal: float) -> None:
+    second = [equal + 1, equal + 0.5, *[equal] * 34]
+    after = ScoreNormalizer().observe([equal] * 36).observe(second)
+    assert after.std == pytest.approx(np.std(second))
+    assert after(equal) < 1 < after(equal + 0.5) < after(equal + 1)
 
 
 def test_a_fresh_normaliser_refuses_to_normalise() -> None:
