@@ -40,7 +40,12 @@ class Environments:
         """
         self.name, self.timeout = spec.rpartition(":")[2], timeout
         self._process = RewardProcess(
-            spec, timeout, relay, (environment_worker.__file__, str(MEMORY)), "environment"
+            spec,
+            timeout,
+            relay,
+            (environment_worker.__file__, str(MEMORY)),
+            "environment",
+            "--tool-timeout",
         )
         self.file = self._process.file
         self.tools: list[dict[str, Any]] = self._process.loaded["tools"]

@@ -49,6 +49,7 @@ class RewardProcess:
         relay: Callable[[str], None] = no_relay,
         worker: tuple[str, ...] = (reward_worker.__file__,),
         what: str = "reward function",
+        flag: str = "--reward-timeout",
     ):
         """Start it and load the function.
 
@@ -58,12 +59,13 @@ class RewardProcess:
             relay: told each line that the function prints.
             worker: the program to run, and more arguments for it.
             what: is loaded, for complaints.
+            flag: sets the timeout, for complaints.
 
         Raises:
             InputError: no such module, file or function.
         """
         self.timeout = min(timeout, LONGEST_TIMEOUT)
-        self._relay = relay
+        self._relay, self._flag = relay, flag
         self._requests = 0
         self._replied, self._printed = bytearray(), b""
         self._closed = False
@@ -126,7 +128,7 @@ class RewardProcess:
                 safe_point()
                 if end and time.monotonic() > end:
                     raise RewardError(
-                        f"no answer within {timeout:g} s; fix it or raise --reward-timeout"
+                        f"no answer within {timeout:g} s; fix it or raise {self._flag}"
                     )
             self._hear()
             reply = self._checked()

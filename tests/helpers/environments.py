@@ -1,6 +1,7 @@
 """Environments for tests: one that counts, one without tools, and broken ones."""
 
 import random
+import signal
 import time
 
 
@@ -95,6 +96,13 @@ class Unsettled(Counter):
 class BreaksAtReset(Counter):
     def reset(self, **row: object) -> None:
         raise RuntimeError("no dice")
+
+
+class Deaf(Counter):
+    def reset(self, **row: object) -> None:
+        """As a call into C that never returns to the interpreter, where no signal is answered."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        time.sleep(60)
 
 
 class Untyped:

@@ -97,3 +97,9 @@ def test_a_reset_that_raises_ends_the_run_with_the_place() -> None:
     with pytest.raises(InputError, match=r"no dice \(environments.py:\d+\)"):
         broken.reset({"a": ("s", {"id": "p"})})
     broken.close()
+
+
+def test_a_class_that_cannot_be_interrupted_names_the_flag_that_gives_it_longer() -> None:
+    deaf = Environments(f"{FILE}:Deaf", timeout=0.2)
+    with pytest.raises(InputError, match=r"no answer within 0\.4 s; .* raise --tool-timeout"):
+        deaf.reset({"a": ("s", {"id": "p"})})
