@@ -1,6 +1,7 @@
 """Load what a run works with: weights, rewards, prompts, the learner."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -148,26 +149,33 @@ def load_learner(
     rows = training_rows(config)  # before the weights: a bad row is found at once
     test_rows = read_tests(config, rows, ui)
     evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
-    backbone = evaluator.backbone
-    limit = config.data.max_prompt_length
-    prompts = tokenized(config.data.prompts, rows, backbone, limit, ui, evaluator.acting)
-    actor = new_actor(
-        backbone,
-        config.model.lora_rank,
-        config.model.lora_scale,
-        config.run.seed,
-        plan.choice.sizes,
-        config.model.lora_layers,
-        config.model.expert_lora_rank,
-        config.model.lora_target_modules,
-    )
-    roles = Roles(backbone, actor, evaluator.reference)
-    optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
-    tests = {
-        name: asking(evaluator, config, config.evaluation.test_names[name], found, plan.choice, ui)
-        for name, found in test_rows.items()
-    }
-    return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks, tests)
+    with _closed_on_failure(evaluator.rewards):
+        if not evaluator.rewards.weights:
+            raise InputError(
+                "no reward counts, so nothing would be learned; give --rm-model or --reward a "
+                "weight other than 0, or the class of --environment a method 'reward'"
+            )
+        backbone = evaluator.backbone
+        limit = config.data.max_prompt_length
+        prompts = tokenized(config.data.prompts, rows, backbone, limit, ui, evaluator.acting)
+        actor = new_actor(
+            backbone,
+            config.model.lora_rank,
+            config.model.lora_scale,
+            config.run.seed,
+            plan.choice.sizes,
+            config.model.lora_layers,
+            config.model.expert_lora_rank,
+            config.model.lora_target_modules,
+        )
+        roles = Roles(backbone, actor, evaluator.reference)
+        optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
+        files = config.evaluation.test_names
+        tests = {
+            name: asking(evaluator, config, files[name], found, plan.choice, ui)
+            for name, found in test_rows.items()
+        }
+        return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks, tests)
 
 
 def load_evaluator(
@@ -189,46 +197,64 @@ def load_evaluator(
     Raises:
         InputError: any of the inputs is missing or wrong.
     """
-    custom = _custom_rewards(config, functions or {}, ui)
-    environments = _environments(config, ui)
-    if environments and environments.rewards:
-        custom = (environment_reward(environments), *custom)
-    system = config.data.system_prompt
-    rows = read_prompts(Path(config.evaluation.prompts), config.columns, system)
-    warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
-    plan = plan or planner_for(config).plan()
-    weights = load(config, plan)
-    backbone = weights.backbone
-    if backbone.note:
-        ui.warn(backbone.note)
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    check_length(backbone.path, backbone.config, longest)
-    acting = None
-    if environments:
-        tools = tools_for(backbone.tokenizer, environments.tools)
-        acting = Acting(environments, tools, config.rollout.max_tool_calling_iterations)
-    evaluator = Evaluator(
-        backbone=backbone,
-        reference=Decoder(backbone.model, plan.choice.sizes),
-        prompts=(),
-        answers={},
-        rewards=RewardMix(weights.reward_model, config.reward.model_weight, custom, environments),
-        sampling=sampling_held_out(config, plan.choice),
-        seed=config.run.seed,
-        acting=acting,
-    )
-    return asking(evaluator, config, config.evaluation.prompts, rows, plan.choice, ui, skip)
+    rewards = _rewards(config, functions or {}, ui)
+    with _closed_on_failure(rewards):
+        system = config.data.system_prompt
+        rows = read_prompts(Path(config.evaluation.prompts), config.columns, system)
+        warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
+        plan = plan or planner_for(config).plan()
+        weights = load(config, plan)
+        backbone = weights.backbone
+        if backbone.note:
+            ui.warn(backbone.note)
+        longest = config.data.max_prompt_length + config.rollout.max_completion_length
+        check_length(backbone.path, backbone.config, longest)
+        acting = None
+        if environments := rewards.environments:
+            tools = tools_for(backbone.tokenizer, environments.tools)
+            acting = Acting(environments, tools, config.rollout.max_tool_calling_iterations)
+        evaluator = Evaluator(
+            backbone=backbone,
+            reference=Decoder(backbone.model, plan.choice.sizes),
+            prompts=(),
+            answers={},
+            rewards=replace(rewards, model=weights.reward_model),
+            sampling=sampling_held_out(config, plan.choice),
+            seed=config.run.seed,
+            acting=acting,
+        )
+        return asking(evaluator, config, config.evaluation.prompts, rows, plan.choice, ui, skip)
 
 
-def _environments(config: TrainConfig, ui: Console) -> Environments | None:
+@contextmanager
+def _closed_on_failure(rewards: RewardMix) -> Iterator[None]:
+    """Leave no process behind where loading fails: a notebook would gather them."""
+    try:
+        yield
+    except BaseException:
+        rewards.close()
+        raise
+
+
+def _rewards(config: TrainConfig, functions: Mapping[str, UserFunction], ui: Console) -> RewardMix:
+    """All but the reward model; what runs in a process of its own is started."""
+    rewards = RewardMix(None, config.reward.model_weight, ())
+    for make in _custom_rewards(config, functions, ui):
+        with _closed_on_failure(rewards):
+            rewards = replace(rewards, custom=(*rewards.custom, make()))
     if not config.rollout.environment:
-        return None
-    return Environments(config.rollout.environment, config.rollout.tool_timeout, ui.relay)
+        return rewards
+    with _closed_on_failure(rewards):
+        environment, timeout = config.rollout.environment, config.rollout.tool_timeout
+        environments = Environments(environment, timeout, ui.relay)
+    own = (environment_reward(environments),) if environments.rewards else ()
+    return replace(rewards, custom=(*own, *rewards.custom), environments=environments)
 
 
 def _custom_rewards(
     config: TrainConfig, functions: Mapping[str, UserFunction], ui: Console
-) -> tuple[CustomReward, ...]:
+) -> list[Callable[[], CustomReward]]:
+    """What makes each of them."""
     weights = config.reward.weights or (1.0,) * len(config.reward.functions)
     weighted = [
         *zip(config.reward.functions, weights, strict=True),
@@ -239,14 +265,14 @@ def _custom_rewards(
         raise InputError(f"--reward: two functions are named '{twice.pop()}'; rename one")
     if taken := RESERVED.intersection(names):
         raise InputError(f"--reward: the name '{min(taken)}' is taken; rename the function")
-    custom = tuple(
-        given_reward(spec, weight, functions)
+    custom: list[Callable[[], CustomReward]] = [
+        partial(given_reward, spec, weight, functions)
         if spec.startswith(PYTHON)
-        else load_reward(spec, weight, config.reward.timeout, ui.relay)
+        else partial(load_reward, spec, weight, config.reward.timeout, ui.relay)
         for spec, weight in weighted
-    )
+    ]
     limit, cache = config.rollout.max_completion_length, config.reward.soft_punish_cache
-    return (*custom, soft_overlong_punishment(limit, cache)) if cache else custom
+    return [*custom, partial(soft_overlong_punishment, limit, cache)] if cache else custom
 
 
 def without_given(config: TrainConfig) -> TrainConfig:
