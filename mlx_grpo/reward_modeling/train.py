@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_grpo.backend.device import limit_memory, recommended_memory
 from mlx_grpo.backend.precision import asked, choose_precision
@@ -60,6 +61,8 @@ from mlx_grpo.models.reward_model import (
 from mlx_grpo.reward_modeling.quality import Quality, judged_pairs, pair_loss, quality, ranking
 
 HEAD = "reward_head.weight"
+SAVED = mx.bfloat16
+"""What the LoRA is written in."""
 Objective = Callable[[mx.array, Sequence[tuple[int, int]]], mx.array]
 """Of scores [K] and pairs (chosen, rejected): a sum over the pairs."""
 
@@ -161,8 +164,9 @@ def train_rm(
         split = load_split(config, backbone.tokenizer, warn)
         say("  ".join(f"{name}: {_counted(side)}" for name, side in vars(split).items()))
         model, curve = _fit(config, backbone, split, say)
+        _round(model.decoder.model)  # before it is measured: the figures are of what is saved
         measured = quality(judged_pairs(model, split.test, end_of_turn(backbone.tokenizer)))
-        save_adapter(directory, model.decoder.model, mx.bfloat16)
+        save_adapter(directory, model.decoder.model, SAVED)
         save_arrays(directory / REWARD_HEAD, {"weight": model.weight_1D})
         lines = (json.dumps(asdict(point)) + "\n" for point in curve)
         write_text(directory / LEARNING_CURVE, "".join(lines))
@@ -181,6 +185,12 @@ def train_rm(
         )
         write_manifest(directory)
     return measured
+
+
+def _round(adapted: nn.Module) -> None:
+    """The adapter's values, in place, to those that its file will hold."""
+    whole = lora_parameters(adapted)
+    set_parameters(adapted, {n: v.astype(SAVED).astype(v.dtype) for n, v in whole.items()})
 
 
 def load_split(

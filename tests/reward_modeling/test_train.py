@@ -15,6 +15,7 @@ from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
+from mlx_grpo.data.chat import end_of_turn
 from mlx_grpo.data.pairs import PairGroup
 from mlx_grpo.data.tables import read_rows
 from mlx_grpo.files.atomic import read_json
@@ -23,7 +24,14 @@ from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.directory import fingerprint
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
 from mlx_grpo.models.reward_model import RewardModel, load_reward_model
-from mlx_grpo.reward_modeling.train import HEAD, bradley_terry_loss, group_gradients, train_rm
+from mlx_grpo.reward_modeling.quality import judged_pairs, quality
+from mlx_grpo.reward_modeling.train import (
+    HEAD,
+    bradley_terry_loss,
+    group_gradients,
+    load_split,
+    train_rm,
+)
 from tests.helpers.tiny import write_jsonl
 
 
@@ -81,10 +89,10 @@ def toy(sft: Path, tmp_path: Path) -> RewardTrainConfig:
 def test_training_separates_an_easy_set(
     toy: RewardTrainConfig, backbone: Backbone, tmp_path: Path
 ) -> None:
-    quality = train_rm(toy, backbone=backbone)
-    assert quality.pairs == 6
-    assert quality.accuracy == 1.0
-    assert quality.loss < 0.5 * math.log(2)
+    found = train_rm(toy, backbone=backbone)
+    assert found.pairs == 6
+    assert found.accuracy == 1.0
+    assert found.loss < 0.5 * math.log(2)
 
     model = load_reward_model(Path(toy.output), backbone)
     fresh_ids = tuple(backbone.tokenizer.encode("say 99", add_special_tokens=False))
@@ -98,14 +106,22 @@ def test_training_separates_an_easy_set(
     assert about["backbone_fingerprint"] == fingerprint(backbone.path)
 
 
+def test_the_figures_are_of_the_model_that_was_saved(
+    toy: RewardTrainConfig, backbone: Backbone
+) -> None:
+    told = train_rm(toy, backbone=backbone)
+    test = load_split(toy, backbone.tokenizer, lambda _: None).test
+    saved = load_reward_model(Path(toy.output), backbone)
+    assert quality(judged_pairs(saved, test, end_of_turn(backbone.tokenizer))) == told
+
+
 def test_the_labels_decide_and_not_the_texts(
     toy: RewardTrainConfig, backbone: Backbone, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in Path(toy.pairs).read_text().splitlines()]
     turned = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
     pairs = write_jsonl(tmp_path / "turned.jsonl", turned)
-    quality = train_rm(replace(toy, pairs=str(pairs)), backbone=backbone)
-    assert quality.accuracy == 1.0
+    assert train_rm(replace(toy, pairs=str(pairs)), backbone=backbone).accuracy == 1.0
 
 
 def test_training_is_the_same_every_time(
@@ -191,12 +207,12 @@ def test_without_pairs_that_choose_the_last_weights_are_kept(
 def test_converting_keeps_figures_temperature_and_curve(
     toy: RewardTrainConfig, backbone: Backbone, tmp_path: Path
 ) -> None:
-    quality = train_rm(toy, backbone=backbone)
+    found = train_rm(toy, backbone=backbone)
     source, sft = locate(toy.output), Path(toy.model)
     convert_rm(source, tmp_path / "converted", sft, Quantization(), None)
     about = read_json(tmp_path / "converted" / "reward_model.json")
-    assert about["held_out"]["accuracy"] == quality.accuracy
-    assert about["temperature"] == quality.temperature
+    assert about["held_out"]["accuracy"] == found.accuracy
+    assert about["temperature"] == found.temperature
     curve = (tmp_path / "converted" / "learning_curve.jsonl").read_text()
     assert curve == (Path(toy.output) / "learning_curve.jsonl").read_text()
 
