@@ -117,10 +117,9 @@ class Evaluator:
     ) -> Evaluation:
         """The same policy by the answers that people are shown: one per prompt, at a temperature of
         its own. KL and perplexity stay those of `sampled`."""
-        how = self._one_each(temperature)
-        if how == self.sampling:
+        if self.shows_samples(temperature):
             return sampled
-        work = _Work(progress, safe_point, ranks)
+        how, work = self._one_each(temperature), _Work(progress, safe_point, ranks)
         scored = self._score(self._answer(policy, how, work), how.k, work)
         return self._figures(scored, sampled.kl, sampled.perplexity, temperature)
 
@@ -132,10 +131,14 @@ class Evaluator:
         how, work = self._one_each(temperature), _Work(progress)
         mine = self._answer(policy, how, work)
         scored = self._score(mine, how.k, work)
-        same = how == self.sampling or policy is self.reference
+        same = self.shows_samples(temperature) or policy is self.reference
         drawn = mine if same else self._answer(policy, self.sampling, work)
         kl, perplexed = self._kl(policy, drawn, work), self._perplexity(policy, work)
         return self._figures(scored, kl, perplexed, temperature)
+
+    def shows_samples(self, temperature: float) -> bool:
+        """Whether the sampled answers are those that people are shown."""
+        return self._one_each(temperature) == self.sampling
 
     def _one_each(self, temperature: float) -> Sampling:
         return replace(self.sampling, k=1, temperature=temperature)

@@ -60,7 +60,7 @@ def guessed_pace(learner: Learner, evaluation: float) -> Pace:
         return sum(times[stage].expected for stage in stages or times)
 
     of_evaluation = seconds(samples, "rollout", "reward", "logprob")
-    if learner.config.evaluation.temperature != learner.config.rollout.temperature:
+    if not learner.evaluator.shows_samples(learner.config.evaluation.temperature):
         of_evaluation += seconds(one_answer, "rollout", "reward")  # the answers that are shown
     return Pace(evaluation * seconds(planned.work) / of_evaluation, evaluation)
 

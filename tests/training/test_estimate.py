@@ -58,6 +58,18 @@ def test_the_guess_grows_with_the_work_of_an_iteration(train_arguments: dict[str
     assert small > 10.0  # twelve answers and an update beside three answers
 
 
+def test_answers_that_are_shown_count_unless_they_are_the_samples(
+    train_arguments: dict[str, Any],
+) -> None:
+    def guess(temperature: float, samples: int) -> float:
+        own = {"eval_temperature": temperature, "num_generations_eval": samples}
+        config = train_config(**{**train_arguments, **own})
+        return guessed_pace(load_learner(config, Console(quiet=True)), 10.0).iteration
+
+    assert guess(1.0, 1) > guess(0.0, 1)
+    assert guess(1.0, 4) == guess(0.0, 4)
+
+
 def test_days_are_warned_of_once_with_what_makes_it_shorter(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
