@@ -1,4 +1,4 @@
-"""Where the figures go beside metrics.jsonl: TensorBoard, Trackio, FrozenModels & Biases.
+"""Where the figures go beside metrics.jsonl: TensorBoard, Trackio, Weights & Biases.
 
 Each is an extra that is imported only when asked for. A tracker that fails while the run goes on is
 told of once and left out: metrics.jsonl has everything.
@@ -79,7 +79,7 @@ def open_trackers(config: TrainConfig, run: Path, step: int, warn: Warn) -> Iter
 
 def _tensorboard(name: TrackerName, config: TrainConfig, run: Path, step: int) -> OpenTracker:
     library = importlib.import_module(MODULES[name])
-    writer = library.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    writer = library.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else 0)
     if not step:
         writer.add_text(
             "config", "\n".join(f"    {k} = {v}" for k, v in flat_values(config).items())
@@ -94,7 +94,7 @@ def _tensorboard(name: TrackerName, config: TrainConfig, run: Path, step: int) -
 
 
 def _tracker(name: TrackerName, config: TrainConfig, run: Path, step: int) -> OpenTracker:
-    """Trackio and FrozenModels & Biases, which share their interface."""
+    """Trackio and Weights & Biases, which share their interface."""
     library = importlib.import_module(MODULES[name])
     title = _title(run, run / f"{name}.txt", begins=not step)
     identity = {"id": title} if name == "wandb" else {}  # Trackio resumes by the name

@@ -18,7 +18,7 @@ ROWS = [{"step": 1, "reward": 0.5, "policy/stopped_early": False, "a_word": "tex
 
 
 class Tracker(types.ModuleType):
-    """What Trackio and FrozenModels & Biases have in common."""
+    """What Trackio and Weights & Biases have in common."""
 
     def __init__(self, name: str):
         super().__init__(name)
