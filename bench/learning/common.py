@@ -9,17 +9,20 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_grpo.config.settings import TrainConfig
+from mlx_grpo.config.settings import FREE, ROUNDING, TrainConfig, flat_values
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.rollout import rollout
 from mlx_grpo.models.merging import merged_for_rollout
-from mlx_grpo.run.directory import is_run
+from mlx_grpo.run.directory import is_run, run_settings
 from mlx_grpo.training.loop import train
 
+ANY_VALUE = {*FREE, *ROUNDING, "template_date"}
+"""Settings in which a run that is there may differ from the one that is asked for."""
 Marks = dict[str, list[float | None]]
 """What each source of rewards gave to each answer."""
 
@@ -51,15 +54,24 @@ def finish(config: TrainConfig, ui: Console, title: str = "") -> None:
     """Train a run to its end, if it is not there.
 
     Raises:
+        InputError: the run that is there has other settings.
         KeyboardInterrupt: it was stopped on the way.
     """
     run = config.run_directory
     if (run / "final").is_dir():
+        _check_same(run, config)
         return
     if title:
         ui.say(title)
     if not train(config, ui, resume=is_run(run)):
         raise KeyboardInterrupt
+
+
+def _check_same(run: Path, config: TrainConfig) -> None:
+    then, asked = flat_values(run_settings(run)), flat_values(config)
+    for field in (name for name in asked if name not in ANY_VALUE):
+        if then[field] != asked[field]:
+            raise InputError(f"{run}: has another {field}; remove it or give another --output")
 
 
 def answered(

@@ -173,13 +173,14 @@ def main() -> None:
         for seed in args.seeds if variant == "decay" else args.seeds[:1]:
             runs.append(seed_run(variant, seed, args.output, ui, actor_model=str(args.model)))
             if args.json:
-                keep(args.json, runs[-1])
+                keep(args.json, runs[-1], args.model)
     show(runs, ui)
 
 
-def keep(file: Path, run: dict[str, Any]) -> None:
-    """Put a run's figures into the file, in the place of an earlier one of that name."""
-    about = {"settings": flat_values(build_config(SETTINGS))}
+def keep(file: Path, run: dict[str, Any], model: Path) -> None:
+    """Put a run's figures into the file, in the place of an earlier one of that name; those of
+    other settings or another model go."""
+    about = {"settings": flat_values(build_config(SETTINGS, {"actor_model": str(model)}))}
     others = earlier(file, about).get("runs", [])
     runs = [r for r in others if _name(r) != _name(run)] + [run]
     write_json(file, {**about, "runs": sorted(runs, key=_name)})

@@ -43,7 +43,7 @@ import numpy as np
 from bench.learning.common import answered, earlier, finish, parser
 from bench.learning.other_trainers import FASTEST, Trainer, their_adapters, trained_by
 from bench.shapes import move_lora
-from mlx_grpo.config.settings import TrainConfig, flat_values, train_config, with_settings
+from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.types import Parameters
@@ -55,7 +55,6 @@ from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
-from mlx_grpo.run.directory import run_settings
 from mlx_grpo.training.setup import load_evaluator, load_learner
 
 EVERY = 5
@@ -171,8 +170,10 @@ def shapes(adapter: Parameters) -> dict[str, tuple[int, ...]]:
 
 def iterations_to(points: list[dict[str, float]], score: float) -> float | None:
     """When the straight line between two points first reaches a score; None: never."""
+    if points[0]["score"] >= score:
+        return points[0]["iteration"]
     for before, after in pairwise(points):
-        if before["score"] < score <= after["score"]:
+        if after["score"] >= score:
             part = (score - before["score"]) / (after["score"] - before["score"])
             return before["iteration"] + part * (after["iteration"] - before["iteration"])
     return None
@@ -211,7 +212,6 @@ def one(name: str, seed: int, args: argparse.Namespace, ui: Console) -> dict[str
         points = curve(run, their_adapters(run), config, ui)
         more = {"kl": last_kl(run, config, ui)}
     else:
-        check_same(run, config, (*COMMON, *VARIANTS[name], "num_iterations"))
         finish(config, ui)
         points = curve(run, own_adapters(run), config, ui)
         rows = [row for row in log.read(run / log.METRICS) if "kl" in row]
@@ -223,16 +223,6 @@ def changes(name: str) -> Any:
     """What makes a variant, or another trainer, as JSON reads it back."""
     found = TRAINERS[name]._asdict() if name in TRAINERS else VARIANTS[name]
     return json.loads(json.dumps(found))
-
-
-def check_same(run: Path, config: TrainConfig, fields: Iterable[str]) -> None:
-    """Raise InputError if a finished run has other settings."""
-    if not (run / "final").is_dir():
-        return
-    then, now = flat_values(run_settings(run)), flat_values(config)
-    for field in fields:
-        if then[field] != now[field]:
-            raise InputError(f"{run}: has another {field}; remove it or give another --output")
 
 
 def their_times(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -287,7 +277,7 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
         reached = statistics.fmean(to_score) if own and None not in to_score else None
         each = timed(name, seconds)
         first, last = ([run["points"][i]["score"] for run in own] for i in (0, -1))
-        minutes = f"{reached * each / 60:.1f}" if reached and each else "-"
+        minutes = f"{reached * each / 60:.1f}" if reached is not None and each else "-"
         kls = [run["kl"] for run in own if "kl" in run]
         lines.append(
             (
@@ -297,7 +287,7 @@ def show(runs: list[dict[str, Any]], seconds: dict[str, Any], score: float, ui: 
                 f"{max(run['points'][-1]['iteration'] for run in own)}" if own else "-",
                 f"{statistics.fmean(first):.3f} -> {statistics.fmean(last):.3f}" if own else "-",
                 " ".join(f"{s:.3f}" for s in last),
-                f"{reached:.1f}" if reached else "-",
+                f"{reached:.1f}" if reached is not None else "-",
                 minutes,
                 f"{statistics.fmean(kls):.3f}" if kls else "-",
             )

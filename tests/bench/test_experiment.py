@@ -10,7 +10,10 @@ from bench.learning.experiment import Scores, keep, phases, seed_run
 from mlx_grpo.config.settings import flat_values, train_config
 from mlx_grpo.config.sources import build_config
 from mlx_grpo.console.output import Console
+from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.atomic import read_json, write_json
+
+MODEL = Path("weights/sft-4bit")
 
 
 def test_scores_give_win_rate_and_effect_size() -> None:
@@ -45,6 +48,8 @@ def test_a_finished_run_is_read_and_not_run_again(
     monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "compare_run", lambda *_, **__: pytest.fail("measured again"))
     assert seed_run("decay", 3, tmp_path, Console(quiet=True)) == first
+    with pytest.raises(InputError, match="has another learning_rate; remove it"):
+        seed_run("decay", 3, tmp_path, Console(quiet=True), learning_rate=1e-3)
 
 
 def words(completions: list[str]) -> list[float]:
@@ -54,11 +59,13 @@ def words(completions: list[str]) -> list[float]:
 def test_figures_of_other_seeds_stay_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "experiment.json"
     for variant, seed, reward in (("decay", 42, 1), ("decay", 7, 2), ("decay", 42, 3)):
-        keep(file, {"variant": variant, "seed": seed, "reward": reward})
+        keep(file, {"variant": variant, "seed": seed, "reward": reward}, MODEL)
     assert [(r["seed"], r["reward"]) for r in read_json(file)["runs"]] == [(42, 3), (7, 2)]
     write_json(file, {**read_json(file), "settings": "others"})
-    keep(file, {"variant": "decay", "seed": 1})
+    keep(file, {"variant": "decay", "seed": 1}, MODEL)
     assert [r["seed"] for r in read_json(file)["runs"]] == [1]
+    keep(file, {"variant": "decay", "seed": 2}, Path("another"))
+    assert [r["seed"] for r in read_json(file)["runs"]] == [2]
 
 
 def test_the_reference_protocol_is_what_is_run() -> None:

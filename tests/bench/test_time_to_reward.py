@@ -25,6 +25,7 @@ def test_a_score_is_reached_between_two_points_or_never() -> None:
     points = [{"iteration": i, "score": s} for i, s in ((0, 0.5), (5, 0.9), (10, 0.8))]
     assert iterations_to(points, 0.7) == pytest.approx(2.5)
     assert iterations_to(points, 0.95) is None
+    assert iterations_to(points, 0.4) == iterations_to(points, 0.5) == 0
 
 
 def test_the_curve_is_straight_between_two_points_and_ends_with_the_last() -> None:
