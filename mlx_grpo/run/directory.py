@@ -24,7 +24,7 @@ from mlx_grpo.files.atomic import (
     write_text,
 )
 from mlx_grpo.files.lock import mine
-from mlx_grpo.files.manifest import directory_digest, write_manifest
+from mlx_grpo.files.manifest import MANIFEST, directory_digest, write_manifest
 from mlx_grpo.grpo.evaluate import Evaluation
 from mlx_grpo.grpo.state import Best, RunState
 from mlx_grpo.models.lora import (
@@ -171,7 +171,7 @@ def open_new(run: Path, config: TrainConfig) -> None:
 
 
 def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
-    """Refuse to start where the disk cannot hold what the run will write.
+    """Refuse to start where the disk cannot hold what the run will write beside what it has.
 
     Raises:
         InputError: with the bytes free and needed.
@@ -182,7 +182,16 @@ def check_space(run: Path, config: TrainConfig, actor: nn.Module) -> None:
     arrays = 3 * adapter * min(config.run.keep + 1, written) + 2 * _adapter_bytes(actor)
     completions = config.run.num_iterations * config.data.batch_size * config.rollout.K
     logs = LOG_BYTES_PER_TOKEN * completions * config.rollout.max_completion_length
-    need_space(run, arrays + logs + SPARE_BYTES, "free some or lower --keep")
+    missing = max(0, arrays + logs - _written_bytes(run)) + SPARE_BYTES
+    need_space(run, missing, "free some or lower --keep")
+
+
+def _written_bytes(run: Path) -> int:
+    """Of logs, checkpoints and adapters of a run that goes on."""
+    places = [run / name for name in (CHECKPOINTS, "best", "final")]
+    files = [run / name for name in log.LOGS]
+    files += [file for place in places for file in place.rglob("*")]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def checkpoint_bytes(actor: nn.Module) -> int:
@@ -275,6 +284,13 @@ def restore(
     if restored.skipped_in_a_row >= config.run.max_skipped_steps:  # none before them: count anew
         restored = replace(restored, skipped_in_a_row=0)
     restored = _with_changes(restored, state, provenance.changed_fields(saved.state, about))
+    if provenance.evaluates_otherwise(saved.state, about):
+        if restored.best.step is not None:
+            warnings.append("evaluations do not compare with earlier ones: best/ is chosen anew")
+        restored = replace(restored, best=Best(), peak=None, without_gain=0)
+    elif changes and (left := _left_behind(run, restored.best)):
+        restored = replace(restored, best=Best())
+        warnings.append(f"best/ was of iteration {left}, which is undone: it is chosen anew")
     if restored.best.step is None:
         _remove_best(run)
     return restored, warnings
@@ -300,6 +316,14 @@ def _skips(state: Mapping[str, Any]) -> int:
     return found if type(found) is int else 0
 
 
+def _left_behind(run: Path, best: Best) -> int | None:
+    """The iteration of `best/` where it is another one than the state knows: that of an evaluation
+    after the checkpoint. The same iterations under the same settings would write it again."""
+    manifest = run / "best" / MANIFEST
+    step = read_json(manifest).get("step") if manifest.is_file() else None
+    return step if best.step is not None and type(step) is int and step != best.step else None
+
+
 def _remove_best(run: Path) -> None:
     """Remove a `best/` that the state does not know: of iterations that are to be done again."""
     if (run / "best").exists():
@@ -322,19 +346,17 @@ def _with_changes(restored: RunState, fresh: RunState, changed: Sequence[str]) -
         controller = replace(controller, learning_rate=fresh.controller.learning_rate)
     if "kl_beta" in changed:
         controller = replace(controller, beta=fresh.controller.beta)
-    restored = replace(restored, controller=controller)
-    if {"eval_limit", "metric_for_best_model"}.intersection(changed):  # not to be compared
-        restored = replace(restored, best=Best(), peak=None, without_gain=0)
-    return restored
+    return replace(restored, controller=controller)
 
 
-def save_named_adapter(run: Path, name: str, actor: nn.Module) -> None:
-    """Write `best/` or `final/`, an adapter in mlx-lm's format, in one step."""
+def save_named_adapter(run: Path, name: str, actor: nn.Module, step: int) -> None:
+    """Write `best/` or `final/`, an adapter in mlx-lm's format, after `step` iterations; as a whole
+    or not at all."""
     size = _adapter_bytes(actor)
     need_space(run, size + SPARE_BYTES, "free some, then continue with --resume")
     with atomic_directory(run / name, replace=True) as temporary:
         save_adapter(temporary, actor)
-        write_manifest(temporary)
+        write_manifest(temporary, {"step": step})
 
 
 def log_completions(

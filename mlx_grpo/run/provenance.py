@@ -26,6 +26,14 @@ from mlx_grpo.rewards.functions import CustomReward
 BEFORE = {"update_rows": 0, "kl_share": 1.0}
 """What versions without these settings did."""
 
+EVALUATED_BY = {
+    *("seed", "temperature", "max_completion_length", "eval_limit", "num_generations_eval"),
+    *("metric_for_best_model", "reward", "reward_weights", "rm_weight", "soft_punish_cache"),
+    *("prompt_column", "response_column", "system_prompt", "max_prompt_length", "template_date"),
+    *("chat_template_kwargs", "environment", "max_tool_calling_iterations"),
+}
+"""Settings that the figures of an evaluation depend on, beside those which no run may change."""
+
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the numbers."""
@@ -83,6 +91,21 @@ def changed_fields(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [n for n in shaping if before[n] != after[n]]
 
 
+def changed_inputs(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Flags of the inputs whose content differs."""
+    before, after = saved["inputs"], now["inputs"]
+    return [f for f in sorted(before.keys() | after.keys()) if before.get(f) != after.get(f)]
+
+
+def evaluates_otherwise(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether figures of an evaluation cannot be compared with those before the checkpoint."""
+    inputs = (flag.split()[0] for flag in changed_inputs(saved, now))
+    return bool(
+        set(changed_fields(saved, now)) & EVALUATED_BY
+        or any(flag not in ("--prompts", "--test-prompts") for flag in inputs)
+    )
+
+
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a checkpoint; a field that its version did not have is at what it did then."""
     defaults = json.loads(json.dumps(flat_values(TrainConfig())))
@@ -96,12 +119,10 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{flag_of(n)} {_shown(before[n])} -> {_shown(after[n])}"
         for n in changed_fields(saved, now)
     ]
-    inputs = saved["inputs"].keys() | now["inputs"].keys()
     contents = [
         f"{flag} other content (sha256 {saved['inputs'].get(flag, 'none')[:8]} -> "
         f"{now['inputs'].get(flag, 'none')[:8]})"
-        for flag in sorted(inputs)
-        if saved["inputs"].get(flag) != now["inputs"].get(flag)
+        for flag in changed_inputs(saved, now)
     ]
     held = saved.get("weights", now["weights"])  # states from before it was recorded
     causes = "--precision, --weights, their MLX_GRPO_ variables, --memory-limit or the machine"

@@ -154,7 +154,7 @@ class RunWriter:
             directory.open_new(self.run, config)
         if not evaluated.refusal:
             actor = self.learner.roles.actor.model
-            directory.save_named_adapter(self.run, "best", actor)
+            directory.save_named_adapter(self.run, "best", actor, step)
         self._log(evaluated.metrics)
         directory.log_evaluation(self.run, step, evaluated.held_out, evaluated.tests)
         note = f"({evaluated.refusal})" if evaluated.refusal else "-> best"
@@ -229,7 +229,9 @@ class RunWriter:
     def finish(self, state: RunState) -> None:
         """Write `final/` and the last report."""
         directory.check_in_place(self.run)
-        directory.save_named_adapter(self.run, "final", self.learner.roles.actor.model)
+        directory.save_named_adapter(
+            self.run, "final", self.learner.roles.actor.model, state.iteration
+        )
         try_report([self.run], self.ui.warn)
         if state.best.step is None:
             self.ui.warn(

@@ -57,7 +57,7 @@ def saved(backbone: Backbone, tmp_path: Path) -> Path:
 def test_mlx_lm_generates_with_the_adapter_of_a_run(
     sft: Path, backbone: Backbone, tmp_path: Path
 ) -> None:
-    save_named_adapter(tmp_path, "best", trained(backbone.model))
+    save_named_adapter(tmp_path, "best", trained(backbone.model), step=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
     arguments = ["--model", str(sft), "--adapter-path", str(tmp_path / "best"), "--prompt", "hi"]
     given = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
@@ -77,7 +77,7 @@ def test_mlx_lm_computes_what_the_actor_computes(sft: Path, tmp_path: Path) -> N
 
     exact = load_backbone(sft, precision_for(dense=True, wanted=Asked("fp32"))).model
     actor = trained(exact)
-    save_named_adapter(tmp_path, "best", actor)
+    save_named_adapter(tmp_path, "best", actor, step=1)
     model, _ = mlx_lm.load(str(sft), adapter_path=str(tmp_path / "best"))
     assert mx.allclose(logits(model), logits(actor), atol=1e-5).item()
     assert not mx.allclose(logits(model), logits(exact), atol=0.1).item()
@@ -101,10 +101,10 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
 
 
 def test_a_new_best_replaces_the_old_one_whole(backbone: Backbone, tmp_path: Path) -> None:
-    save_named_adapter(tmp_path, "best", add_lora(backbone.model, RANK, SCALE, seed=9))
+    save_named_adapter(tmp_path, "best", add_lora(backbone.model, RANK, SCALE, seed=9), step=1)
     (tmp_path / "best" / "stale.txt").write_text("old")
     actor = trained(backbone.model)
-    save_named_adapter(tmp_path, "best", actor)
+    save_named_adapter(tmp_path, "best", actor, step=1)
     again = load_adapter(backbone.model, tmp_path / "best")
     assert mx.array_equal(logits(again), logits(actor)).item()
     assert not (tmp_path / "best" / "stale.txt").exists()

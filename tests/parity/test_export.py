@@ -44,7 +44,7 @@ def adapted_run(root: Path, family: str, bits: int) -> tuple[Path, Any]:
     run.mkdir()
     (run / "config.toml").write_text(to_toml(train_config(actor_model=str(sft))))
     (run / "metrics.jsonl").touch()
-    save_named_adapter(run, "final", adapted)
+    save_named_adapter(run, "final", adapted, step=1)
     return run, model
 
 

@@ -15,7 +15,15 @@ from mlx_grpo.config.settings import (
     with_settings,
 )
 from mlx_grpo.run import provenance
-from mlx_grpo.run.provenance import changed_fields, differences, hints, input_digests, recorded
+from mlx_grpo.run.provenance import (
+    EVALUATED_BY,
+    changed_fields,
+    differences,
+    evaluates_otherwise,
+    hints,
+    input_digests,
+    recorded,
+)
 
 INPUTS = {"--prompts": "a" * 64}
 
@@ -49,6 +57,31 @@ def test_other_contents_and_a_missing_input_are_named() -> None:
         "--prompts other content (sha256 aaaaaaaa -> bbbbbbbb)",
         "--reward f other content (sha256 none -> cccccccc)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "inputs", "otherwise"),
+    [
+        ({"eval_limit": 3}, {}, True),
+        ({"rm_weight": 0.5}, {}, True),
+        ({"learning_rate": 1e-3, "K": 4, "kl_targets": (0.1,)}, {}, False),
+        ({}, {"--prompts": "b"}, False),
+        ({}, {"--test-prompts more": "b"}, False),
+        ({}, {"--eval-prompts": "b"}, True),
+        ({}, {"--reward short": "b"}, True),
+    ],
+)
+def test_evaluations_compare_unless_something_they_are_made_of_has_changed(
+    settings: dict[str, Any], inputs: dict[str, str], otherwise: bool
+) -> None:
+    new = about(**settings)
+    new = {**new, "inputs": {**new["inputs"], **inputs}}
+    assert evaluates_otherwise(about(), new) is otherwise
+
+
+def test_every_setting_that_evaluations_depend_on_is_one() -> None:
+    assert set(SETTINGS) >= EVALUATED_BY
+    assert not EVALUATED_BY & {*FREE, *ROUNDING, *BY_CONTENT}
 
 
 def test_library_versions_only_warn() -> None:

@@ -14,9 +14,11 @@ import pytest
 from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.atomic import atomic_directory, read_json
 from mlx_grpo.files.lock import locked
+from mlx_grpo.files.manifest import write_manifest
 from mlx_grpo.report.record import read
-from mlx_grpo.run import log, provenance
+from mlx_grpo.run import directory, log, provenance
 from mlx_grpo.training.loop import train
 from tests.helpers.interrupted import interrupted_in
 
@@ -205,6 +207,21 @@ def test_a_full_disk_is_seen_before_the_run_and_before_a_save(
     run_of(config, resume=True)
 
 
+def test_what_a_run_has_written_needs_no_space_again(
+    train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, asked = train_config(**train_arguments), list[int]()
+    monkeypatch.setattr(directory, "need_space", lambda place, size, remedy: asked.append(size))
+    with interrupted_in(3), pytest.raises(KeyboardInterrupt):
+        train(config, QUIET)
+    run, at_first = config.run_directory, asked[0]
+    written = [*run.glob("*.jsonl"), *(p for p in run.glob("*/**/*") if p.is_file())]
+    size = sum(file.stat().st_size for file in written)
+    asked.clear()
+    run_of(config, resume=True)
+    assert asked[0] == at_first - size
+
+
 def test_a_second_run_in_the_same_directory_is_refused(
     train_arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +267,46 @@ def test_a_change_that_is_wanted_is_told_and_takes_effect(
     assert "changed since the checkpoint: --learning-rate 0.01 -> 0.0001" in warnings
     last = next(r for r in rows(finished.run_directory) if r["step"] == 5)
     assert (last["learning_rate"], last["kl/beta"]) == (1e-4, 3.0)
+
+
+def undone(finished: TrainConfig, best: int) -> Path:
+    """The run, back at its checkpoint at 2, with a `best/` of another iteration."""
+    run = finished.run_directory
+    assert read_json(run / "checkpoints" / "step-000002" / "state.json")["best"]["step"] == 2
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    with atomic_directory(run / "best", replace=True) as temporary:
+        shutil.copy(run / "final" / "adapters.safetensors", temporary)
+        write_manifest(temporary, {"step": best})
+    return run
+
+
+def test_best_of_an_iteration_that_other_settings_undo_is_chosen_anew(
+    finished: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = undone(finished, best=4)
+    last = with_settings(finished, learning_rate=0.5, kl_control="none")
+    assert train(last, QUIET, resume=True, allow_change=True)
+    assert "best/ was of iteration 4, which is undone" in capsys.readouterr().err
+    assert not rows(run)[-1]["eval_best"] and not (run / "best").exists()
+
+
+def test_best_of_an_iteration_that_is_done_again_comes_out_the_same(
+    finished: TrainConfig, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(with_settings(finished, output=str(undone(finished, best=4))), resume=True)
+    assert rows(run) == rows(whole)
+    assert "undone" not in capsys.readouterr().err
+
+
+def test_what_evaluations_are_made_of_cannot_change_under_best(
+    finished: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "others.jsonl"
+    prompts.write_text('{"prompt": "other", "response": "one"}\n')
+    others = with_settings(finished, eval_prompts=str(prompts), num_iterations=5)
+    assert train(others, QUIET, resume=True, allow_change=True)
+    assert "best/ is chosen anew" in capsys.readouterr().err
+    assert rows(finished.run_directory)[-1]["eval_without_gain"] == 0
 
 
 def test_an_adapter_of_another_rank_is_never_resumed(finished: TrainConfig) -> None:
