@@ -1,9 +1,10 @@
 """Sample K answers per prompt.
 
-Every prompt is prefilled once and its keys and values serve K rows. All rows decode together, as
-many at a time as `decode_rows` allows; rows that finish are dropped from the batch. A token is
-drawn by inverting the cumulative distribution at a uniform number that belongs to (seed, purpose,
-iteration, prompt, sample, position), so a sample does not depend on which rows it was batched with.
+Every prompt is prefilled once and its keys and values serve K rows. All rows decode together, or
+those of as many whole prompts as `decode_rows` allows, one at least; rows that finish are dropped
+from the batch. A token is drawn by inverting the cumulative distribution at a uniform number that
+belongs to (seed, purpose, iteration, prompt, sample, position), so a sample does not depend on
+which rows it was batched with.
 """
 
 from collections import Counter, deque
@@ -41,7 +42,7 @@ class Sampling:
     temperature: float = 1.0
     """0 takes the likeliest token."""
     decode_rows: int = 0
-    """Rows decoded together; 0 means all."""
+    """Rows decoded together, in whole prompts: never fewer than `k`; 0 means all."""
 
 
 class Talks(Protocol):
