@@ -106,7 +106,9 @@ def stream(
                 value = value.astype(dtype if castable(prefix + leaf) else mx.float32)
             check_values(prefix + leaf, value, files.get(prefix + leaf, opened.base.path))
             module[leaf] = value
-        packed = _quantized(path, module, config.get("quantization"))
+        # what a quantized source left whole stays whole; fused layers are packed again already
+        wanted = None if opened.quantized else config.get("quantization")
+        packed = _quantized(path, module, wanted)
         for leaf in names if packed is module else sorted(packed.parameters()):
             mx.eval(packed[leaf])
             yield prefix + leaf, packed[leaf]

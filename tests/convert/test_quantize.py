@@ -149,6 +149,23 @@ def test_a_source_that_is_quantized_already_is_kept_and_said_to_be(
     assert all(mx.array_equal(kept[n], source[n]).item() for n in source)
 
 
+def test_what_a_quantized_source_left_whole_stays_whole(
+    sft: Path, tmp_path: Path, command: Command
+) -> None:
+    assert command("--sft", str(sft), "--no-verify", "--bits", "8")[0] == 0
+    made = tmp_path / "w" / "sft-8bit"
+    arrays = load_arrays(made / "model.safetensors")
+    layer = "model.layers.0.mlp.up_proj"
+    packed = [arrays.pop(f"{layer}.{leaf}") for leaf in ("weight", "scales", "biases")]
+    arrays[f"{layer}.weight"] = mx.dequantize(*packed, group_size=32, bits=8)
+    save_arrays(made / "model.safetensors", arrays)
+    (made / "manifest.json").unlink()  # as mlx-lm writes it, whose loader goes by the scales
+    assert command("--sft", "w/sft-8bit", "--no-verify")[0] == 0
+    kept = load_arrays(tmp_path / "w" / "sft-4bit" / "model.safetensors")
+    assert kept.keys() == arrays.keys()
+    assert all(mx.array_equal(kept[n], arrays[n]).item() for n in arrays)
+
+
 def test_without_texts_it_measures_on_those_that_ship_wherever_it_runs(
     sft: Path, tmp_path: Path, command: Command
 ) -> None:
