@@ -96,6 +96,11 @@ def policy_rows(
     """Prompts with their reference answers, as many as are measured on."""
     prompts, _ = load_prompts(texts, tokenizer, MAX_PROMPT, columns)
     chosen = [p for p in prompts if p.response][:TEXTS]
+    if not chosen:
+        raise InputError(
+            f"{texts}: no row with a 'response' has a prompt of {MAX_PROMPT} tokens or fewer; give "
+            "another --texts, or --no-verify"
+        )
     return [(p.token_ids, tuple(answer_tokens(tokenizer, p.response or ""))) for p in chosen]
 
 
@@ -140,8 +145,14 @@ def _compare(
 
 def check_pairs(pairs: Path) -> None:
     """Raise InputError unless the file has preference pairs to measure on."""
+    count = 0
     for place, row in islice(read_rows(pairs), TEXTS):
         pair_conversation(place, row)
+        count += 1
+    if not count:
+        raise InputError(
+            f"{pairs}: it is empty; give --pairs with preference pairs, or --no-verify"
+        )
 
 
 def reward_rows(tokenizer: Any, form: TextForm, pairs: Path) -> list[PromptAndAnswer]:

@@ -80,7 +80,8 @@ class Agreement:
 
     def differs(self) -> bool:
         """Whether MLX computes another model."""
-        return max(self.kl or 0.0, self.score_gap or 0.0) > LIMIT
+        found = [value for value in (self.kl, self.score_gap) if value is not None]
+        return not all(value <= LIMIT for value in found)  # NaN is a difference as well
 
 
 class NotRunError(Exception):
@@ -134,7 +135,8 @@ def compare_policy(opened: OpenedSource, rows: Sequence[PromptAndAnswer]) -> Agr
     except NotRunError as e:
         return Agreement(skipped=str(e))
     count = sum(len(answer) for _, answer in rows)
-    return Agreement(kl=max(kl / count, 0.0), same_token=same / count, texts=len(rows))
+    kl = float(np.maximum(kl / count, 0.0))  # NaN stays NaN
+    return Agreement(kl=kl, same_token=same / count, texts=len(rows))
 
 
 def compare_scores(opened: OpenedSource, tokenizer: Any, form: TextForm, pairs: Path) -> Agreement:
@@ -158,7 +160,7 @@ def compare_scores(opened: OpenedSource, tokenizer: Any, form: TextForm, pairs: 
             ]
     except NotRunError as e:
         return Agreement(skipped=str(e))
-    gap = max(abs(a - b) for a, b in zip(scores, found, strict=True))
+    gap = float(np.abs(np.subtract(scores, found)).max())
     return Agreement(score_gap=gap / (float(np.std(scores)) or 1.0), texts=len(rows))
 
 

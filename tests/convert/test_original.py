@@ -1,5 +1,6 @@
 """The source in PyTorch beside the source in MLX: what is reported, refused, and not compared."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ pytest.importorskip("peft")
 
 from mlx_grpo.convert import original, reader
 from mlx_grpo.convert.convert import Checks, convert_rm, convert_sft
-from mlx_grpo.convert.original import compare_policy, compare_scores
+from mlx_grpo.convert.original import Agreement, compare_policy, compare_scores
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.reader import OpenedSource, open_source
 from mlx_grpo.convert.source import locate
@@ -145,3 +146,9 @@ def test_a_source_that_transformers_cannot_run_is_not_compared_and_its_code_is_n
     agreement = compare_policy(source, ROWS)
     assert "transformers cannot run it here" in agreement.describe() and not agreement.compared
     assert not marker.exists()
+
+
+def test_a_comparison_that_gives_no_number_is_a_difference() -> None:
+    for found in (Agreement(kl=math.nan), Agreement(score_gap=math.nan), Agreement(kl=1.0)):
+        assert found.differs()
+    assert not Agreement(kl=0.0).differs() and not Agreement().differs()
