@@ -155,7 +155,7 @@ def findings(config: dict[str, Any], translated: dict[str, Any]) -> Findings:
     if isinstance(text, dict) and hasattr(known, "text_config"):
         family = text_family(family, str(text.get("model_type")))
         known, translated = known.text_config, text
-    missing = [*_rope(known, translated, family), *_groups(known)]
+    missing = [*_rope(known, translated, family), *_groups(known), *_unfolded(known, family)]
     unknown = []
     for name, value in differing(known):
         if name in INERT or _read(name, known, family):
@@ -234,6 +234,13 @@ def _groups(known: Any) -> Iterator[str]:
     count = getattr(known, name, 1) if getattr(known, "mamba_rms_norm", True) else 1
     if count != 1:
         yield f"{name} {count}"
+
+
+def _unfolded(known: Any, family: Family) -> Iterator[str]:
+    """A multiplier that mlx-lm's falcon_h1 folds into tensors of a name that no tensor has."""
+    factor = getattr(known, "key_multiplier", 1)
+    if factor != 1 and '"key_proj.weight"' in family.code:
+        yield f"key_multiplier {factor}"
 
 
 def _usual(name: str) -> Any:

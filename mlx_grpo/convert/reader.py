@@ -1,5 +1,6 @@
 """A source, opened: its configuration, and its model as often as it is wanted, read lazily."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_grpo.convert.adapters import LoRA, fuse, in_model, read_mlx_adapter, read_peft
 from mlx_grpo.convert.build import build_model
@@ -227,6 +229,11 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
         )
     read = read_peft if source.kind == "peft" else read_mlx_adapter
     adapter = read(source.path, source.config, scratch)
+    if source.kind == "peft" and _folds_multipliers(opened.config):
+        raise InputError(
+            f"{source.path}: mlx-lm folds the multipliers of falcon_h1 into the weights, which an "
+            "adapter from PEFT does not go with; merge it with PEFT first and convert the result"
+        )
     own = any((source.path / n).is_file() for n in ("tokenizer.json", "tokenizer.model"))
     head = checked_head(source.path, source.config, adapter.head, {}, scratch)
     if opened.head and not head:
@@ -240,16 +247,35 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
         config=_with_head(opened.config, head),
         head=head,
         loras=in_model(adapter.loras, opened.backbone()),
-        write_tokenizer=(lambda d: copy_tokenizer(source.path, d))
+        write_tokenizer=(lambda d: _copy_own_tokenizer(source.path, opened.base.path, d))
         if own
         else opened.write_tokenizer,
         own_tokenizer=own,
     )
 
 
+def _folds_multipliers(config: dict[str, Any]) -> bool:
+    """Whether mlx-lm's weights of a model are the source's times a constant."""
+    factors = [np.ravel(v) for n, v in config.items() if n.endswith(("multiplier", "multipliers"))]
+    return config.get("model_type") == "falcon_h1" and any((f != 1).any() for f in factors)
+
+
+def _copy_own_tokenizer(adapter: Path, base: Path, target: Path) -> None:
+    """An adapter's tokenizer, with the base's stop tokens where it says nothing of them."""
+    copy_tokenizer(adapter, target)
+    stops = "generation_config.json"
+    if not (target / stops).exists() and (base / stops).is_file():
+        shutil.copyfile(base / stops, target / stops)
+
+
 def _with_head(config: dict[str, Any], head: Parameters) -> dict[str, Any]:
-    """A reward model's language model head is not kept; for tied embeddings mlx-lm builds none."""
-    return {**config, "tie_word_embeddings": True} if head else config
+    """A reward model's language model head is not kept; for tied embeddings mlx-lm builds none,
+    whichever part of a multimodal configuration it reads."""
+    if not head:
+        return config
+    text = config.get("text_config")
+    nested = {"text_config": _with_head(text, head)} if isinstance(text, dict) else {}
+    return {**config, **nested, "tie_word_embeddings": True}
 
 
 def _check_architecture(opened: OpenedSource) -> None:
