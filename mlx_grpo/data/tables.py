@@ -237,10 +237,12 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON could hold: dates and other types of Arrow as texts, fields that are null in a row
-    of mixed shapes left out."""
+    """What JSON could hold: bytes, dates and other types of Arrow as texts, fields that are null in
+    a row of mixed shapes left out."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
         return [_plain(v) for v in value]
+    if isinstance(value, bytes):  # a column of texts that does not say so, or of pictures
+        return value.decode("utf-8", "replace")
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

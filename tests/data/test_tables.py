@@ -185,6 +185,13 @@ def test_messages_and_mixed_rows_come_out_of_parquet_as_they_went_in(tmp_path: P
     assert [row for _, row in read_rows(tmp_path / "p.parquet")] == rows
 
 
+def test_texts_that_parquet_holds_as_bytes_are_read_as_texts(tmp_path: Path) -> None:
+    parquet(tmp_path / "p.parquet", [{"prompt": "wie weit? 5 \u00b5m".encode(), "level": 3}])
+    assert [row for _, row in read_rows(tmp_path / "p.parquet")] == [
+        {"prompt": "wie weit? 5 \u00b5m", "level": 3}
+    ]
+
+
 def test_fields_are_known_by_the_names_that_are_given(tmp_path: Path) -> None:
     row = {"question": "2+2", "messages": [], "prompt": "old", "answer": "4"}
     (tmp_path / "p.jsonl").write_text(lines([row]))
