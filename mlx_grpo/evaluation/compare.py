@@ -3,6 +3,7 @@
 Both answer at --eval-temperature, greedily by default; the KL is measured on samples.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -124,9 +125,22 @@ def compare_run(
             before, drawn_before = _evaluated(evaluator, evaluator.reference, heat, ui)
         with ui.working("evaluating the adapter"):
             after, drawn_after = _evaluated(evaluator, policy, heat, ui)
+    for side in (before, after):
+        for name, count in _no_numbers(side).items():
+            ui.warn(f"{name}: {count} scores are NaN or infinite; their prompts are left out")
     file, seed, judged = config.evaluation.prompts, config.run.seed, config.gold_names
     drawn = (drawn_before, drawn_after) if drawn_before and drawn_after else None
     return Comparison(before, after, str(directory), file, judged, seed, drawn, by)
+
+
+def _no_numbers(evaluation: Evaluation) -> dict[str, int]:
+    """How many scores of each source are NaN or infinite, where any are."""
+    sources = {"reward": evaluation.rewards, **evaluation.by_source}
+    counts = {
+        name: sum(score is not None and not math.isfinite(score) for score in scores)
+        for name, scores in sources.items()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _evaluated(
@@ -178,18 +192,32 @@ def contests(comparison: Comparison, places: Sequence[int] | None = None) -> dic
 
     Args:
         places: of the prompts that count; None: all.
+
+    Raises:
+        InputError: no prompt has a reward that is a finite number on both sides.
     """
     before, after = comparison.before, comparison.after
     at = range(len(before.rewards)) if places is None else places
-    found: dict[str, Scores] = {
-        "reward": ([before.rewards[i] for i in at], [after.rewards[i] for i in at])
-    }
+    found: dict[str, Scores] = {"reward": _on_both_sides(before.rewards, after.rewards, at)}
+    if not found["reward"][0]:
+        raise InputError("no prompt has a reward that is a finite number on both sides")
     for name, scores in before.by_source.items():
-        pairs = [(scores[i], after.by_source[name][i]) for i in at]
-        both = [(b, a) for b, a in pairs if b is not None and a is not None]  # it applies to both
-        if not both:
+        sides = _on_both_sides(scores, after.by_source[name], at)
+        if not sides[0]:
             continue
-        sides: Scores = ([b for b, _ in both], [a for _, a in both])
         if any(list(s) != list(r) for s, r in zip(sides, found["reward"], strict=True)):
             found[name] = sides  # else it is the reward itself, as the only one that counts
     return found
+
+
+def _on_both_sides(
+    before: Sequence[float | None], after: Sequence[float | None], places: Sequence[int]
+) -> Scores:
+    """The scores of the prompts where there is a finite number before and after."""
+    pairs = [(before[i], after[i]) for i in places]
+    both = [
+        (b, a)
+        for b, a in pairs
+        if b is not None and a is not None and math.isfinite(b) and math.isfinite(a)
+    ]
+    return [b for b, _ in both], [a for _, a in both]

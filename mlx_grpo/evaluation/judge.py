@@ -144,6 +144,8 @@ class Judge:
         with opener.open(request, timeout=self.timeout) as response:
             text = self._body(response)
         reply = json.loads(text)["choices"][0]["message"]["content"]
+        if reply is None:  # a refusal, or reasoning that was cut off: an answer without a verdict
+            return ""
         if not isinstance(reply, str):
             raise TypeError("the content is not a text")
         return reply

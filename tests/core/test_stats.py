@@ -84,6 +84,14 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert 0.5 - low == pytest.approx(high - 0.5) == pytest.approx(0.1026, abs=1e-3)
 
 
+def test_an_interval_of_a_share_stays_within_0_and_1() -> None:
+    for n in range(1, 300):
+        low, high = WinRate(0.0, n).wilson()
+        assert 0 <= low < 1e-12 < high < 1 and f"{low:.0%}" == "0%"
+        low, high = WinRate(float(n), n).wilson()
+        assert 0 < low < 1 - 1e-12 < high <= 1
+
+
 def test_an_effect_size_is_in_pooled_deviations() -> None:
     assert cohens_d([0.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == 1.0
     assert cohens_d([1.0], [2.0]) == cohens_d([1.0, 1.0], [2.0, 2.0]) == 0.0

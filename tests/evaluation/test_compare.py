@@ -1,5 +1,6 @@
 """What a comparison lists: every judge of the answers, once, with its ties."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -103,3 +104,15 @@ def test_a_prompt_without_the_field_is_named() -> None:
     prompts = [g.prompt for g in asked(["fact", None])]
     with pytest.raises(InputError, match=r"p.jsonl: row 'p1' has no field 'category'; add it"):
         strata("p.jsonl", prompts, "category")
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_no_win_for_either_side(wrong: float) -> None:
+    before = evaluation([1.0, 2.0, 3.0], model=[1.0, 2.0, 3.0], gold=[wrong, 1.0, 1.0])
+    after = evaluation([2.0, wrong, 4.0], model=[2.0, wrong, 4.0], gold=[2.0, 2.0, 0.0])
+    assert listed(before, after) == {
+        "reward": [[1.0, 3.0], [2.0, 4.0]],
+        "gold": [[1.0, 1.0], [2.0, 0.0]],
+    }
+    with pytest.raises(InputError, match="no prompt has a reward that is a finite number"):
+        listed(evaluation([wrong]), evaluation([1.0]))

@@ -134,6 +134,12 @@ def test_replies_that_cannot_be_read_are_counted_and_make_a_tie(serve: Serve) ->
     assert found == Verdicts((0.5, 0.5), disagreements=1, unreadable=1)
 
 
+def test_a_reply_without_a_text_costs_its_own_verdict_alone(serve: Serve) -> None:
+    stub = serve(lambda asked: completion(None) if shown(asked)[0] == "x" else "A")
+    found = compare_answers(Judge(stub.url, "m"), groups("x", "b"), groups("c", "d"))
+    assert found == Verdicts((0.5, 0.5), disagreements=1, unreadable=1)
+
+
 def test_a_judge_that_is_never_understood_is_refused(serve: Serve) -> None:
     stub = serve(lambda _: "As an AI model")
     with pytest.raises(InputError, match="no reply begins with A, B or T; the first is 'As an AI"):
@@ -195,7 +201,7 @@ def test_a_busy_server_is_asked_again(serve: Serve, status: int) -> None:
         ((200, b"<html>", {}), 1, "the reply is not a chat completion"),
         ((200, b'{"choices": []}', {}), 1, "the reply is not a chat completion"),
         ((200, b"[1]", {}), 1, "the reply is not a chat completion"),
-        (completion(None), 1, "the reply is not a chat completion"),
+        (completion({}), 1, "the reply is not a chat completion"),
     ],
 )
 def test_what_goes_wrong_takes_one_line_without_the_key(
