@@ -61,6 +61,7 @@ class Planner:
         """What fits into the run's memory limit, or the leanest if nothing does."""
         config = self.config
         rows, sizes = config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
+        rows = rows and max(self.work.k, rows - rows % self.work.k)  # whole prompts
         forms = [(p.dense, p.dtype.size) for p in self._forms()] if self.here else [(False, 2)]
         given = [Choice(dense, size, rows, sizes) for dense, size in forms]
         limit = parse_bytes(config.run.memory_limit) or recommended_memory()

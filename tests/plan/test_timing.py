@@ -46,6 +46,16 @@ def test_a_rollout_reads_the_weights_once_a_token_of_all_rows() -> None:
     assert narrow.flops == wide.flops
 
 
+@pytest.mark.parametrize(("asked", "planned"), [(0, 36), (4, 6), (10, 6), (12, 12), (99, 96)])
+def test_rows_that_decode_together_are_whole_prompts(
+    asked: int, planned: int, train_arguments: dict[str, Any]
+) -> None:
+    own = {"batch_size": 6, "K": 6, "decode_rows": asked, "memory_limit": "64GB"}
+    assert (
+        planner_for(train_config(**{**train_arguments, **own})).plan().choice.decode_rows == planned
+    )
+
+
 def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
     whole, cut = (
         stage_costs(GEMMA_2B, ADAPTER, WORK, replace(CHOICE, sizes=Sizes(rows=rows)))
