@@ -107,19 +107,21 @@ def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
     from mlx_grpo.run.directory import is_run, run_settings
 
     seeds = flags.pop("seed", [])
-    configs = [build_config(file, {**flags, "seed": s}) for s in seeds]
+    own = resume and file is None  # runs know their settings: what is given is checked with these
+    given = {"output": flags["output"]} if own and "output" in flags else {} if own else flags
+    configs = [build_config(file, {**given, "seed": s}) for s in seeds]
     if not configs:
-        configs = [build_config(file, flags)]
+        configs = [build_config(file, given)]
     if len(configs) > 1:
         outputs = (c.run.output and f"{c.run.output}/seed-{c.run.seed}" for c in configs)
         configs = [with_settings(c, output=o) for c, o in zip(configs, outputs, strict=True)]
     runs = []
     for c in configs:
         started = is_run(c.run_directory)
-        if resume and started and file is None:
-            # the run knows its own settings; flags that contradict them are refused later
+        if own:
+            # flags that contradict the run's settings are refused later
             given = {**flags, "output": c.run.output, **({"seed": c.run.seed} if seeds else {})}
-            c = run_settings(c.run_directory, given)
+            c = run_settings(c.run_directory, given) if started else build_config(None, given)
         # of several seeds, those not started yet start now
         runs.append(Run(c, resume and (started or len(configs) == 1)))
     return runs

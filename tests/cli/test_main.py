@@ -93,6 +93,17 @@ def test_resume_needs_no_more_than_the_run_directory(
     assert (run / "final" / "adapters.safetensors").is_file()
 
 
+def test_a_flag_on_resume_is_checked_with_the_settings_of_the_run(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = ("--kl-phases", "1,1")  # as many as the run has targets, not as many as the defaults
+    again = ("train", "--quiet", "--resume", "--output", str(tmp_path / "runs"), *phases)
+    own = ("--kl-targets", "0.5,0.2", *phases, "--checkpoint-every", "1")
+    with interrupted_in(2):
+        assert command(monkeypatch, "train", "--quiet", *flags, *own) == 130
+    assert command(monkeypatch, *again) == 0
+
+
 def test_resume_refuses_a_flag_that_contradicts_the_run(
     flags: list[str],
     tmp_path: Path,
