@@ -151,7 +151,7 @@ def shown(value: float) -> str:
     """A number with three digits that matter."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

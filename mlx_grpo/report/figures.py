@@ -102,8 +102,9 @@ def _trained(r: Record, key: str) -> list[Line]:
 
 
 def _sources(r: Record) -> list[str]:
-    first = r.iterations[0] if r.iterations else {}
-    return [key.split("/")[1] for key in first if key.startswith("rewards/")]
+    """In the order in which they first applied: one may have nothing to say of a whole batch."""
+    keys = (key for row in r.iterations for key in row if key.startswith("rewards/"))
+    return list(dict.fromkeys(key.split("/")[1] for key in keys))
 
 
 def _source(r: Record, name: str, title: str) -> Chart:

@@ -13,6 +13,7 @@ from mlx_grpo.report.charts import (
     Chart,
     Line,
     labels,
+    shown,
     smoothed,
     spread,
     stepped,
@@ -99,6 +100,12 @@ def test_no_label_leaves_the_picture_or_covers_another(
 def test_labels_tell_their_values_apart(low: float, high: float) -> None:
     names = labels(ticks(low, high)).values()
     assert len(set(names)) == len(names)
+
+
+def test_a_number_never_needs_an_exponent_below_a_million() -> None:
+    assert [shown(v) for v in (0.0, 0.1234, 999.4, 999.5, 999.7, 1000.0)] == [
+        *("0", "0.123", "999", "1,000", "1,000", "1,000")
+    ]
 
 
 def test_rounding_alone_makes_no_axis() -> None:
