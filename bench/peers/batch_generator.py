@@ -31,7 +31,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         generator = BatchGenerator(
             model,
-            merged_for_rollout=make_sampler(1.0),
+            sampler=make_sampler(1.0),
             completion_batch_size=len(rows),
             prefill_batch_size=len(rows),
         )
