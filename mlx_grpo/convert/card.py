@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_grpo.convert.reader import OpenedSource
-from mlx_grpo.convert.source import Source
+from mlx_grpo.convert.source import FINETUNE, Source
 
 USE_SFT = """```
 mlx-grpo train --actor-model {0} --rm-model ...
@@ -36,6 +36,7 @@ def model_card(
     ]
     head = ["library_name: mlx", *([f"license: {known}"] if known and " " not in known else [])]
     head += [f"base_model: {base.name}"] if base.revision else []
+    head += [f"base_model_relation: {FINETUNE}"] if base.revision and base is not source else []
     return "\n".join(
         [
             *("---", *head, "---", f"# {title}", "", "Converted by `mlx-grpo convert`.", ""),

@@ -11,6 +11,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODEL_STEMS = ("model", "pytorch_model")
 ADAPTER_STEMS = ("adapter_model", "adapters")
 HEADS = ("reward_head", "value_head")
+FINETUNE = "finetune"
+"""What the card of a model says of itself and its `base_model` where the weights are others."""
 TEXT_FILES = (".json", ".jinja", ".txt", ".model")
 Kind = Literal["model", "gguf", "peft", "mlx-lora"]
 
@@ -164,8 +166,10 @@ def needed_files(files: list[str]) -> list[str]:
 
 
 def declared_base(directory: Path) -> str | None:
-    """The Hub id that the card of a converted model gives as `base_model`."""
-    return _card_field(directory, "base_model")
+    """The Hub id that the card of a converted model gives as `base_model`; None where the model is
+    a finetune of that one, with other weights."""
+    other = _card_field(directory, "base_model_relation") == FINETUNE
+    return None if other else _card_field(directory, "base_model")
 
 
 def _card_field(directory: Path, name: str) -> str | None:

@@ -14,7 +14,7 @@ from mlx_lm.utils import load
 from mlx_grpo.cli import main
 from mlx_grpo.config.settings import with_settings
 from mlx_grpo.console.output import Console
-from mlx_grpo.convert.source import licence
+from mlx_grpo.convert.source import declared_base, licence
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.evaluation.chat import open_chat
 from mlx_grpo.evaluation.compare import compare_run
@@ -156,6 +156,8 @@ def test_base_and_licence_come_from_the_card_of_the_sft_model(run: Path, tmp_pat
     out = export(copied, "adapter", tmp_path / "a")
     assert licence(out) == "mit"
     assert '"model": "owner/name"' in (out / "adapter_config.json").read_text()
+    card.write_text("---\nbase_model: owner/name\nbase_model_relation: finetune\n---\n")
+    assert declared_base(card.parent) is None  # its weights are not those of owner/name
     for base, shown in (("other/one", True), (str(tmp_path / "hf"), False)):
         out = export(copied, "peft", tmp_path / "b", base=base, replace=True)
         assert (base in (out / "README.md").read_text()) == shown
