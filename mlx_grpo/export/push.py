@@ -39,7 +39,11 @@ def push(directory: Path, repo: str, private: bool) -> str:
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repo, folder_path=directory, commit_message=f"Upload {directory.name}"
+            repo_id=repo,
+            folder_path=directory,
+            commit_message=f"Upload {directory.name}",
+            # weights of an earlier upload would be read beside these
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         )
     except Exception as e:  # as above
         raise InputError(

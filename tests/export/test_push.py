@@ -43,7 +43,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def answer(self, status: int, body: Any = None) -> None:
-            text = json.dumps(body or {}).encode()
+            text = json.dumps({} if body is None else body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
@@ -72,6 +72,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.path == "/owner/name.git/info/lfs/objects/batch":
                 objects = [blob(o) for o in json.loads(sent)["objects"]]
                 return self.answer(200, {"transfer": "basic", "objects": objects})
+            if self.path.startswith("/api/models/owner/name/tree/main?"):
+                return self.answer(200, [listed(path) for path in hub.files])
             if self.path == "/api/models/owner/name/commit/main" and not hub.full:
                 keep(sent)
                 address = f"{hub.address}/owner/name/commit/{COMMIT}"
@@ -85,6 +87,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         how = "lfs" if large else "regular"
         return {"path": file["path"], "uploadMode": how, "shouldIgnore": False, "oid": None}
 
+    def listed(path: str) -> dict[str, Any]:
+        return {"type": "file", "path": path, "size": len(hub.files[path]), "oid": "0" * 40}
+
     def blob(wanted: dict[str, Any]) -> dict[str, Any]:
         upload = {"href": f"{hub.address}/blob/{wanted['oid']}", "header": {}}
         return {**wanted, "actions": {"upload": upload}}
@@ -96,6 +101,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.files[value["path"]] = base64.b64decode(value["content"])
             if line["key"] == "lfsFile":
                 hub.files[value["path"]] = hub.blobs[value["oid"]]
+            if line["key"] == "deletedFile":
+                del hub.files[value["path"]]
 
     return Handler
 
@@ -137,8 +144,11 @@ def push(hub: Hub, run: Path, where: Path, *flags: str, token: str = "") -> tupl
 def test_the_directory_is_uploaded_file_by_file(
     hub: Hub, finished_run: Path, tmp_path: Path
 ) -> None:
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    hub.files = dict.fromkeys((*old, "notes.txt"), b"of an earlier upload")
     code, out, err = push(hub, finished_run, tmp_path, "--private", token="hf_right")
     assert code == 0, err
+    assert hub.files.pop("notes.txt") == b"of an earlier upload"
     assert (hub.created["organization"], hub.created["name"]) == ("owner", "name")
     assert hub.created.get("visibility") == "private"
     written = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
