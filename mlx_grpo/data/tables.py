@@ -230,7 +230,9 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{name}:row {number}", _plain(row)
-    except (pyarrow.ArrowException, OSError) as e:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as e:  # dates finer than Python's, too
         raise InputError(
             f"{name}: a damaged Parquet file ({one_line(e)}); fetch it again, or give JSONL"
         ) from None

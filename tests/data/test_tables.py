@@ -192,6 +192,18 @@ def test_texts_that_parquet_holds_as_bytes_are_read_as_texts(tmp_path: Path) -> 
     ]
 
 
+def test_a_time_finer_than_python_knows_is_one_line(tmp_path: Path) -> None:
+    column = pyarrow.array([1], pyarrow.timestamp("ns"))
+    table = pyarrow.table({"prompt": ["hi"], "when": column})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    try:
+        found = list(read_rows(tmp_path / "p.parquet"))
+    except InputError as e:
+        assert "p.parquet" in str(e)
+    else:
+        assert found[0][1]["prompt"] == "hi"  # where pandas is installed
+
+
 def test_fields_are_known_by_the_names_that_are_given(tmp_path: Path) -> None:
     row = {"question": "2+2", "messages": [], "prompt": "old", "answer": "4"}
     (tmp_path / "p.jsonl").write_text(lines([row]))
