@@ -165,7 +165,8 @@ def main(
 
     started = time.perf_counter()
     result = measure(args)
-    result["rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    result["rss_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     result["wall_seconds"] = time.perf_counter() - started
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
     sys.__stdout__.write("\n" + json.dumps(rounded) + "\n")  # type: ignore[union-attr]
