@@ -67,7 +67,7 @@ def chosen_by_warnings(
     if same:
         yield (
             f"{file}: {same} of its {len(judging)} prompts choose best/ as well (from "
-            f"{chose_file}), which flatters it; use others to judge it"
+            f"{chose_file}), so the results are slightly optimistic; use others to judge it"
         )
 
 

@@ -77,6 +77,7 @@ def render(records: Sequence[Record], title: str) -> Iterator[str]:
         status=status,
         pace=pace,
         going_on=going_on,
+        judging=judging,
         warnings=_warnings(records),
         number=number,
         unbroken=unbroken,
@@ -134,6 +135,11 @@ def pace(r: Record) -> str:
 def going_on(r: Record) -> str:
     """What to type to resume a run."""
     return resume_command(r.run)
+
+
+def judging(r: Record) -> str:
+    """What to type to judge a run on other prompts."""
+    return command("mlx-grpo", "eval", r.run, "--prompts", "FRESH.jsonl")
 
 
 def summary(r: Record) -> list[str]:
