@@ -62,13 +62,18 @@ class Planner:
         config = self.config
         rows, sizes = config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
         rows = rows and max(self.work.k, rows - rows % self.work.k)  # whole prompts
-        forms = [(p.dense, p.dtype.size) for p in self._forms()] if self.here else [(False, 2)]
-        given = [Choice(dense, size, rows, sizes) for dense, size in forms]
+        given = [Choice(dense, size, rows, sizes) for dense, size in self._forms()]
         limit = parse_bytes(config.run.memory_limit) or recommended_memory()
         return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
 
-    def _forms(self) -> list[Precision]:
-        return precisions(self.model.parameters, asked_in(self.config))
+    def _forms(self) -> list[tuple[bool, int]]:
+        """(weights expanded, bytes of a value) to try in turn; a Mac's GPU takes packed weights and
+        16 bits unless something else is asked for."""
+        wanted = asked_in(self.config)
+        if self.here:
+            return [(p.dense, p.dtype.size) for p in precisions(self.model.parameters, wanted)]
+        size = DTYPES[wanted.dtype].size if wanted.dtype in DTYPES else 2
+        return [(wanted.weights == "dense", size)]
 
     def times(self, plan: Plan, machine: Device) -> dict[str, StageTime]:
         """Seconds of each stage of an iteration, without those that there are not."""

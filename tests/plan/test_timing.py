@@ -56,6 +56,27 @@ def test_rows_that_decode_together_are_whole_prompts(
     )
 
 
+@pytest.mark.parametrize(
+    ("own", "form"),
+    [
+        ({}, (False, 2)),
+        ({"precision": "fp32"}, (False, 4)),
+        ({"precision": "fp16", "weights": "dense"}, (True, 2)),
+    ],
+)
+def test_another_machine_holds_what_is_asked_for(
+    own: dict[str, Any],
+    form: tuple[bool, int],
+    train_arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("MLX_GRPO_PRECISION", "MLX_GRPO_WEIGHTS"):
+        monkeypatch.delenv(variable, raising=False)
+    config = train_config(**{**train_arguments, "memory_limit": "64GB", **own})
+    choice = planner_for(config, here=False).plan().choice
+    assert (choice.dense, choice.value_bytes) == form
+
+
 def test_fewer_rows_a_pass_run_the_prompt_more_often() -> None:
     whole, cut = (
         stage_costs(GEMMA_2B, ADAPTER, WORK, replace(CHOICE, sizes=Sizes(rows=rows)))
