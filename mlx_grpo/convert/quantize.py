@@ -107,8 +107,8 @@ def stream(
             check_values(prefix + leaf, value, files.get(prefix + leaf, opened.base.path))
             module[leaf] = value
         # what a quantized source left whole stays whole; fused layers are packed again already
-        wanted = None if opened.quantized else config.get("quantization")
-        packed = _quantized(path, module, wanted)
+        as_it_is = opened.quantized
+        packed = module if as_it_is else _quantized(path, module, config.get("quantization"))
         for leaf in names if packed is module else sorted(packed.parameters()):
             mx.eval(packed[leaf])
             yield prefix + leaf, packed[leaf]

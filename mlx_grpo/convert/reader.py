@@ -1,6 +1,5 @@
 """A source, opened: its configuration, and its model as often as it is wanted, read lazily."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -247,7 +246,7 @@ def _open_adapter(source: Source, base: str | None, scratch: Path) -> OpenedSour
         config=_with_head(opened.config, head),
         head=head,
         loras=in_model(adapter.loras, opened.backbone()),
-        write_tokenizer=(lambda d: _copy_own_tokenizer(source.path, opened.base.path, d))
+        write_tokenizer=partial(copy_tokenizer, source.path, base=opened.base.path)
         if own
         else opened.write_tokenizer,
         own_tokenizer=own,
@@ -258,14 +257,6 @@ def _folds_multipliers(config: dict[str, Any]) -> bool:
     """Whether mlx-lm's weights of a model are the source's times a constant."""
     factors = [np.ravel(v) for n, v in config.items() if n.endswith(("multiplier", "multipliers"))]
     return config.get("model_type") == "falcon_h1" and any((f != 1).any() for f in factors)
-
-
-def _copy_own_tokenizer(adapter: Path, base: Path, target: Path) -> None:
-    """An adapter's tokenizer, with the base's stop tokens where it says nothing of them."""
-    copy_tokenizer(adapter, target)
-    stops = "generation_config.json"
-    if not (target / stops).exists() and (base / stops).is_file():
-        shutil.copyfile(base / stops, target / stops)
 
 
 def _with_head(config: dict[str, Any], head: Parameters) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from mlx_grpo.core.errors import InputError
 from mlx_grpo.data.chat import TemplateRefusal, load_chat_tokenizer, rendered
 from mlx_grpo.files.atomic import read_json, write_json
 
+STOPS = "generation_config.json"
+"""Holds the stop tokens; an adapter has none."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -18,21 +20,27 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
-    "generation_config.json",
+    STOPS,
 )
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, base: Path | None = None) -> None:
     """Copy the tokenizer's files.
+
+    Args:
+        base: of an adapter; the stop tokens are its where `source` says nothing of them.
 
     Raises:
         InputError: there is no tokenizer_config.json, or one of them is no JSON.
     """
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
+        file = source / name
+        if name == STOPS and base and not file.is_file():
+            file = base / name
+        if file.is_file():
             if name.endswith(".json"):
-                read_json(source / name)  # mlx-lm passes over a damaged generation_config.json
-            shutil.copyfile(source / name, target / name)
+                read_json(file)  # mlx-lm passes over a damaged generation_config.json
+            shutil.copyfile(file, target / name)
     if not (target / "tokenizer_config.json").is_file():
         raise InputError(f"{source}: tokenizer_config.json is missing")
 

@@ -8,12 +8,16 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
+import mlx.core as mx
 import peft
 
+from mlx_grpo.convert import reader
 from mlx_grpo.convert.convert import convert_rm, convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
+from mlx_grpo.convert.tokenizer import copy_tokenizer
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.files.safetensors import load_arrays
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.reward_model import load_reward_model
@@ -155,3 +159,47 @@ def test_an_mlx_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     complaint = r"adapter_config\.json: fine_tune_type 'dora' is not converted; fuse it with mlx_lm"
     with pytest.raises(InputError, match=complaint):
         convert_sft(locate(str(tmp_path / "lora")), tmp_path / "out", EXACT, None)
+
+
+def test_a_tokenizer_of_its_own_leaves_the_stop_tokens_to_the_base(tmp_path: Path) -> None:
+    base, own = tmp_path / "base", tmp_path / "own"
+    for place in (base, own):
+        place.mkdir()
+        (place / "tokenizer_config.json").write_text("{}")
+    (base / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    for name in ("out", "again"):
+        (tmp_path / name).mkdir()
+        copy_tokenizer(own, tmp_path / name, base)
+        stops = {"out": [7, 8], "again": 9}[name]
+        assert read_json(tmp_path / name / "generation_config.json")["eos_token_id"] == stops
+        (own / "generation_config.json").write_text('{"eos_token_id": 9}')
+    (base / "generation_config.json").write_text("{")
+    (own / "generation_config.json").unlink()
+    with pytest.raises(InputError, match=r"base/generation_config\.json"):
+        copy_tokenizer(own, tmp_path / "out", base)
+
+
+def test_an_adapter_beside_weights_that_mlx_lm_scales_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = sources.causal(tmp_path / "base", "llama")
+    sources.peft_adapter(tmp_path / "peft", tmp_path / "base", base, task_type="CAUSAL_LM")
+    monkeypatch.setattr(reader, "_folds_multipliers", lambda config: True)
+    with pytest.raises(InputError, match="merge it with PEFT first and convert the result"):
+        convert_sft(locate(str(tmp_path / "peft")), tmp_path / "out", EXACT, None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_multipliers_other_than_one_scale_weights() -> None:
+    config = {"model_type": "falcon_h1", "mlp_multipliers": [1.0, 0.5], "key_multiplier": 1.0}
+    assert reader._folds_multipliers(config)
+    assert not reader._folds_multipliers({**config, "mlp_multipliers": [1.0, 1.0]})
+    assert not reader._folds_multipliers({**config, "model_type": "llama"})
+
+
+def test_a_reward_models_head_unties_nothing_in_either_part_of_a_configuration() -> None:
+    head = {"weight": mx.zeros((1, 4))}
+    nested = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+    assert reader._with_head(nested, {}) == nested
+    found = reader._with_head(nested, head)
+    assert found["tie_word_embeddings"] and found["text_config"]["tie_word_embeddings"]
