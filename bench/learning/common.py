@@ -3,12 +3,14 @@
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 
+from bench.shapes import move_lora
 from mlx_grpo.config.settings import FREE, ROUNDING, TrainConfig, flat_values
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -16,10 +18,13 @@ from mlx_grpo.core.stopping import never_stop
 from mlx_grpo.core.types import Group
 from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.evaluate import Evaluator
+from mlx_grpo.grpo.learner import Learner, first_state
 from mlx_grpo.grpo.rollout import rollout
+from mlx_grpo.grpo.state import RunState
 from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.run.directory import is_run, run_settings
 from mlx_grpo.training.loop import train
+from mlx_grpo.training.setup import load_learner
 
 ANY_VALUE = {*FREE, *ROUNDING, "template_date"}
 """Settings in which a run that is there may differ from the one that is asked for."""
@@ -72,6 +77,14 @@ def _check_same(run: Path, config: TrainConfig) -> None:
     for field in (name for name in asked if name not in ANY_VALUE):
         if then[field] != asked[field]:
             raise InputError(f"{run}: has another {field}; remove it or give another --output")
+
+
+def ready_to_time(config: TrainConfig, open_: ExitStack) -> tuple[Learner, RunState]:
+    """A run in memory, before its first iteration; it is closed with the stack."""
+    learner = load_learner(config, Console(quiet=True))
+    open_.enter_context(closing(learner.evaluator.rewards))
+    move_lora(learner.roles.actor.model, 1e-6, seed=1)  # one of zeros is not merged
+    return learner, first_state(config)
 
 
 def answered(

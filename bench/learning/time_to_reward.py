@@ -40,9 +40,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.learning.common import answered, earlier, finish, parser
+from bench.learning.common import answered, earlier, finish, parser, ready_to_time
 from bench.learning.other_trainers import FASTEST, Trainer, their_adapters, trained_by
-from bench.shapes import move_lora
 from mlx_grpo.config.settings import TrainConfig, train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
@@ -50,12 +49,11 @@ from mlx_grpo.core.types import Parameters
 from mlx_grpo.files.atomic import read_json, write_json
 from mlx_grpo.grpo.evaluate import Evaluator
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import first_state
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import lora_parameters, set_parameters
 from mlx_grpo.models.roles import new_actor
 from mlx_grpo.run import checkpoint, log
-from mlx_grpo.training.setup import load_evaluator, load_learner
+from mlx_grpo.training.setup import load_evaluator
 
 EVERY = 5
 """Iterations between two points of a curve."""
@@ -241,10 +239,7 @@ def times(names: Sequence[str], args: argparse.Namespace, ui: Console) -> dict[s
         runs = {}
         for name in names:
             config = configured(name, args.seeds[0], args.output / name, args)
-            learner = load_learner(config, Console(quiet=True))
-            open_.enter_context(closing(learner.evaluator.rewards))
-            move_lora(learner.roles.actor.model, 1e-6, seed=1)  # one of zeros is not merged
-            runs[name] = (learner, first_state(config))
+            runs[name] = ready_to_time(config, open_)
         for turn in range(1 + args.times):
             for name, (learner, state) in runs.items():
                 done = iterate(learner, state, Console(quiet=True))

@@ -15,37 +15,30 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from bench.shapes import move_lora
+from bench.learning.common import ready_to_time
 from mlx_grpo.config.settings import with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.padding import completion_arrays, length_buckets, row_lengths
 from mlx_grpo.core.types import Group
 from mlx_grpo.demo import DEMO
 from mlx_grpo.files.assets import asset
+from mlx_grpo.files.atomic import read_json
 from mlx_grpo.grpo.iteration import iterate
-from mlx_grpo.grpo.learner import first_state
 from mlx_grpo.grpo.reference import measured_rows
 from mlx_grpo.models.decoder import Decoder
-from mlx_grpo.models.reward_model import RewardModel
-from mlx_grpo.training.setup import load_learner
+from mlx_grpo.models.reward_model import reward_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "KL of all completions": {},
     "defaults": {"update_rows": 3, "kl_share": 0.125},
 }
 """What is changed against the demo."""
-
-
-def blocks_below(reward: Decoder) -> int:
-    """Blocks before the first that has a LoRA."""
-    adapted = [any("lora_a" in m for _, m in b.named_modules()) for b in reward.blocks]
-    return adapted.index(True) if any(adapted) else len(adapted)
 
 
 def seconds_below(
@@ -76,7 +69,9 @@ def main() -> None:
     given.add_argument("--model", default="weights/sft-4bit")
     given.add_argument("--reward", default="weights/rm-4bit")
     given.add_argument("--runs", type=int, default=3)
-    args, quiet = given.parse_args(), Console(quiet=True)
+    args = given.parse_args()
+    if reward_config(Path(args.reward))["kind"] != "adapter":
+        given.error(f"{args.reward}: not a reward adapter, which alone has blocks to share")
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in VARIANTS}
     with ExitStack() as open_:
         runs = {}
@@ -90,15 +85,12 @@ def main() -> None:
                 output=str(Path("runs") / "shared-blocks"),
                 **changed,
             )
-            learner = load_learner(config, quiet)
-            open_.enter_context(closing(learner.evaluator.rewards))
-            move_lora(learner.roles.actor.model, 1e-6, seed=1)  # one of zeros is not merged
-            runs[name] = (learner, first_state(config))
+            runs[name] = ready_to_time(config, open_)
+        blocks = len(next(iter(runs.values()))[0].roles.reference.blocks)
+        below = blocks - read_json(Path(args.reward) / "adapter_config.json")["num_layers"]
         for turn in range(1 + args.runs):
             for name, (learner, state) in runs.items():
-                reward, config = learner.evaluator.rewards.model, learner.config
-                assert isinstance(reward, RewardModel)
-                below, done = blocks_below(reward.decoder), iterate(learner, state, quiet)
+                config, done = learner.config, iterate(learner, state, Console(quiet=True))
                 count = config.kl.measured(config.data.batch_size * config.rollout.K)
                 rows = measured_rows(
                     config.run.seed, state.iteration, len(done.groups), config.rollout.K, count
@@ -109,7 +101,7 @@ def main() -> None:
                     found[name].append((whole, kl, saved))
                 runs[name] = (learner, done.state)
     Console().table(
-        f"{below} of {len(reward.decoder.blocks)} blocks lie below the reward adapter",
+        f"{below} of {blocks} blocks lie below the reward adapter",
         ("", "an iteration", "reference", "its lower blocks", "of the iteration"),
         [_line(name, rows) for name, rows in found.items()],
     )
