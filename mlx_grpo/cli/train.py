@@ -108,7 +108,7 @@ def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
 
     seeds = flags.pop("seed", [])
     own = resume and file is None  # runs know their settings: what is given is checked with these
-    given = {"output": flags["output"]} if own and "output" in flags else {} if own else flags
+    given = {name: v for name, v in flags.items() if name == "output" or not own}
     configs = [build_config(file, {**given, "seed": s}) for s in seeds]
     if not configs:
         configs = [build_config(file, given)]
@@ -120,8 +120,8 @@ def _runs(flags: dict[str, Any], file: Path | None, resume: bool) -> list[Run]:
         started = is_run(c.run_directory)
         if own:
             # flags that contradict the run's settings are refused later
-            given = {**flags, "output": c.run.output, **({"seed": c.run.seed} if seeds else {})}
-            c = run_settings(c.run_directory, given) if started else build_config(None, given)
+            asked = {**flags, "output": c.run.output, **({"seed": c.run.seed} if seeds else {})}
+            c = run_settings(c.run_directory, asked) if started else build_config(None, asked)
         # of several seeds, those not started yet start now
         runs.append(Run(c, resume and (started or len(configs) == 1)))
     return runs

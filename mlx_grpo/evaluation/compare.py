@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from mlx_grpo.config.settings import TrainConfig, decoding, with_settings
 from mlx_grpo.console.output import Console
@@ -137,7 +138,7 @@ def _no_numbers(evaluation: Evaluation) -> dict[str, int]:
     """How many scores of each source are NaN or infinite, where any are."""
     sources = {"reward": evaluation.rewards, **evaluation.by_source}
     counts = {
-        name: sum(score is not None and not math.isfinite(score) for score in scores)
+        name: sum(score is not None and not _is_number(score) for score in scores)
         for name, scores in sources.items()
     }
     return {name: count for name, count in counts.items() if count}
@@ -215,9 +216,9 @@ def _on_both_sides(
 ) -> Scores:
     """The scores of the prompts where there is a finite number before and after."""
     pairs = [(before[i], after[i]) for i in places]
-    both = [
-        (b, a)
-        for b, a in pairs
-        if b is not None and a is not None and math.isfinite(b) and math.isfinite(a)
-    ]
+    both = [(b, a) for b, a in pairs if _is_number(b) and _is_number(a)]
     return [b for b, _ in both], [a for _, a in both]
+
+
+def _is_number(score: float | None) -> TypeGuard[float]:
+    return score is not None and math.isfinite(score)

@@ -111,6 +111,5 @@ def _reason(skipped: list[str]) -> str:
     if not skipped:
         return "there is none"
     newest, *others = skipped
-    if not others:
-        return newest
-    return f"{newest}; {len(others)} older {'one' if len(others) == 1 else 'ones'} too"
+    too = f"; {len(others)} older {'one' if len(others) == 1 else 'ones'} too" if others else ""
+    return newest + too

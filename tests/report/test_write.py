@@ -22,6 +22,7 @@ from mlx_grpo.core.stats import WinRate, cohens_d
 from mlx_grpo.files.lock import locked
 from mlx_grpo.report import page
 from mlx_grpo.report import write as report
+from mlx_grpo.report.figures import figures
 from mlx_grpo.report.page import pooled
 from mlx_grpo.report.record import read
 from mlx_grpo.report.write import write_report
@@ -394,3 +395,18 @@ def test_a_run_that_fails_does_not_leave_a_page_that_says_it_goes_on(
         train(config, Console(quiet=True))
     html = (config.run_directory / "report.html").read_text()
     assert "stopped at iteration 0 of 4" in words(html) and "refresh" not in html
+
+
+def test_a_reward_that_did_not_apply_at_first_is_drawn_too(run: Path) -> None:
+    rows = log.read(run / log.METRICS)
+    first = next(i for i, row in enumerate(rows) if "reward" in row)
+    for i, row in enumerate(rows):
+        if "reward" in row and i > first:
+            row["rewards/code/mean"] = 0.5
+    write_jsonl(run / log.METRICS, rows)
+    assert "Reward: code" in {chart.title for chart in figures([read(run, False)])}
+
+
+def test_the_command_that_judges_a_run_can_be_typed(tmp_path: Path) -> None:
+    spaced = write_run(tmp_path / "my runs" / "a")
+    assert page.judging(read(spaced, False)) == f"mlx-grpo eval '{spaced}' --prompts FRESH.jsonl"
