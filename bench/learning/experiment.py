@@ -69,7 +69,7 @@ class Scores:
     """95 %, Wilson."""
     ties: float
     """Share of the prompts."""
-    cohens_d: float
+    cohens_d: float | None
     """See `core/stats.py`."""
 
     @staticmethod

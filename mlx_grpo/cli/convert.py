@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_grpo.cli.options import Quiet
+from mlx_grpo.cli.options import Quiet, check_needs
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.assets import asset
@@ -89,6 +89,10 @@ def convert(
         raise InputError(f"--rm-as: must be auto, full or adapter, not '{rm_as}'")
     if not sft and not rm:
         raise InputError("nothing to convert; give --sft, --rm or both")
+    check_needs("--sft", sft, revision=revision, sft_base=sft_base, texts=texts)
+    check_needs("--rm", rm, rm_revision=rm_revision, rm_base=rm_base, pairs=pairs)
+    check_needs("--rm", rm, rm_as=rm_as != "auto")
+    check_needs("--verify", verify, texts=texts, pairs=pairs)
     texts = texts or asset("data/eval_prompts.jsonl")
     pairs = pairs or asset("data/preference_pairs.jsonl")
     wanted = ((sft, "--texts", texts, check_texts), (rm, "--pairs", pairs, check_pairs))

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import JsonFile, Quiet, check_json_file
+from mlx_grpo.cli.options import JsonFile, Quiet, check_json_file, check_needs
 from mlx_grpo.console.output import Console
+
+DEFAULT_MODEL = "default_model"
 
 
 def evaluate(
@@ -68,8 +70,11 @@ def evaluate(
         ),
     ] = None,
     judge_model: Annotated[
-        str, typer.Option(help="Name of the model there (the default is mlx_lm.server's own).")
-    ] = "default_model",
+        str,
+        typer.Option(
+            help=f"Name of the model there (default: {DEFAULT_MODEL}, mlx_lm.server's own).",
+        ),
+    ] = "",
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -79,11 +84,13 @@ def evaluate(
     from mlx_grpo.evaluation.table import comparison_json, show_comparison
     from mlx_grpo.files.atomic import write_json
 
+    check_needs("--prompts", prompts, prompt_column=prompt_column, response_column=response_column)
+    check_needs("--judge", judge, judge_model=judge_model)
     if json_file:
         check_json_file(json_file)
     ui = Console(quiet)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
-    asked = Judge(judge, judge_model, key) if judge else None
+    asked = Judge(judge, judge_model or DEFAULT_MODEL, key) if judge else None
     if asked:
         asked.ask("Reply with the letter A.")  # before minutes are spent on answers
     columns = (prompt_column, response_column)

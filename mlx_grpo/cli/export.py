@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_grpo.cli.options import Quiet
+from mlx_grpo.cli.options import Quiet, check_needs
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
 
@@ -55,10 +55,8 @@ def export(
 
     if fuse and peft:
         raise InputError("--fuse and --peft write different things; give one of them")
-    if dequantize and not fuse:
-        raise InputError("--dequantize: needs --fuse")
-    if private and not push:
-        raise InputError("--private: needs --push")
+    check_needs("--fuse", fuse, dequantize=dequantize, texts=texts)
+    check_needs("--push", push, private=private)
     form: Form = "dequantized" if dequantize else "fused" if fuse else "peft" if peft else "adapter"
     if push:
         check_push(push)

@@ -58,6 +58,19 @@ def check_json_file(file: Path) -> None:
         raise InputError(f"--json {file}: {found}")
 
 
+def check_needs(needed: str, there: object, **options: object) -> None:
+    """Raise InputError for an option that was given and does nothing without another.
+
+    Args:
+        needed: the other's flag.
+        there: its value.
+        options: values by name; one that is false was not given.
+    """
+    for name, value in options.items():
+        if value and not there:
+            raise InputError(f"{flag_of(name)}: needs {needed}")
+
+
 def with_models(command: Callable[..., Any]) -> Callable[..., Any]:
     """A command that loads models, and transformers without PyTorch.
 

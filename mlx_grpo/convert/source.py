@@ -41,10 +41,12 @@ def locate(name: str, revision: str | None = None) -> Source:
     """Resolve a path or Hub id.
 
     Raises:
-        InputError: nothing is there, the Hub does not answer, or the directory holds no known kind
-            of model.
+        InputError: nothing is there, the Hub does not answer, the directory holds no known kind of
+            model, or a revision is asked for of what is no repository.
     """
     path = Path(name).expanduser()
+    if revision and path.exists():
+        raise InputError(f"{path}: a local path has no revisions; leave out '{revision}'")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{path}: no such file")

@@ -83,13 +83,13 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def cohens_d(before: Sequence[float], after: Sequence[float]) -> float:
-    """Difference of the means over the pooled standard deviation (J. Cohen 1988, eq. 2.5.1); 0
-    where nothing varies."""
+def cohens_d(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """Difference of the means over the pooled standard deviation (J. Cohen 1988, eq. 2.5.1); None
+    where neither varies, or one value shows no variance."""
     if len(before) < 2:
-        return 0.0
+        return None
     spread = math.sqrt((variance(before) + variance(after)) / 2)
-    return (fmean(after) - fmean(before)) / spread if spread else 0.0
+    return (fmean(after) - fmean(before)) / spread if spread else None
 
 
 def pass_at_k(right: int, n: int, k: int) -> float:

@@ -264,9 +264,8 @@ def table(records: Sequence[Record]) -> Table:
         for f in rows(records)
     ]
     judges = {"reward": "reward", **{f"rewards/{n}": judge_label(n) for n in gold_names(records)}}
+    how = f"{' or '.join(sorted({decoding(r.temperature) for r in records}))} answers"
     for key, judge in judges.items():
-        heats = {decoding(r.temperature) for r in records}
-        how = f"{' or '.join(sorted(heats))} answers"
         for test in ("", *test_names(records)):
             rates = [r.wins(key, test) for r in records]
             if any(rates):
@@ -275,7 +274,7 @@ def table(records: Sequence[Record]) -> Table:
                 body.append((name, [(), _rate(pooled(rates)), (), *cells]))
     effects: list[Cell] = [_signed(r.effect()) for r in records]
     if any(effects):
-        name = "effect size by reward (Cohen's d)"
+        name = f"effect size by reward (Cohen's d), {how}"
         known = [d for r in records if (d := r.effect()) is not None]
         body.append((name, [(), _spread(known, "+.2f"), (), *(effects if several else [])]))
     if several:

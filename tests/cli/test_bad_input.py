@@ -228,6 +228,34 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a source without chat template": ((*CONVERT, "--sft", "{bare}"), NO_TEMPLATE),
     "a language model as reward model": ((*CONVERT, "--rm", "{sft}"), r"sft: not a reward model"),
+    "a column of no file": (
+        ("eval", "runs/gone", "--response-column", "answer"),
+        r"^error: --response-column: needs --prompts$",
+    ),
+    "a model of no judge": (
+        ("eval", "runs/gone", "--judge-model", "gpt"),
+        r"^error: --judge-model: needs --judge$",
+    ),
+    "pairs for no reward model": (
+        ("convert", "--sft", "{sft}", "--pairs", "pairs.jsonl"),
+        r"^error: --pairs: needs --rm$",
+    ),
+    "a form of no reward model": (
+        (*CONVERT, "--sft", "{sft}", "--rm-as", "full"),
+        r"^error: --rm-as: needs --rm$",
+    ),
+    "a base of no SFT model": (
+        (*CONVERT, "--rm", "{rm}", "--sft-base", "{sft}"),
+        r"^error: --sft-base: needs --sft$",
+    ),
+    "texts that nothing reads": (
+        (*CONVERT, "--sft", "{sft}", "--texts", "{held_out}"),
+        r"^error: --texts: needs --verify$",
+    ),
+    "a revision of a directory": (
+        (*CONVERT, "--sft", "{sft}", "--revision", "v1"),
+        r"^error: \S+: a local path has no revisions; leave out 'v1'$",
+    ),
     "no run to evaluate": (("eval", "runs/gone"), r"^error: runs/gone: no run here \(config\.toml"),
     "no pairs": ((*TRAIN_RM, "no.jsonl"), r"^error: no\.jsonl: no such file"),
 }

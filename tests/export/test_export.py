@@ -166,6 +166,7 @@ def test_base_and_licence_come_from_the_card_of_the_sft_model(run: Path, tmp_pat
 REFUSED = {
     "two forms": (("--fuse", "--peft"), "give one of them"),
     "bits of an adapter": (("--dequantize",), "--dequantize: needs --fuse"),
+    "texts for an adapter": (("--texts", "t.jsonl"), "--texts: needs --fuse"),
     "a private nothing": (("--private",), "--private: needs --push"),
     "another adapter": (("--adapter", "last"), "must be best or final"),
     "no texts": (("--fuse", "--texts", "none.jsonl"), "none.jsonl: no such file; give --texts"),

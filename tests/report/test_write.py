@@ -201,7 +201,7 @@ def test_win_rates_of_several_runs_are_pooled_and_show_their_ties(tmp_path: Path
     assert "win rate by reward first over 60% iteration 10 iteration 10 iteration 10" in said
     # twelve rewards 0 to 11; eight rise by 1.5 and four fall by as much
     effect = cohens_d(range(12), [i + (1.5 if i > 3 else -1.5) for i in range(12)])
-    assert f"effect size by reward (Cohen's d) {effect:+.2f} ± 0.00" in said
+    assert f"effect size by reward (Cohen's d), {how} {effect:+.2f} ± 0.00" in said
     assert pooled([None, WinRate(1.5, 4, 1), WinRate(2.0, 4, 0)]) == WinRate(3.5, 8, 1)
     assert pooled([None]) is None
 
