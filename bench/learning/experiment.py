@@ -32,7 +32,6 @@ from mlx_grpo.run import log
 from mlx_grpo.run.directory import chosen_adapter
 
 SETTINGS = Path(__file__).with_name("experiment.toml")
-FIGURES = "judged.json"
 DECODING = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures of the answers that are judged."""
 GOLD = "mlx_grpo.rubric:gold"
@@ -94,13 +93,11 @@ def seed_run(variant: str, seed: int, output: Path, ui: Console, **given: Any) -
     run = output / variant / f"seed-{seed}"
     changes = {**VARIANTS[variant], **given, "seed": seed, "output": str(run)}
     finish(with_settings(build_config(SETTINGS), **changes), ui, f"{variant}, seed {seed}")
-    if not (run / FIGURES).exists():
-        write_json(run / FIGURES, _judged_run(run, ui))
     rows = log.read(run / log.METRICS)
     return {
         "variant": variant,
         "seed": seed,
-        **read_json(run / FIGURES),
+        **_judged_run(run, ui),
         "kl_by_phase": phases(rows),
         "iterations_to_60_percent": read(run, running=False).winning_from(0.6),
         "iterations": _means([row for row in rows if "kl" in row]),
@@ -127,20 +124,28 @@ def _judged_run(run: Path, ui: Console) -> dict[str, Any]:
 
 
 def _judged_adapter(run: Path, adapter: str, ui: Console) -> dict[str, Any]:
-    found = {
-        how: compare_run(run, None, adapter, ui, judges=(GOLD, SIMILARITY), temperature=temperature)
-        for how, temperature in DECODING.items()
-    }
-    sampled = found["sampled"]
-    return {
-        "adapter": chosen_adapter(run, adapter).name,
-        "prompts": len(sampled.before.groups),
-        **{
-            how: {j: asdict(Scores.of(*contests(c)[j])) for j in JUDGES} for how, c in found.items()
-        },
-        "before": _policy(sampled.before),
-        "after": _policy(sampled.after),
-    }
+    name = chosen_adapter(run, adapter).name
+    found = {how: judged(run, name, how, ui) for how in DECODING}
+    policies = {side: found["sampled"][side] for side in ("prompts", "before", "after")}
+    return {"adapter": name, **policies, **{how: found[how]["scores"] for how in DECODING}}
+
+
+def judged(run: Path, adapter: str, how: str, ui: Console) -> dict[str, Any]:
+    """The SFT model's answers and an adapter's, decoded as `DECODING` has it, by each judge. It is
+    kept in the run's directory; a second process may judge the other adapter meanwhile."""
+    file = run / f"judged-{adapter}-{how}.json"
+    if not file.exists():
+        judges = (GOLD, SIMILARITY)
+        c = compare_run(run, None, adapter, ui, judges=judges, temperature=DECODING[how])
+        scores = contests(c)
+        about = {
+            "prompts": len(c.before.groups),
+            "scores": {judge: asdict(Scores.of(*scores[judge])) for judge in JUDGES},
+            "before": _policy(c.before),
+            "after": _policy(c.after),
+        }
+        write_json(file, about)
+    return dict(read_json(file))
 
 
 def _policy(e: Evaluation) -> dict[str, float]:
