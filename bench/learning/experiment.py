@@ -9,7 +9,7 @@ Settings are in `experiment.toml`; two to four hours of one CPU core a seed, les
 `mlx-grpo convert`), and PyTorch with the embedding model for the third judge
 (`bench/learning/similarity.py`). It may be stopped: what is done is not done again, and each seed's
 figures are written as soon as they are there. --json keeps the runs of other seeds that the file
-has.
+has, and the tables show them too.
 """
 
 import mlx_grpo  # noqa: F401  isort: skip  (first: it loads OpenBLAS before MLX)
@@ -147,7 +147,7 @@ def judged(run: Path, adapter: str, how: str, ui: Console) -> dict[str, Any]:
             "after": _policy(c.after),
         }
         write_json(file, about)
-    return dict(read_json(file))
+    return read_json(file)
 
 
 def _policy(e: Evaluation) -> dict[str, float]:
@@ -181,20 +181,20 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for variant in args.only:
         for seed in args.seeds if variant == "decay" else args.seeds[:1]:
-            settings = {"actor_model": str(args.model)}
-            runs.append(seed_run(variant, seed, args.output, ui, not args.skip_last, **settings))
-            if args.json:
-                keep(args.json, runs[-1], args.model)
+            last, model = not args.skip_last, str(args.model)
+            found = seed_run(variant, seed, args.output, ui, last, actor_model=model)
+            runs = keep(args.json, found, args.model) if args.json else [*runs, found]
     show(runs, ui)
 
 
-def keep(file: Path, run: dict[str, Any], model: Path) -> None:
+def keep(file: Path, run: dict[str, Any], model: Path) -> list[dict[str, Any]]:
     """Put a run's figures into the file, in the place of an earlier one of that name; those of
-    other settings or another model go."""
+    other settings or another model go. Returns all that it holds."""
     about = {"settings": flat_values(build_config(SETTINGS, {"actor_model": str(model)}))}
     others = earlier(file, about).get("runs", [])
-    runs = [r for r in others if _name(r) != _name(run)] + [run]
-    write_json(file, {**about, "runs": sorted(runs, key=_name)})
+    runs = sorted([r for r in others if _name(r) != _name(run)] + [run], key=_name)
+    write_json(file, {**about, "runs": runs})
+    return runs
 
 
 def show(runs: list[dict[str, Any]], ui: Console) -> None:

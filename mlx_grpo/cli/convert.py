@@ -90,8 +90,9 @@ def convert(
     if not sft and not rm:
         raise InputError("nothing to convert; give --sft, --rm or both")
     check_needs("--sft", sft, revision=revision, sft_base=sft_base, texts=texts)
-    check_needs("--rm", rm, rm_revision=rm_revision, rm_base=rm_base, pairs=pairs)
-    check_needs("--rm", rm, rm_as=rm_as != "auto")
+    check_needs(
+        "--rm", rm, rm_revision=rm_revision, rm_base=rm_base, pairs=pairs, rm_as=rm_as != "auto"
+    )
     check_needs("--verify", verify, texts=texts, pairs=pairs)
     texts = texts or asset("data/eval_prompts.jsonl")
     pairs = pairs or asset("data/preference_pairs.jsonl")

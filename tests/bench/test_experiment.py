@@ -66,8 +66,9 @@ def test_figures_of_other_seeds_stay_in_the_file(tmp_path: Path) -> None:
     write_json(file, {**read_json(file), "settings": "others"})
     keep(file, {"variant": "decay", "seed": 1}, MODEL)
     assert [r["seed"] for r in read_json(file)["runs"]] == [1]
-    keep(file, {"variant": "decay", "seed": 2}, Path("another"))
+    found = keep(file, {"variant": "decay", "seed": 2}, Path("another"))
     assert [r["seed"] for r in read_json(file)["runs"]] == [2]
+    assert found == read_json(file)["runs"]
 
 
 def test_the_reference_protocol_is_what_is_run() -> None:

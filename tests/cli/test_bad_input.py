@@ -228,30 +228,6 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a source without chat template": ((*CONVERT, "--sft", "{bare}"), NO_TEMPLATE),
     "a language model as reward model": ((*CONVERT, "--rm", "{sft}"), r"sft: not a reward model"),
-    "a column of no file": (
-        ("eval", "runs/gone", "--response-column", "answer"),
-        r"^error: --response-column: needs --prompts$",
-    ),
-    "a model of no judge": (
-        ("eval", "runs/gone", "--judge-model", "gpt"),
-        r"^error: --judge-model: needs --judge$",
-    ),
-    "pairs for no reward model": (
-        ("convert", "--sft", "{sft}", "--pairs", "pairs.jsonl"),
-        r"^error: --pairs: needs --rm$",
-    ),
-    "a form of no reward model": (
-        (*CONVERT, "--sft", "{sft}", "--rm-as", "full"),
-        r"^error: --rm-as: needs --rm$",
-    ),
-    "a base of no SFT model": (
-        (*CONVERT, "--rm", "{rm}", "--sft-base", "{sft}"),
-        r"^error: --sft-base: needs --sft$",
-    ),
-    "texts that nothing reads": (
-        (*CONVERT, "--sft", "{sft}", "--texts", "{held_out}"),
-        r"^error: --texts: needs --verify$",
-    ),
     "a revision of a directory": (
         (*CONVERT, "--sft", "{sft}", "--revision", "v1"),
         r"^error: \S+: a local path has no revisions; leave out 'v1'$",
@@ -269,6 +245,29 @@ def test_a_command_with(case: str, entry_point: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["an unknown flag", "no actor", "no run to evaluate"])
 def test_a_process_with(case: str, process: Run, tmp_path: Path) -> None:
     refused(process, tmp_path, *COMMANDS[case])
+
+
+ALONE = {
+    "eval runs/gone --prompt-column question": "--prompts",
+    "eval runs/gone --response-column answer": "--prompts",
+    "eval runs/gone --judge-model gpt": "--judge",
+    "convert --rm {rm} --revision v1": "--sft",
+    "convert --rm {rm} --sft-base {sft}": "--sft",
+    "convert --rm {rm} --texts {held_out}": "--sft",
+    "convert --sft {sft} --rm-revision v1": "--rm",
+    "convert --sft {sft} --rm-base {sft}": "--rm",
+    "convert --sft {sft} --pairs pairs.jsonl": "--rm",
+    "convert --sft {sft} --rm-as full": "--rm",
+    "convert --sft {sft} --no-verify --texts {held_out}": "--verify",
+    "convert --rm {rm} --no-verify --pairs pairs.jsonl": "--verify",
+}
+"""The last option does nothing without another."""
+
+
+@pytest.mark.parametrize("arguments", ALONE)
+def test_an_option_that_does_nothing(arguments: str, entry_point: Run, tmp_path: Path) -> None:
+    typed = tuple(arguments.split())
+    refused(entry_point, tmp_path, typed, f"^error: {typed[-2]}: needs {ALONE[arguments]}$")
 
 
 def test_a_row_that_is_no_json(process: Run, tmp_path: Path) -> None:
