@@ -2,7 +2,7 @@
 iterations on a reward model with three seeds, and on a reward that can be checked with one.
 
 usage: python -m bench.learning.experiment [--only decay constraints] [--seeds 42 123 777]
-           [--skip-last] [--output runs/experiment] [--json bench/results/experiment.json]
+           [--output runs/experiment] [--json bench/results/experiment.json]
 
 Settings are in `experiment.toml`; two to four hours of one CPU core a seed, less with
 `sh bench/blas/with.sh` in front. Needs `weights/sft-4bit` and `weights/rm-4bit` (`make demo` or
@@ -84,13 +84,10 @@ class Scores:
         )
 
 
-def seed_run(
-    variant: str, seed: int, output: Path, ui: Console, last: bool = True, **given: Any
-) -> dict[str, Any]:
+def seed_run(variant: str, seed: int, output: Path, ui: Console, **given: Any) -> dict[str, Any]:
     """Train, measure, and return the figures of one run; what is there is not done again.
 
     Args:
-        last: judge the last adapter too where another one was chosen.
         given: further settings.
     """
     run = output / variant / f"seed-{seed}"
@@ -100,7 +97,7 @@ def seed_run(
     return {
         "variant": variant,
         "seed": seed,
-        **_judged_run(run, last, ui),
+        **_judged_run(run, ui),
         "kl_by_phase": phases(rows),
         "iterations_to_60_percent": read(run, running=False).winning_from(0.6),
         "iterations": _means([row for row in rows if "kl" in row]),
@@ -117,10 +114,11 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     return [{n: statistics.fmean(row[n] for row in some) for n in ITERATION} for some in windows]
 
 
-def _judged_run(run: Path, last: bool, ui: Console) -> dict[str, Any]:
-    """Wins on prompts that did not choose the adapter, by greedy and by sampled answers."""
+def _judged_run(run: Path, ui: Console) -> dict[str, Any]:
+    """Wins on prompts that did not choose the adapter, by greedy and by sampled answers; of the
+    last adapter as well, where another one was chosen."""
     found = _judged_adapter(run, "", ui)
-    if last and found["adapter"] == "best":
+    if found["adapter"] == "best":
         found["final"] = _judged_adapter(run, "final", ui)
     return found
 
@@ -174,15 +172,11 @@ def phases(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 def main() -> None:
     """Run or resume everything; print the tables."""
     given = parser(__doc__, VARIANTS, (42, 123, 777), "runs/experiment")
-    given.add_argument(
-        "--skip-last", action="store_true", help="judge the chosen adapter only: half the time"
-    )
     args, ui = given.parse_args(), Console()
     runs: list[dict[str, Any]] = []
     for variant in args.only:
         for seed in args.seeds if variant == "decay" else args.seeds[:1]:
-            last, model = not args.skip_last, str(args.model)
-            found = seed_run(variant, seed, args.output, ui, last, actor_model=model)
+            found = seed_run(variant, seed, args.output, ui, actor_model=str(args.model))
             runs = keep(args.json, found, args.model) if args.json else [*runs, found]
     show(runs, ui)
 

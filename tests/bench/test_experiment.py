@@ -48,8 +48,6 @@ def test_a_finished_run_is_read_and_not_run_again(
     monkeypatch.setattr(common, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "compare_run", lambda *_, **__: pytest.fail("measured again"))
     assert seed_run("decay", 3, tmp_path, Console(quiet=True)) == first
-    chosen = seed_run("decay", 3, tmp_path, Console(quiet=True), last=False)
-    assert chosen == {name: value for name, value in first.items() if name != "final"}
     with pytest.raises(InputError, match="has another learning_rate; remove it"):
         seed_run("decay", 3, tmp_path, Console(quiet=True), learning_rate=1e-3)
 
