@@ -69,6 +69,8 @@ def export(
         ui.say(f"what fusing cost: {done.cost.describe()}")
         if advice := done.cost.advice():
             ui.warn(advice)
+    if done.note:
+        ui.warn(done.note)
     if peft and not done.base:
         ui.warn("the card of the SFT model does not say what it was made of; name it with --base")
     if push:

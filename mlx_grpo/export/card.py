@@ -52,8 +52,14 @@ def usage(form: str, model: object, sft: object, base: str) -> str:
     return command("mlx_lm.generate", *models, "--prompt", "...")
 
 
-def export_card(subject: Subject, config: TrainConfig, cost: FusedCost | None) -> str:
-    """README.md of an exported directory."""
+def export_card(
+    subject: Subject, config: TrainConfig, cost: FusedCost | None, note: str = ""
+) -> str:
+    """README.md of an exported directory.
+
+    Args:
+        note: what to know before using it.
+    """
     name, base = subject.title, subject.base or subject.sft.name
     if not _is_hub_id(base):
         base = Path(base).name  # where it lies on this machine is nobody's business
@@ -64,6 +70,7 @@ def export_card(subject: Subject, config: TrainConfig, cost: FusedCost | None) -
             f"`{base}`, trained with GRPO by mlx-grpo: {FORMS[subject.form]}.",
             *([f"What fusing cost: {cost.describe()}."] if cost else []),
             *("", "## Use", "", "```", use, "```", ""),
+            *([f"{note[0].upper()}{note[1:]}.", ""] if note else []),
             *("## What training changed", "", *_figures(subject, config.gold_names), ""),
             *("## How it was trained", "", *_settings(subject, config), ""),
         ]

@@ -18,6 +18,7 @@ from mlx_grpo.data.tables import data_files
 from mlx_grpo.export.card import Subject, export_card, usage
 from mlx_grpo.export.formats import write_adapter, write_fused, write_peft
 from mlx_grpo.export.fused_cost import FusedCost, fused_cost
+from mlx_grpo.export.names import check_peft, note_on_transformers
 from mlx_grpo.files.atomic import atomic_directory, write_text
 from mlx_grpo.files.manifest import check_replaceable, verify_manifest, write_manifest
 from mlx_grpo.run.directory import REPORT, chosen_adapter, is_run, other_model, run_settings
@@ -56,14 +57,16 @@ class Exported:
     """A command that uses it."""
     base: str | None
     cost: FusedCost | None
+    note: str
+    """What to know before using it; may be empty."""
 
 
 def export_run(export: Export) -> Exported:
     """Write a run's adapter in another form.
 
     Raises:
-        InputError: no finished run, its SFT model is gone or another one now, or the directory
-            exists and `replace` is false.
+        InputError: no finished run, its SFT model is gone or another one now, PEFT would not find
+            its layers, or the directory exists and `replace` is false.
     """
     config = run_settings(export.run)
     adapter, sft = chosen_adapter(export.run, export.adapter), Path(config.model.actor)
@@ -73,6 +76,9 @@ def export_run(export: Export) -> Exported:
     verify_manifest(sft)
     if changed := other_model(export.run, sft):
         raise InputError(changed)
+    if export.form == "peft":
+        check_peft(sft)
+    note = note_on_transformers(sft) if export.form == "dequantized" else ""
     measured = _texts(export, config)
     base = export.base or declared_base(sft)
     out = export.output or export.run / "export" / export.form
@@ -88,9 +94,9 @@ def export_run(export: Export) -> Exported:
             shutil.copyfile(export.run / REPORT, directory / REPORT)
         write_manifest(directory)  # before the card, which people edit
         subject = Subject(export.run, adapter, sft, base, export.form, out.name, report)
-        write_text(directory / "README.md", export_card(subject, config, cost))
+        write_text(directory / "README.md", export_card(subject, config, cost, note))
     use = usage(export.form, out, sft, base or "BASE")
-    return Exported(out, adapter, use, base, cost)
+    return Exported(out, adapter, use, base, cost, note)
 
 
 def _check_replaced(out: Path, sft: Path) -> None:

@@ -28,7 +28,7 @@ def write_fused(directory: Path, adapter: Path, sft: Path, dequantize: bool, scr
     """A model of its own: W + scale * (a b)^T, quantized as the SFT model is, or in 16 bits.
 
     Each weight is rounded once, block by block; the directory loads with `mlx_lm.load`, and in 16
-    bits with transformers too.
+    bits, where a family has the same names there, with transformers too.
     """
     opened = open_source(locate(str(adapter)), str(sft), scratch)
     model = opened.backbone()
