@@ -299,21 +299,65 @@ def test_a_missing_file_in_a_directory_that_is_here_is_not_looked_for_on_the_hub
         list(read_rows(Path("data/prompts")))
 
 
-def test_what_was_fetched_before_is_read_without_a_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Put files into the Hub's cache, and leave the network."""
     from huggingface_hub import constants
 
-    repository = tmp_path / "datasets--me--data"
-    file = repository / "snapshots" / "abc" / "default" / "train" / "0000.parquet"
-    file.parent.mkdir(parents=True)
-    parquet(file, [{"prompt": "x"}])
-    reference = repository / "refs" / hub.CONVERTED
-    reference.parent.mkdir(parents=True)
-    reference.write_text("abc")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert list(read_rows(Path("me/data"))) == [("me/data/0000.parquet:row 1", {"prompt": "x"})]
+    def with_files(files: list[str]) -> None:
+        repository = tmp_path / "datasets--me--data"
+        for name in files:
+            file = repository / "snapshots" / "abc" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            parquet(file, [{"prompt": name}])
+        reference = repository / "refs" / hub.CONVERTED
+        reference.parent.mkdir(parents=True)
+        reference.write_text("abc")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    return with_files
+
+
+def test_what_was_fetched_before_is_read_without_a_network(in_the_cache: Hub) -> None:
+    in_the_cache(FILES)
+    assert [row["prompt"] for _, row in read_rows(Path("me/data"))] == FILES[:2]
+    assert [row["prompt"] for _, row in read_rows(Path("me/data:test"))] == FILES[2:]
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        (["default/train/0001.parquet"], "its cache holds only a part of the files"),
+        (["default/train/0000.parquet", "default/train/0002.parquet"], "only a part of the files"),
+        (["default/test/0000.parquet"], "its cache holds no split of it .* there are test"),
+        (["en/train/0000.parquet"], "its cache holds no configuration of it .* there are en"),
+    ],
+)
+def test_a_part_in_the_cache_is_not_taken_for_the_whole(
+    files: list[str], complaint: str, in_the_cache: Hub
+) -> None:
+    in_the_cache(files)
+    with pytest.raises(InputError, match=complaint):
+        list(read_rows(Path("me/data")))
+
+
+def test_an_interrupted_download_leaves_a_gap(
+    on_the_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    on_the_hub(FILES)
+    asked: list[str] = []
+
+    def fails(_: str, name: str, **__: Any) -> str:
+        asked.append(name)
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    with pytest.raises(InputError, match="cannot be reached"):
+        list(read_rows(Path("me/data")))
+    assert asked == ["default/train/0001.parquet"]
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
