@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPException, HTTPMessage, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse, IncompleteRead
 from typing import IO, Any
 
 from mlx_grpo.core.errors import InputError, one_line
@@ -23,6 +23,8 @@ from mlx_grpo.core.types import Group
 AT_ONCE = 4
 RETRIES = 3
 BUSY = (429, 500, 502, 503, 504)
+PASSING = (TimeoutError, ConnectionResetError, IncompleteRead)
+"""A server that is slow, or that went away in the middle: perhaps not for long."""
 LONGEST_PAUSE = 30.0
 PATIENCE = 5
 """Timeouts that a reply may take which never falls silent."""
@@ -109,23 +111,26 @@ class Judge:
         """The reply to a question.
 
         Raises:
-            InputError: no answer, an HTTP error (429 and 5xx after three retries), or a reply that
-                is not a chat completion.
+            InputError: an HTTP error, or no reply (each after three retries where it may pass), or
+                a reply that is not a chat completion.
         """
         for retry in range(RETRIES + 1):
+            pause = self.pause * 2**retry
             try:
                 return self._post(question)
             except urllib.error.HTTPError as e:
                 if e.code not in BUSY or retry == RETRIES:
                     raise InputError(self._complaint(f"HTTP {e.code}: {_reason(e)}")) from None
-                time.sleep(_pause(e.headers, self.pause * 2**retry))
+                time.sleep(_pause(e.headers, pause))
             except InputError:
                 raise
-            except TimeoutError:
-                raise InputError(self._complaint(f"no reply in {self.timeout:g} s")) from None
             except (OSError, HTTPException) as e:
                 reason = getattr(e, "reason", e)
-                raise InputError(self._complaint(f"{reason or type(e).__name__}")) from None
+                if not isinstance(reason, PASSING) or retry == RETRIES:
+                    late = isinstance(reason, TimeoutError)
+                    what = f"no reply in {self.timeout:g} s" if late else reason
+                    raise InputError(self._complaint(str(what) or type(e).__name__)) from None
+                time.sleep(pause)
             except (ValueError, LookupError, TypeError, RecursionError):
                 raise InputError(self._complaint("the reply is not a chat completion")) from None
         raise AssertionError("unreachable")

@@ -6,9 +6,11 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from http.client import IncompleteRead, RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 
@@ -217,7 +219,7 @@ def test_what_goes_wrong_takes_one_line_without_the_key(
     assert len(stub.requests) == requests
 
 
-def test_a_silent_server_is_given_up(serve: Serve) -> None:
+def test_a_silent_server_is_given_up_after_three_retries(serve: Serve) -> None:
     release = threading.Event()
 
     def silent(_: str) -> str:
@@ -226,8 +228,49 @@ def test_a_silent_server_is_given_up(serve: Serve) -> None:
 
     stub = serve(silent)
     with pytest.raises(InputError, match=r"no reply in 0\.1 s"):
-        Judge(stub.url, "m", timeout=0.1).ask("x")
+        Judge(stub.url, "m", timeout=0.1, pause=0.0).ask("x")
     release.set()
+    assert len(stub.requests) == 4
+
+
+def test_a_server_that_was_silent_once_is_asked_again(serve: Serve) -> None:
+    release, asked = threading.Event(), iter(range(9))
+
+    def silent_at_first(_: str) -> str:
+        if not next(asked):
+            release.wait(10)
+        return "A"
+
+    stub = serve(silent_at_first)
+    assert Judge(stub.url, "m", timeout=0.5, pause=0.0).ask("x") == "A"
+    release.set()
+    assert len(stub.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RemoteDisconnected("closed without response"), 4),
+        (URLError(ConnectionResetError("reset by peer")), 4),
+        (URLError(TimeoutError("timed out")), 4),
+        (IncompleteRead(b"{"), 4),
+        (URLError(ConnectionRefusedError("refused")), 1),
+        (URLError("unknown host"), 1),
+    ],
+)
+def test_a_connection_is_tried_again_where_it_broke_and_not_where_there_is_none(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def fails(_: Judge, question: str) -> str:
+        tried.append(question)
+        raise error
+
+    monkeypatch.setattr(Judge, "_post", fails)
+    with pytest.raises(InputError, match=r"^--judge http://x/v1: .+; check the URL"):
+        Judge("http://x/v1", "m", pause=0.0).ask("x")
+    assert len(tried) == asked
 
 
 def test_no_server_at_all_is_said(serve: Serve) -> None:
@@ -357,8 +400,8 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up(
                 yield b" "
 
     stub = serve(lambda _: (200, Dripping([]), {}))
-    with pytest.raises(InputError, match=r"no reply in 0\.2 s"):
-        Judge(stub.url, "m", timeout=0.2).ask("x")
+    with pytest.raises(InputError, match=r"no reply in 0\.1 s"):
+        Judge(stub.url, "m", timeout=0.1, pause=0.0).ask("x")
 
 
 @pytest.mark.parametrize("asked", ["²", "9" * 500, "-1", "soon", ""])
