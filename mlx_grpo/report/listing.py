@@ -8,6 +8,7 @@ from mlx_grpo.console.doing import duration
 from mlx_grpo.core.commands import command
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.files.lock import held
+from mlx_grpo.report.health import Row
 from mlx_grpo.report.record import Record, read_figures
 from mlx_grpo.run import log
 from mlx_grpo.run.directory import is_run, resume_command
@@ -66,16 +67,18 @@ def _listed(run: Path) -> Listed:
 
 
 def _of_record(r: Record) -> Listed:
-    now = r.chosen
-    cells = (
-        state(r),
-        f"{r.step}/{r.config.run.num_iterations}",
-        log.figure(now.get("eval_reward"), "+.3f"),
-        log.figure(now.get("eval_kl"), ".4f"),
-        str(now["step"]) if now["eval_best"] else "none",
-        _minutes(r),
-    )
+    figures = _figures(r.chosen) if r.evaluations else ("", "", "")
+    cells = (state(r), f"{r.step}/{r.config.run.num_iterations}", *figures, _minutes(r))
     return Listed(r.run, cells, next_command(r))
+
+
+def _figures(chosen: Row) -> tuple[str, str, str]:
+    """Reward, KL, and the best iteration."""
+    return (
+        log.figure(chosen.get("eval_reward"), "+.3f"),
+        log.figure(chosen.get("eval_kl"), ".4f"),
+        str(chosen["step"]) if chosen["eval_best"] else "none",
+    )
 
 
 def state(r: Record) -> str:
@@ -86,6 +89,8 @@ def state(r: Record) -> str:
 def next_command(r: Record) -> str:
     """What to type next: look at a run that goes on, go on with one that stopped, try what a
     finished one has learned."""
+    if r.running and not r.iterations:
+        return ""  # no answers yet
     if r.running:
         return command("mlx-grpo", "samples", r.run)
     return command("mlx-grpo", "chat", r.run) if r.finished else resume_command(r.run)

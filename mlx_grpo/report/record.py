@@ -63,11 +63,13 @@ class Record:
     @property
     def step(self) -> int:
         """Iterations done."""
-        return int(self.rows[-1]["step"])
+        return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
     def finished(self) -> bool:
         """Whether the last iteration was evaluated too, and nothing is at work."""
+        if not self.evaluations:
+            return False
         whole = self.step >= self.config.run.num_iterations
         return "eval_reward" in self.rows[-1] and (whole or self.ended_early) and not self.running
 
@@ -178,6 +180,8 @@ def read(run: Path, running: bool) -> Record:
         InputError: no run here, one without any figures yet, or damage.
     """
     found = read_figures(run, running)
+    if not found.evaluations:
+        raise InputError(f"{run}: nothing to report before the first evaluation")
     model = found.config.reward.model
     return replace(
         found,
@@ -189,17 +193,16 @@ def read(run: Path, running: bool) -> Record:
 
 
 def read_figures(run: Path, running: bool) -> Record:
-    """Read settings and metrics of a run, without its answers and what it was made of.
+    """Read settings and metrics of a run, without its answers and what it was made of. There may be
+    no figures yet.
 
     Raises:
-        InputError: as `read`.
+        InputError: no run here, or damage.
     """
     config = run_settings(run)
     rows = _log(run / log.METRICS)
     for number, row in enumerate(rows, 1):
         _check_figures(f"{run / log.METRICS}:{number}", row)
-    if not any("eval_reward" in row for row in rows):
-        raise InputError(f"{run}: nothing to report before the first evaluation")
     return Record(run, config, rows, [], [], [], {}, running)
 
 

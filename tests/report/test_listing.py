@@ -33,6 +33,18 @@ def test_a_finished_a_stopped_and_a_running_run_are_told_apart(folder: Path) -> 
     assert running.next == f"mlx-grpo samples {at_work}"
 
 
+def test_a_run_before_its_first_evaluation_is_no_damage(folder: Path) -> None:
+    begun = write_run(folder / "seed-3", seed=3)
+    (begun / "metrics.jsonl").unlink()
+    with locked(begun):
+        running = listed(folder)[2]
+    stopped = listed(folder)[2]
+    assert running.cells == ("running", "0/60", "", "", "", "0 s")
+    assert (running.next, running.damage) == ("", "")
+    assert stopped.cells[:2] == ("stopped", "0/60")
+    assert stopped.next == f"mlx-grpo train --resume --output {begun}"
+
+
 def test_runs_inside_folders_are_found_and_hidden_ones_are_not(folder: Path) -> None:
     write_run(folder / "seeds" / "seed-7")
     write_run(folder / ".trash" / "seed-8")
