@@ -35,7 +35,7 @@ from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.reward_model import reward_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "KL of all completions": {},
+    "KL of all completions": {"update_rows": 0, "kl_share": 1.0},
     "defaults": {"update_rows": 3, "kl_share": 0.125},
 }
 """What is changed against the demo."""
