@@ -37,9 +37,9 @@ def test_the_lists_hold_what_has_the_same_names_in_transformers(name: str, tmp_p
     sft = tmp_path / "sft"
     try:
         convert_sft(locate(str(tmp_path / "hf")), sft, Quantization(16), None)
-    except InputError as e:
+    except InputError:  # what is not converted is not exported either
         assert read_json(tmp_path / "hf" / "config.json")["model_type"] not in SAME_LAYERS
-        pytest.skip(str(e).removeprefix(str(tmp_path)))
+        return
     family = read_json(sft / "config.json")["model_type"]
     weights = {n: v.shape for n, v in load_arrays(sft / "model.safetensors").items()}
     adapted = add_lora(load_backbone(sft).model, rank=2, scale=1.0, seed=0)
