@@ -88,11 +88,9 @@ def state(r: Record) -> str:
 
 def next_command(r: Record) -> str:
     """What to type next: look at a run that goes on, go on with one that stopped, try what a
-    finished one has learned."""
-    if r.running and not r.iterations:
-        return ""  # no answers yet
+    finished one has learned; nothing before there are answers to look at."""
     if r.running:
-        return command("mlx-grpo", "samples", r.run)
+        return command("mlx-grpo", "samples", r.run) if r.iterations else ""
     return command("mlx-grpo", "chat", r.run) if r.finished else resume_command(r.run)
 
 

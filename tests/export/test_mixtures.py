@@ -1,17 +1,11 @@
 """A mixture of experts with a LoRA on its experts, fused, read again, and refused where it must."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm import load
 
-from mlx_grpo.cli import main
-from mlx_grpo.config.settings import train_config
-from mlx_grpo.config.sources import to_toml
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.output import lazily
 from mlx_grpo.convert.quantize import Quantization
@@ -19,18 +13,11 @@ from mlx_grpo.convert.source import locate
 from mlx_grpo.core.errors import InputError
 from mlx_grpo.core.rng import key
 from mlx_grpo.export.formats import write_fused, write_peft
-from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import add_lora, lora_parameters, save_adapter, set_parameters
-from mlx_grpo.run.directory import save_named_adapter
 from tests.helpers.mixtures import mixture_config
-from tests.helpers.tiny import VOCABULARY, write_model_of
+from tests.helpers.tiny import write_model_of
 
 TOKENS = mx.array([[5, 90, 17, 200, 33, 64, 7, 128]])
-
-GPT2 = {
-    **{"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCABULARY},
-    **{"n_ctx": 256, "n_positions": 256, "layer_norm_epsilon": 1e-5},
-}
 
 
 @pytest.fixture(scope="module", params=(4, 16))
@@ -79,51 +66,3 @@ def test_peft_has_no_place_for_experts(adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"are experts, and a PEFT adapter has no place.*--fuse"):
         write_peft(tmp_path, adapted / "adapter", adapted / "sft", None)
     assert not list(tmp_path.glob("*.safetensors"))
-
-
-@pytest.fixture
-def export(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`mlx-grpo export` with arguments; its exit code."""
-
-    def command(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["mlx-grpo", "export", *map(str, arguments)])
-        return main()
-
-    return command
-
-
-def run_of(root: Path, config: dict[str, Any]) -> Path:
-    """A run with an adapter, on a tiny model."""
-    source = write_model_of(root / "source", config)
-    convert_sft(locate(str(source)), root / "sft", Quantization(4, 32), None)
-    (root / "run").mkdir()
-    (root / "run" / "config.toml").write_text(
-        to_toml(train_config(actor_model=str(root / "sft"), expert_lora_rank=0))
-    )
-    (root / "run" / "metrics.jsonl").touch()
-    adapted = add_lora(load_backbone(root / "sft").model, rank=2, scale=1.0, seed=0)
-    save_named_adapter(root / "run", "final", adapted, step=1)
-    return root / "run"
-
-
-def test_sixteen_bits_say_where_transformers_would_find_no_weights(
-    tmp_path: Path, export: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_of(tmp_path, mixture_config("qwen3_moe"))
-    assert export(run, "--fuse", "--dequantize", "--no-verify") == 0
-    told = " ".join(capsys.readouterr().err.split())
-    assert "warning: load this model with mlx-lm, not with transformers" in told
-    card = (run / "export" / "dequantized" / "README.md").read_text()
-    assert "Load this model with mlx-lm, not with transformers: weights of model type" in card
-    assert export(run, "--fuse", "--no-verify") == 0
-    assert "transformers" not in capsys.readouterr().err
-
-
-def test_peft_is_refused_where_it_would_find_no_layers(
-    tmp_path: Path, export: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = run_of(tmp_path, GPT2)
-    assert export(run, "--peft", "--base", "somebody/model") == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "PEFT looks layers up by transformers' names" in told and "use --fuse" in told
-    assert not (run / "export").exists()

@@ -36,6 +36,17 @@ def write_run(run: Path, seed: int = 42, steps: int = 60, **changes: Any) -> Pat
     return run
 
 
+def write_trained(run: Path, sft: Path, adapted: Any) -> Path:
+    """A run whose `final/` is the adapter of a model; it has no figures."""
+    from mlx_grpo.run.directory import save_named_adapter  # as above
+
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(train_config(actor_model=str(sft))))
+    (run / "metrics.jsonl").touch()
+    save_named_adapter(run, "final", adapted, step=1)
+    return run
+
+
 def iteration(step: int, seed: int = 42) -> dict[str, Any]:
     """A row of metrics.jsonl."""
     target = (0.05, 0.02, 0.01)[min((step - 1) // 20, 2)]

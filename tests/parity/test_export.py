@@ -12,8 +12,6 @@ import peft
 import torch
 import transformers
 
-from mlx_grpo.config.settings import train_config
-from mlx_grpo.config.sources import to_toml
 from mlx_grpo.convert.convert import convert_sft
 from mlx_grpo.convert.quantize import Quantization
 from mlx_grpo.convert.source import locate
@@ -21,9 +19,9 @@ from mlx_grpo.core.rng import key
 from mlx_grpo.export.export import Export, export_run
 from mlx_grpo.models.backbone import load_backbone
 from mlx_grpo.models.lora import add_lora, load_adapter, lora_parameters, set_parameters
-from mlx_grpo.run.directory import save_named_adapter
 from tests.helpers import sources
 from tests.helpers.hf_models import TOKENS, load_dequantized
+from tests.helpers.runs import write_trained
 
 BOUND = 1e-3
 
@@ -41,11 +39,7 @@ def adapted_run(root: Path, family: str, bits: int) -> tuple[Path, Any]:
         for name, value in lora_parameters(adapted).items()
     }
     set_parameters(adapted, drawn)
-    run.mkdir()
-    (run / "config.toml").write_text(to_toml(train_config(actor_model=str(sft))))
-    (run / "metrics.jsonl").touch()
-    save_named_adapter(run, "final", adapted, step=1)
-    return run, model
+    return write_trained(run, sft, adapted), model
 
 
 def expected_logits(run: Path) -> mx.array:
