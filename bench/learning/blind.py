@@ -98,7 +98,8 @@ def main() -> int:
         return 2
     write_json(args.run / FOUND, {"rows": found})
     won = win_rate([POINTS["tie"]] * len(found), [POINTS[row["chosen"]] for row in found])
-    ui.say(f"adapter preferred: {won} of {won.prompts} prompts; {won.ties} ties count half")
+    ties = "1 tie counts half" if won.ties == 1 else f"{won.ties} ties count half"
+    ui.say(f"adapter preferred: {won} of {won.prompts} prompts; {ties}")
     return 0
 
 
