@@ -3,13 +3,13 @@
 Rows of similar length are run together, so that little is computed on padding.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_grpo.core.types import Completion, TrainingGroup
+from mlx_grpo.core.types import Completion, TokenIds, TrainingGroup
 
 PAD = 0  # any token will do; masks go by length
 
@@ -72,6 +72,58 @@ def length_buckets(lengths: Sequence[int], prompt: int, most: int = 0) -> list[l
         buckets.append(sorted(order[cuts[end] : end]))
         end = cuts[end]
     return buckets[::-1]
+
+
+@dataclass(frozen=True)
+class SharedPass:
+    """Texts that are run together: the beginning they share, and what follows it in each."""
+
+    places: list[int]
+    """Which of the texts."""
+    prefix: TokenIds
+    rows: list[TokenIds]
+
+
+def shared_passes(
+    texts: Sequence[TokenIds], limits: Sequence[int], rows: int = 0, tokens: int = 0
+) -> Iterator[SharedPass]:
+    """Texts of different prompts, several to a pass.
+
+    A chat template begins all of its prompts alike, so such texts too have a prefix to run once.
+    Those of a pass begin with the same token and have similar lengths.
+
+    Args:
+        texts: token ids, two of each text at the least.
+        limits: tokens of each text that the prefix may have at the most; less than the whole text.
+        rows: texts of a pass; 0 means any number.
+        tokens: of a pass with its padding, unless one text alone has more; 0 means any number.
+    """
+    alike: dict[int, list[int]] = {}
+    for place, text in enumerate(texts):
+        alike.setdefault(text[0], []).append(place)
+    for places in alike.values():
+        shared = _shared(texts, limits, places)
+        left = sorted(places, key=lambda i: -len(texts[i]))
+        while left:
+            count = rows or len(left)
+            if tokens:
+                longest = len(texts[left[0]])
+                count = min(count, max(1, (tokens - shared) // (longest - shared)))
+            chosen, left = left[:count], left[count:]
+            prefix = _shared(texts, limits, chosen)
+            yield SharedPass(chosen, texts[chosen[0]][:prefix], [texts[i][prefix:] for i in chosen])
+
+
+def _shared(texts: Sequence[TokenIds], limits: Sequence[int], places: Sequence[int]) -> int:
+    """Length of the longest prefix that these texts share and may share."""
+    chosen = [texts[i] for i in places]
+    return min(common_prefix(chosen), *(limits[i] for i in places))
+
+
+def common_prefix(rows: Sequence[TokenIds]) -> int:
+    """Length of the longest prefix all rows share, leaving at least one token to each."""
+    limit = min(map(len, rows)) - 1
+    return next((i for i in range(limit) if len({r[i] for r in rows}) > 1), limit)
 
 
 def rows_of(group: TrainingGroup, rows: Sequence[int]) -> TrainingGroup:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 FinishReason = Literal["stop", "length"]
+TokenIds = tuple[int, ...]
 Parameters = dict[str, mx.array]
 """Arrays by full name, as `model.layers.0.mlp.up_proj.lora_a`."""
 

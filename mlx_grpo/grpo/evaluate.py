@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_grpo.core.stats import pass_rates, repetition, source_means
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group, Prompt
+from mlx_grpo.core.types import Group, Prompt, TokenIds
 from mlx_grpo.data.chat import answer_tokens
 from mlx_grpo.distributed.gather import Rewards, all_groups, all_rewards
 from mlx_grpo.distributed.ranks import ALONE, Ranks
-from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.reference import kl_to_reference, mean_kl
+from mlx_grpo.grpo.logprob import answer_logps
+from mlx_grpo.grpo.reference import kl_of_single_answers, kl_to_reference, mean_kl
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
@@ -24,7 +22,7 @@ from mlx_grpo.models.merging import merged_for_rollout
 from mlx_grpo.rewards.mix import RewardMix
 
 PURPOSE = "evaluate"  # fixed keys: every evaluation draws with the same random numbers
-Answers = dict[str, tuple[int, ...]]
+Answers = dict[str, TokenIds]
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total)."""
 
@@ -163,6 +161,8 @@ class Evaluator:
     def _score(self, mine: list[Group], k: int, work: "_Work") -> "_Scored":
         groups = all_groups(work.ranks, mine, self.prompts)
         found: Rewards = ([], {})
+        # each group alone: what else shares a pass changes the last bits, and answers that are the
+        # same before and after would no longer tie
         for batch in [mine] if self.rewards.at_once else [[g] for g in mine]:
             rewards, sources = self.rewards(batch, work.safe_point)
             found[0].extend(rewards)
@@ -175,12 +175,19 @@ class Evaluator:
     def _kl(self, policy: Decoder, groups: Sequence[Group], work: "_Work") -> float:
         if policy is self.reference:
             return 0.0
+        temperature = self.sampling.temperature or 1.0
+
+        def told(done: int) -> None:
+            work.after_each("held-out KL", done, len(groups))
+
+        if self.sampling.k == 1:
+            single = kl_of_single_answers(groups, self.reference, temperature, told)
+            return mean_kl(single, work.ranks)[0]
         found = []
         for done, group in enumerate(groups, 1):
             rows = [list(range(len(group.completions)))]
-            temperature = self.sampling.temperature or 1.0
             found += kl_to_reference([group], rows, self.reference, temperature)
-            work.after_each("held-out KL", done, len(groups))
+            told(done)
         return mean_kl(found, work.ranks)[0]
 
     def _perplexity(self, policy: Decoder, work: "_Work") -> float:
@@ -251,11 +258,12 @@ def perplexity(
     ranks: Ranks = ALONE,
 ) -> float:
     """exp of the mean negative log-prob per token of the reference answers, at temperature 1."""
-    each, mine = [], prompts[ranks.share]
-    for done, prompt in enumerate(mine, 1):
-        progress("held-out perplexity", done, len(mine))
-        row_1T = mx.array([answers[prompt.id]])
-        logp_1T = token_logps(policy, mx.array([prompt.token_ids]), row_1T, mx.ones(row_1T.shape))
-        each.append((-logp_1T.sum().item(), row_1T.size))
+    mine = prompts[ranks.share]
+    logps = answer_logps(
+        policy,
+        [(prompt.token_ids, answers[prompt.id]) for prompt in mine],
+        after_pass=lambda done: progress("held-out perplexity", done, len(mine)),
+    )
+    each = [(-logp_T.sum().item(), logp_T.size) for logp_T in logps]
     total, tokens = map(sum, zip(*ranks.merged(each), strict=True))
     return math.exp(min(total / tokens, 700.0))

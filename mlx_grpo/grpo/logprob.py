@@ -4,13 +4,14 @@ logp_t = z_t[token] - logsumexp(z_t), z = logits / temperature. A chunk is evalu
 one is built; one graph over all chunks would have them all alive at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_grpo.backend.kernels import exp_rows
-from mlx_grpo.core.padding import joined, length_buckets, row_lengths
+from mlx_grpo.core.padding import joined, length_buckets, pad_right, row_lengths, shared_passes
+from mlx_grpo.core.types import TokenIds
 from mlx_grpo.models.decoder import Decoder, chunk_tokens, shift_right
 
 
@@ -53,6 +54,36 @@ def token_logps(
         hidden = shift_right(*decoder.forward(prompt_1S, tokens))
         parts.append((rows, hidden_logps(decoder, hidden, tokens, mask, temperature)))
     return joined(parts, mask_KT.shape)
+
+
+def answer_logps(
+    decoder: Decoder,
+    asked: Sequence[tuple[TokenIds, TokenIds]],
+    temperature: float = 1.0,
+    after_pass: Callable[[int], None] = lambda done: None,
+) -> list[mx.array]:
+    """Log-probs [T], fp32, of each answer's tokens given its own prompt, several prompts to a pass.
+    No gradient.
+
+    Args:
+        asked: (prompt, answer) as token ids.
+        after_pass: told how many answers are done.
+    """
+    texts = [(*prompt, *answer) for prompt, answer in asked]
+    limits, sizes = [len(prompt) for prompt, _ in asked], decoder.sizes
+    found: dict[int, mx.array] = {}
+    for shared in shared_passes(texts, limits, sizes.texts, sizes.text_tokens):
+        tokens_KT, lengths = pad_right(shared.rows)
+        starts = [limits[place] - len(shared.prefix) for place in shared.places]
+        at_1T = mx.arange(tokens_KT.shape[1])[None]
+        answered_KT = (mx.array(starts)[:, None] <= at_1T) & (at_1T < mx.array(lengths)[:, None])
+        mask_KT = answered_KT.astype(mx.float32)
+        hidden_KTD = shift_right(*decoder.forward(mx.array([shared.prefix]), tokens_KT))
+        logp_KT = hidden_logps(decoder, hidden_KTD, tokens_KT, mask_KT, temperature)
+        for row, place in enumerate(shared.places):
+            found[place] = logp_KT[row, starts[row] : lengths[row]]
+        after_pass(len(found))
+    return [found[place] for place in range(len(asked))]
 
 
 def hidden_logps(

@@ -5,7 +5,7 @@ Where it is only measured, a share of the completions tells it without bias; a p
 needs it for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,10 +13,10 @@ import mlx.core as mx
 from mlx_grpo.core.padding import completion_arrays, sampled_logps
 from mlx_grpo.core.rng import permutation
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Group
+from mlx_grpo.core.types import Completion, Group
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
-from mlx_grpo.grpo.logprob import token_logps
+from mlx_grpo.grpo.logprob import answer_logps, token_logps
 from mlx_grpo.models.decoder import Decoder
 
 
@@ -59,19 +59,43 @@ def kl_to_reference(
             found.append(GroupKL({}))
             continue
         tokens_NT, mask_NT = completion_arrays(completions)
-        prompt_1S, sampled_NT = mx.array([group.prompt.token_ids]), sampled_logps(completions)
+        prompt_1S = mx.array([group.prompt.token_ids])
         ref_NT = token_logps(reference, prompt_1S, tokens_NT, mask_NT, temperature)
-        k1_N = kl_k1(sampled_NT, ref_NT, mask_NT).tolist()
-        lengths = [c.model_tokens for c in completions]
-        found.append(
-            GroupKL(
-                k1=dict(zip(chosen, k1_N, strict=True)),
-                k1_sum=sum(kl * n for kl, n in zip(k1_N, lengths, strict=True)),
-                k3_sum=kl_k3_sum(sampled_NT, ref_NT, mask_NT).item(),
-                tokens=sum(lengths),
-            )
-        )
+        found.append(_group_kl(chosen, completions, ref_NT, mask_NT))
     return found
+
+
+def kl_of_single_answers(
+    groups: Sequence[Group],
+    reference: Decoder,
+    temperature: float,
+    after_pass: Callable[[int], None] = lambda done: None,
+) -> list[GroupKL]:
+    """The KL of groups of one completion each, several groups to a pass.
+
+    Args:
+        after_pass: told how many groups are done.
+    """
+    asked = [(g.prompt.token_ids, g.completions[0].token_ids) for g in groups]
+    ref = answer_logps(reference, asked, temperature, after_pass)
+    return [
+        _group_kl([0], g.completions, ref_T[None], completion_arrays(g.completions)[1])
+        for g, ref_T in zip(groups, ref, strict=True)
+    ]
+
+
+def _group_kl(
+    chosen: Sequence[int], completions: Sequence[Completion], ref_NT: mx.array, mask_NT: mx.array
+) -> GroupKL:
+    sampled_NT = sampled_logps(completions)
+    k1_N = kl_k1(sampled_NT, ref_NT, mask_NT).tolist()
+    lengths = [c.model_tokens for c in completions]
+    return GroupKL(
+        k1=dict(zip(chosen, k1_N, strict=True)),
+        k1_sum=sum(kl * n for kl, n in zip(k1_N, lengths, strict=True)),
+        k3_sum=kl_k3_sum(sampled_NT, ref_NT, mask_NT).item(),
+        tokens=sum(lengths),
+    )
 
 
 def mean_kl(found: Sequence[GroupKL], ranks: Ranks = ALONE) -> tuple[float, float]:

@@ -66,6 +66,10 @@ class Sizes:
     once."""
     kept_blocks: int = 0
     """Last blocks whose arrays an update keeps, so that they do not run twice."""
+    texts: int = 0
+    """Texts of different prompts per pass; 0 means any number."""
+    text_tokens: int = 0
+    """Tokens of such a pass; 0 means any number."""
 
 
 WHOLE = Sizes()

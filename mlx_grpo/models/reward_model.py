@@ -18,8 +18,8 @@ import mlx.nn as nn
 
 from mlx_grpo.backend.precision import Precision
 from mlx_grpo.core.errors import InputError
-from mlx_grpo.core.padding import length_buckets, pad_right
-from mlx_grpo.core.types import Group
+from mlx_grpo.core.padding import common_prefix, length_buckets, pad_right
+from mlx_grpo.core.types import Group, TokenIds
 from mlx_grpo.data.chat import conversation_tokens, load_chat_tokenizer
 from mlx_grpo.data.messages import Message
 from mlx_grpo.files.atomic import read_json
@@ -31,8 +31,7 @@ from mlx_grpo.models.lora import load_adapter
 
 REWARD_CONFIG = "reward_model.json"
 REWARD_HEAD = "reward_head.safetensors"
-TokenIds = tuple[int, ...]
-TokenRows = tuple[tuple[int, ...], list[tuple[int, ...]]]
+TokenRows = tuple[TokenIds, list[TokenIds]]
 """A prefix and what follows it in each row."""
 LEARNING_CURVE = "learning_curve.jsonl"
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -103,7 +102,7 @@ class RewardModel:
         """Shared prefix and what follows it for each completion, as this model's token ids."""
         return reward_inputs(group, self.tokenizer, self.form)
 
-    def score_ids(self, prompt_ids: tuple[int, ...], rows: list[tuple[int, ...]]) -> list[float]:
+    def score_ids(self, prompt_ids: TokenIds, rows: list[TokenIds]) -> list[float]:
         """Scores of token sequences that share a prefix; the head reads the last token of each."""
         scores = [0.0] * len(rows)
         most = self.decoder.sizes.rows
@@ -122,7 +121,7 @@ def reward_inputs(group: Group, tokenizer: Any | None, form: TextForm) -> TokenR
     if tokenizer is None:
         return group.prompt.token_ids, [c.token_ids for c in group.completions]
     texts = [form.ids(tokenizer, group.prompt.messages, c.text) for c in group.completions]
-    shared = _common_prefix(texts)
+    shared = common_prefix(texts)
     return texts[0][:shared], [ids[shared:] for ids in texts]
 
 
@@ -165,12 +164,6 @@ def without_padding(ids: tuple[int, ...], padding: int | None) -> tuple[int, ...
     while end > 2 and ids[end - 1] == padding:
         end -= 1
     return ids[:end]
-
-
-def _common_prefix(rows: list[tuple[int, ...]]) -> int:
-    """Length of the longest prefix all rows share, leaving at least one token to each."""
-    limit = min(map(len, rows)) - 1
-    return next((i for i in range(limit) if len({r[i] for r in rows}) > 1), limit)
 
 
 def reward_config(path: Path) -> dict[str, Any]:

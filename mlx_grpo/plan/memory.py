@@ -178,16 +178,26 @@ def choose(
     return plan
 
 
+def widest_rollout(
+    model: Footprint, reward: RewardFootprint, work: Workload, choice: Choice, most: int
+) -> int:
+    """Rows decoded together where a rollout may take so many bytes, all that stays included; those
+    of one prompt if no more fit."""
+    for rows in _widths(work, choice):
+        wide = predict(model, reward, work, replace(choice, decode_rows=rows), most)
+        if wide.stages["rollout"] <= most:
+            break
+    return rows
+
+
 def _sized(
     model: Footprint, reward: RewardFootprint, work: Workload, limit: int, given: Choice
 ) -> Plan:
     """With the widest rollout that fits, and the largest sizes for the other stages."""
-    for rows in _widths(work, given) if not given.decode_rows else (given.decode_rows,):
-        wide = predict(model, reward, work, replace(given, decode_rows=rows), limit)
-        if wide.stages["rollout"] <= limit:
-            break
+    rows = given.decode_rows or widest_rollout(model, reward, work, given, limit)
+    wide = replace(given, decode_rows=rows)
     for sizes in _ladder(work.k, given):
-        plan = predict(model, reward, work, replace(wide.choice, sizes=sizes), limit)
+        plan = predict(model, reward, work, replace(wide, sizes=sizes), limit)
         if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
             return _keeping(model, reward, work, plan)
     return plan
@@ -198,7 +208,12 @@ def _keeping(model: Footprint, reward: RewardFootprint, work: Workload, lean: Pl
     trained = model.trained_blocks(work.lora_layers)
     one = _margin(lean.choice) * _kept(model, work.learned, lean.choice)
     count = min(trained, int((lean.limit - lean.stages["update"]) // one))
-    sizes = replace(lean.choice.sizes, kept_blocks=count)
+    sizes = replace(
+        lean.choice.sizes,
+        kept_blocks=count,
+        texts=_rows(work, lean.choice),
+        text_tokens=_pass_tokens(work, lean.choice),
+    )
     return predict(model, reward, work, replace(lean.choice, sizes=sizes), lean.limit)
 
 

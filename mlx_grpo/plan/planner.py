@@ -18,7 +18,7 @@ from mlx_grpo.models.decoder import Sizes
 from mlx_grpo.models.reward_model import reward_config
 from mlx_grpo.plan.devices import THIS, Device, device
 from mlx_grpo.plan.footprint import Footprint, adapter_bytes, footprint
-from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose
+from mlx_grpo.plan.memory import Choice, Plan, RewardFootprint, Workload, choose, widest_rollout
 from mlx_grpo.plan.scaling import Scaled, exchange
 from mlx_grpo.plan.timing import StageTime, estimate, stage_costs
 
@@ -65,6 +65,22 @@ class Planner:
         given = [Choice(dense, size, rows, sizes) for dense, size in self._forms()]
         limit = parse_bytes(config.run.memory_limit) or recommended_memory()
         return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
+
+    def held_out_rows(self, plan: Plan, prompts: int, longest: int, k: int) -> int:
+        """Rows of held-out answers decoded together: as many as need no more memory than an
+        iteration, or those asked for with --decode-rows.
+
+        Args:
+            plan: of the run.
+            prompts: how many there are.
+            longest: tokens of the longest of them.
+            k: answers to each.
+        """
+        if self.config.rollout.decode_rows:
+            return plan.choice.decode_rows
+        share = max(1, -(-prompts // self.ranks))
+        work = replace(self.work, prompts=share, k=k, prompt_tokens=longest)
+        return widest_rollout(self.model, self.reward, work, plan.choice, plan.peak)
 
     def _forms(self) -> list[tuple[bool, int]]:
         """(weights expanded, bytes of a value) to try in turn; a Mac's GPU takes packed weights and

@@ -19,7 +19,8 @@ from mlx_grpo.grpo.learner import sampling
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.plan.memory import Choice
+from mlx_grpo.plan.memory import Plan
+from mlx_grpo.plan.planner import Planner
 
 
 def read_tests(
@@ -56,21 +57,22 @@ def choosing_rows(config: TrainConfig) -> list[PromptRow]:
     return read_prompts(file, config.columns, system)[: config.evaluation.limit or None]
 
 
-def sampling_held_out(config: TrainConfig, choice: Choice) -> Sampling:
-    """How held-out prompts are sampled: several answers each, no more at a time than an iteration
-    has."""
-    how = sampling(config, config.evaluation.num_generations, choice)
-    if how.k == 1 or how.decode_rows:
+def sampling_held_out(planner: Planner, plan: Plan, prompts: Sequence[Prompt], k: int) -> Sampling:
+    """How `k` answers to each held-out prompt are sampled: as many together as need no more memory
+    than an iteration. With an environment no more than an iteration has, since they may be dear."""
+    how = sampling(planner.config, k, plan.choice)
+    if planner.config.rollout.environment or not prompts:
         return how
-    return replace(how, decode_rows=max(how.k, config.data.batch_size * config.rollout.K))
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    return replace(how, decode_rows=planner.held_out_rows(plan, len(prompts), longest, k))
 
 
 def asking(
     evaluator: Evaluator,
-    config: TrainConfig,
+    planner: Planner,
+    plan: Plan,
     file: str,
     rows: Sequence[PromptRow],
-    choice: Choice,
     ui: Console,
     skip: int = 0,
 ) -> Evaluator:
@@ -79,10 +81,11 @@ def asking(
     Args:
         skip: first prompts to leave out, unless no others are there.
     """
-    backbone, one_each = evaluator.backbone, sampling(config, 1, choice)
+    backbone, config = evaluator.backbone, planner.config
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
+        one_each = sampling_held_out(planner, plan, missing, 1)
         return rollout(
             model,
             tokenizer,
@@ -98,7 +101,8 @@ def asking(
     held_out = tokenized(file, rows, backbone, limit, ui, evaluator.acting)
     prompts = (held_out[skip:] or held_out)[: config.evaluation.limit or None]
     answers = reference_answers(backbone.tokenizer, prompts, ask)
-    return replace(evaluator, prompts=tuple(prompts), answers=answers)
+    how = sampling_held_out(planner, plan, prompts, config.evaluation.num_generations)
+    return replace(evaluator, prompts=tuple(prompts), answers=answers, sampling=how)
 
 
 def warn_of_leaks(

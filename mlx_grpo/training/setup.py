@@ -20,7 +20,7 @@ from mlx_grpo.data.tools import tools_for
 from mlx_grpo.distributed.ranks import ALONE, Ranks
 from mlx_grpo.files.manifest import sha256
 from mlx_grpo.grpo.evaluate import Evaluator
-from mlx_grpo.grpo.learner import Learner
+from mlx_grpo.grpo.learner import Learner, sampling
 from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone, largest_state, load_backbone
 from mlx_grpo.models.decoder import Decoder
@@ -30,7 +30,7 @@ from mlx_grpo.models.reward_model import RewardModel, load_reward_model
 from mlx_grpo.models.roles import Roles, new_actor
 from mlx_grpo.models.streamed_reward_model import StreamedRewardModel, open_streamed
 from mlx_grpo.plan.memory import STREAMED_HIDDEN, Plan
-from mlx_grpo.plan.planner import asked_in, planner_for, precision_of
+from mlx_grpo.plan.planner import Planner, asked_in, planner_for, precision_of
 from mlx_grpo.plan.tables import check_fits
 from mlx_grpo.rewards.environments import Environments
 from mlx_grpo.rewards.functions import (
@@ -45,13 +45,7 @@ from mlx_grpo.rewards.mix import RewardMix
 from mlx_grpo.rewards.overlong import NAME as OVERLONG
 from mlx_grpo.rewards.overlong import soft_overlong_punishment
 from mlx_grpo.run.provenance import input_digests, recorded
-from mlx_grpo.training.held_out import (
-    asking,
-    read_tests,
-    sampling_held_out,
-    tokenized,
-    warn_of_leaks,
-)
+from mlx_grpo.training.held_out import asking, read_tests, tokenized, warn_of_leaks
 
 SAFE_IN_FP16 = 65504 / 4
 """Room for what other texts and a LoRA make of the largest state of one text."""
@@ -148,7 +142,7 @@ def load_learner(
     check_fits(planner, plan, ui)
     rows = training_rows(config)  # before the weights: a bad row is found at once
     test_rows = read_tests(config, rows, ui)
-    evaluator = load_evaluator(config, ui, load, plan, functions, lambda: rows)
+    evaluator = load_evaluator(config, ui, load, planner, functions, lambda: rows)
     with _closed_on_failure(evaluator.rewards):
         if not evaluator.rewards.weights:
             raise InputError(
@@ -172,7 +166,7 @@ def load_learner(
         optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
         files = config.evaluation.test_names
         tests = {
-            name: asking(evaluator, config, files[name], found, plan.choice, ui)
+            name: asking(evaluator, planner, plan, files[name], found, ui)
             for name, found in test_rows.items()
         }
         return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks, tests)
@@ -182,7 +176,7 @@ def load_evaluator(
     config: TrainConfig,
     ui: Console,
     load: LoadModels = load_models,
-    plan: Plan | None = None,
+    planner: Planner | None = None,
     functions: Mapping[str, UserFunction] | None = None,
     trained: Callable[[], Sequence[PromptRow]] | None = None,
     skip: int = 0,
@@ -202,7 +196,8 @@ def load_evaluator(
         system = config.data.system_prompt
         rows = read_prompts(Path(config.evaluation.prompts), config.columns, system)
         warn_of_leaks(config, trained or partial(training_rows, config), rows, ui)
-        plan = plan or planner_for(config).plan()
+        planner = planner or planner_for(config)
+        plan = planner.plan()
         weights = load(config, plan)
         backbone = weights.backbone
         if backbone.note:
@@ -219,11 +214,11 @@ def load_evaluator(
             prompts=(),
             answers={},
             rewards=replace(rewards, model=weights.reward_model),
-            sampling=sampling_held_out(config, plan.choice),
+            sampling=sampling(config, 1, plan.choice),
             seed=config.run.seed,
             acting=acting,
         )
-        return asking(evaluator, config, config.evaluation.prompts, rows, plan.choice, ui, skip)
+        return asking(evaluator, planner, plan, config.evaluation.prompts, rows, ui, skip)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_grpo.grpo.rollout import Sampling
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
 from mlx_grpo.models.lora import add_lora, lora_parameters, set_parameters
+from mlx_grpo.models.reward_model import load_reward_model
 from mlx_grpo.models.stand_ins import fp32_after_blocks
 from mlx_grpo.rewards.functions import CustomReward
 from mlx_grpo.rewards.mix import RewardMix
@@ -141,3 +143,22 @@ def test_at_the_temperature_of_the_samples_nothing_is_answered_twice(
     sampled = one_each(policy)
     assert one_each.shown(policy, sampled, 1.0) is sampled
     assert one_each.at(policy, 1.0) == sampled
+
+
+def test_an_answer_scores_the_same_whatever_else_is_scored(
+    evaluator: Evaluator, backbone: Backbone, reward_model: Path
+) -> None:
+    """Else two policies that answer alike would win and lose by rounding instead of tying."""
+    mix = RewardMix(load_reward_model(reward_model, backbone), 1.0, ())
+    asked = tuple(prompt("why " * n) for n in range(1, 8))
+    whole = replace(
+        evaluator,
+        prompts=asked,
+        answers={p.id: (65, 66) for p in asked},
+        rewards=mix,
+        sampling=Sampling(k=1, max_tokens=24),
+    )
+    together = whole(whole.reference)
+    assert len(set(together.rewards)) == len(asked)
+    for group, reward in zip(together.groups, together.rewards, strict=True):
+        assert mix([group])[0] == [[reward]]

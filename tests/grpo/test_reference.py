@@ -1,5 +1,6 @@
 """The KL of a share of the completions stands for all of them."""
 
+from dataclasses import replace
 from statistics import fmean
 from typing import Literal
 
@@ -10,7 +11,12 @@ from mlx_grpo.config.settings import KLSettings
 from mlx_grpo.core.types import Completion, Group, Prompt
 from mlx_grpo.grpo.kl_estimators import kl_k1, kl_k3_sum
 from mlx_grpo.grpo.logprob import token_logps
-from mlx_grpo.grpo.reference import kl_to_reference, mean_kl, measured_rows
+from mlx_grpo.grpo.reference import (
+    kl_of_single_answers,
+    kl_to_reference,
+    mean_kl,
+    measured_rows,
+)
 from mlx_grpo.models.decoder import Decoder
 from tests.helpers.groups import actor_of, group_of
 from tests.helpers.tiny import tiny_model
@@ -93,3 +99,21 @@ def test_groups_without_a_measured_row_count_nothing() -> None:
     found = kl_to_reference([sampled(1), sampled(2)], [[], [0, 1]], reference, 1.0)
     assert found[0].tokens == 0
     assert mean_kl(found) == mean_kl(found[1:])
+
+
+def test_single_answers_have_the_kl_that_each_has_alone() -> None:
+    reference = Decoder(tiny_model("llama"))
+    groups = [replace(g, completions=(g.completions[i],)) for i in range(3) for g in [sampled(i)]]
+    talked = Completion(
+        (5, 6, 7, 8), "", "stop", (-1.0, 0.0, 0.0, -2.0), (True, False, False, True)
+    )
+    groups.append(Group(Prompt("tool", (), (9, 4)), (talked,)))
+    told: list[int] = []
+    together = kl_of_single_answers(groups, reference, 0.7, told.append)
+    alone = kl_to_reference(groups, [[0]] * 4, reference, 0.7)
+    assert [kl.tokens for kl in together] == [kl.tokens for kl in alone]
+    assert together[-1].tokens == 2  # what a tool said does not count
+    for a, b in zip(together, alone, strict=True):
+        assert a.k1 == pytest.approx(b.k1, abs=1e-5)
+        assert a.k3_sum == pytest.approx(b.k3_sum, rel=1e-4, abs=1e-5)
+    assert told[-1] == 4

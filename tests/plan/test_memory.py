@@ -42,7 +42,10 @@ def test_a_reward_model_of_its_own_stays_where_there_is_room() -> None:
 
 def test_with_room_enough_nothing_is_cut() -> None:
     plan = gemma(RewardFootprint(), 64e9)
-    sizes = Sizes(head_bytes=256 << 20, kept_blocks=GEMMA_2B.blocks)
+    tokens = WORK.prompt_tokens + WORK.k * WORK.completion_tokens
+    sizes = Sizes(
+        head_bytes=256 << 20, kept_blocks=GEMMA_2B.blocks, texts=WORK.k, text_tokens=tokens
+    )
     assert plan.choice == replace(PACKED, decode_rows=96, sizes=sizes)
 
 

@@ -10,15 +10,17 @@ import pytest
 from mlx_grpo.config.settings import train_config, with_settings
 from mlx_grpo.console.output import Console
 from mlx_grpo.core.errors import InputError
+from mlx_grpo.core.types import Prompt
 from mlx_grpo.evaluation.compare import compare_run
 from mlx_grpo.evaluation.table import comparison_json, show_comparison
-from mlx_grpo.models.decoder import Sizes
-from mlx_grpo.plan.memory import Choice
+from mlx_grpo.plan.memory import Plan, RewardFootprint, predict
+from mlx_grpo.plan.planner import Planner
 from mlx_grpo.report.record import read
 from mlx_grpo.report.write import write_report
 from mlx_grpo.run import log
 from mlx_grpo.training.held_out import sampling_held_out
 from mlx_grpo.training.loop import train
+from tests.helpers.shapes import GEMMA_2B
 from tests.helpers.tiny import write_jsonl
 
 QUIET = Console(quiet=True)
@@ -94,11 +96,40 @@ def test_two_test_files_of_one_name_are_refused(train_arguments: dict[str, Any])
         train(config, QUIET)
 
 
-def test_several_answers_a_prompt_are_decoded_no_more_at_a_time_than_an_iteration_has() -> None:
-    config = train_config(batch_size=4, K=3, num_generations_eval=16)
-    choice = Choice(dense=True, value_bytes=4, decode_rows=0, sizes=Sizes())
-    assert sampling_held_out(config, choice).decode_rows == 16
-    eight = with_settings(config, num_generations_eval=8)
-    assert sampling_held_out(eight, choice).decode_rows == 12
-    assert sampling_held_out(eight, replace(choice, decode_rows=5)).decode_rows == 5
-    assert sampling_held_out(with_settings(config, num_generations_eval=1), choice).decode_rows == 0
+def planner_of(limit: float, **settings: Any) -> tuple[Planner, Plan]:
+    """For Gemma-2B, expanded to fp32 weights or as stored, in so many bytes."""
+    config = train_config(memory_limit=f"{limit / 1e9}GB", **settings)
+    planner = Planner(config, GEMMA_2B, RewardFootprint(), here=False, ranks=1)
+    return planner, planner.plan()
+
+
+def prompts_of(count: int, tokens: int) -> list[Prompt]:
+    return [Prompt(str(i), (), (1,) * (tokens - i % 3)) for i in range(count)]
+
+
+@pytest.mark.parametrize("limit", [2.5e9, 3.5e9, 8e9])
+@pytest.mark.parametrize("k", [1, 16])
+def test_held_out_answers_are_decoded_together_within_the_memory_of_an_iteration(
+    limit: float, k: int
+) -> None:
+    planner, plan = planner_of(limit)
+    rows = sampling_held_out(planner, plan, prompts_of(200, 60), k).decode_rows
+    work = replace(planner.work, prompts=200, k=k, prompt_tokens=60)
+    choice = replace(plan.choice, decode_rows=rows)
+    held = predict(GEMMA_2B, RewardFootprint(), work, choice, plan.limit).stages["rollout"]
+    assert plan.fits and held <= plan.peak and rows >= k
+    more = predict(GEMMA_2B, RewardFootprint(), work, replace(choice, decode_rows=4 * rows), 0)
+    assert rows == 200 * k or more.stages["rollout"] > plan.peak
+
+
+def test_all_of_few_short_held_out_prompts_are_answered_together() -> None:
+    planner, plan = planner_of(8e9, batch_size=4, K=3)
+    assert plan.choice.decode_rows == 12
+    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 40
+
+
+def test_fewer_are_answered_together_where_that_is_asked_for_or_environments_talk() -> None:
+    planner, plan = planner_of(8e9, batch_size=4, K=3, decode_rows=6)
+    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 6
+    planner, plan = planner_of(8e9, batch_size=4, K=3, environment="file.py:Class")
+    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 12
