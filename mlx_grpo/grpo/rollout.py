@@ -1,6 +1,7 @@
 """Sample K answers per prompt.
 
-Every prompt is prefilled once and its keys and values serve K rows. All rows decode together, or
+Every prompt is prefilled once and its keys and values serve K rows; a long beginning that all of
+them share, such as descriptions of tools, is prefilled once for all. All rows decode together, or
 those of as many whole prompts as `decode_rows` allows, one at least; rows that finish are dropped
 from the batch. A token is drawn by inverting the cumulative distribution at a uniform number that
 belongs to (seed, purpose, iteration, prompt, sample, position), so a sample does not depend on
@@ -9,6 +10,7 @@ which rows it was batched with.
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +19,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_grpo.backend.kernels import exp_rows, worth_dropping
+from mlx_grpo.core.padding import common_prefix
 from mlx_grpo.core.rng import uniforms
 from mlx_grpo.core.stopping import SafePoint, never_stop
-from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt
+from mlx_grpo.core.types import Completion, FinishReason, Group, Prompt, TokenIds
 from mlx_grpo.grpo.turns import Acting, Conversations
 from mlx_grpo.models.decoder import PREFILL_TOKENS
 from mlx_grpo.models.families.gated_delta import in_pieces
@@ -27,6 +30,8 @@ from mlx_grpo.models.prompt_caches import rollout_caches
 from mlx_grpo.models.stand_ins import fp32_after_blocks, in_eval_mode, one_block_at_a_time
 
 SAMPLER_BLOCK = 256
+SHARED_TOKENS = 64
+"""A common beginning of a batch's prompts that is worth a pass of its own."""
 GROW_TOKENS = 64
 """Of the caches at a time, at most."""
 
@@ -215,18 +220,16 @@ def _prefill(
     model: nn.Module, prompts: Sequence[Prompt], sampling: Sampling, safe_point: SafePoint
 ) -> list[Any]:
     """Batch caches holding every prompt but its last token, each repeated K times."""
+    ahead = [prompt.token_ids[:-1] for prompt in prompts]
+    common = common_prefix(ahead) if len(prompts) > 1 else 0
+    shared = common if common >= SHARED_TOKENS else 0
+    beginning = make_prompt_cache(model)
+    _fill(model, beginning, ahead[0][:shared])
     per_prompt = []
-    for prompt in prompts:
+    for tokens in ahead:
         safe_point()
-        caches = make_prompt_cache(model)
-        ahead = prompt.token_ids[:-1]
-        for cache in caches:
-            cache.step = max(1, len(ahead))  # no room for what is decoded elsewhere
-        for start in range(0, len(ahead), PREFILL_TOKENS):
-            part = ahead[start : start + PREFILL_TOKENS]
-            with one_block_at_a_time(model), in_pieces():
-                model(mx.array([part]), cache=caches)  # lazy: the head is never computed
-            mx.eval([c.state for c in caches])
+        caches = deepcopy(beginning)
+        _fill(model, caches, tokens[shared:])
         per_prompt.append(caches)
     each_k = [i for i in range(len(prompts)) for _ in range(sampling.k)]
     batch = rollout_caches(model, per_prompt, each_k)
@@ -235,6 +238,17 @@ def _prefill(
     for cache in batch:
         cache.step = step
     return batch
+
+
+def _fill(model: nn.Module, caches: list[Any], tokens: TokenIds) -> None:
+    """Run the model over more tokens of one prompt."""
+    for cache in caches:
+        cache.step = max(1, len(tokens))  # no room for what is decoded elsewhere
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        part = tokens[start : start + PREFILL_TOKENS]
+        with one_block_at_a_time(model), in_pieces():
+            model(mx.array([part]), cache=caches)  # lazy: the head is never computed
+        mx.eval([c.state for c in caches])
 
 
 def sample(logits_BV: mx.array, u_B: mx.array, temperature: float) -> tuple[mx.array, mx.array]:

@@ -1,6 +1,7 @@
 """Sampling: the right distribution, the same tokens however rows are batched, clean ends."""
 
 from itertools import chain
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 
 from mlx_grpo.core.rng import key, uniforms
 from mlx_grpo.core.types import Group, Prompt
+from mlx_grpo.grpo import rollout as rollouts
 from mlx_grpo.grpo.logprob import token_logps
 from mlx_grpo.grpo.rollout import SAMPLER_BLOCK, Sampling, _invert, rollout, sample
 from mlx_grpo.models.backbone import Backbone
 from mlx_grpo.models.decoder import Decoder
+from tests.helpers.decoders import small_decoder
 from tests.helpers.rounding import apart
 from tests.helpers.tiny import EOS, VOCABULARY, tiny_model
 
@@ -51,6 +54,39 @@ def test_sliding_windows_keep_rows_apart_too() -> None:
             row = mx.array([c.token_ids])
             again = token_logps(decoder, mx.array([prompt.token_ids]), row, mx.ones(row.shape))
             assert np.abs(np.array(c.logps) - np.array(again[0])).max() < 1e-4
+
+
+BEGINNING = tuple(range(3, 43))
+ENDS = ((50, 51, 52, 53, 54, 55), (60,) * 9, (61, 62))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "mamba2", "lfm2", "gemma4_text shared", "qwen3_moe"]
+)
+@pytest.mark.parametrize("prefill", [512, 16])
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
+    name: str, prefill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = small_decoder(name), []
+    monkeypatch.setattr(rollouts, "SHARED_TOKENS", len(BEGINNING))
+    monkeypatch.setattr(rollouts, "PREFILL_TOKENS", prefill)
+    fill = rollouts._fill
+
+    def noted(model: Any, caches: list[Any], tokens: tuple[int, ...]) -> None:
+        seen.append(tokens)
+        fill(model, caches, tokens)
+
+    monkeypatch.setattr(rollouts, "_fill", noted)
+    prompts = [Prompt(str(i), (), (*BEGINNING, *end)) for i, end in enumerate(ENDS)]
+    sampling = Sampling(2, 10)
+    together = rollout(model, _Decoder(), frozenset(), prompts, sampling, 1, "test")
+    assert seen == [BEGINNING, *(end[:-1] for end in ENDS)]
+    decoder = Decoder(model)
+    for prompt, group in zip(prompts, together, strict=True):
+        for c in group.completions:
+            row = mx.array([c.token_ids])
+            alone = token_logps(decoder, mx.array([prompt.token_ids]), row, mx.ones(row.shape))
+            assert np.abs(np.array(c.logps) - np.array(alone[0])).max() < 1e-4
 
 
 class _Decoder:
