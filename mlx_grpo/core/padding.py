@@ -93,10 +93,11 @@ def shared_passes(
     Those of a pass begin with the same token and have similar lengths.
 
     Args:
-        texts: token ids, two of each text at the least.
-        limits: tokens of each text that the prefix may have at the most; less than the whole text.
-        rows: texts of a pass; 0 means any number.
-        tokens: of a pass with its padding, unless one text alone has more; 0 means any number.
+        texts: token ids, at least two per text.
+        limits: the longest prefix that each text allows, shorter than the text.
+        rows: most texts in a pass; 0 means any number.
+        tokens: most tokens in a pass, padding included; a longer text has a pass of its own. 0
+            means any number.
     """
     alike: dict[int, list[int]] = {}
     for place, text in enumerate(texts):

@@ -161,8 +161,6 @@ class Evaluator:
     def _score(self, mine: list[Group], k: int, work: "_Work") -> "_Scored":
         groups = all_groups(work.ranks, mine, self.prompts)
         found: Rewards = ([], {})
-        # each group alone: what else shares a pass changes the last bits, and answers that are the
-        # same before and after would no longer tie
         for batch in [mine] if self.rewards.at_once else [[g] for g in mine]:
             rewards, sources = self.rewards(batch, work.safe_point)
             found[0].extend(rewards)

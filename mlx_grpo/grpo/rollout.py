@@ -1,11 +1,11 @@
 """Sample K answers per prompt.
 
-Every prompt is prefilled once and its keys and values serve K rows; a long beginning that all of
-them share, such as descriptions of tools, is prefilled once for all. All rows decode together, or
-those of as many whole prompts as `decode_rows` allows, one at least; rows that finish are dropped
-from the batch. A token is drawn by inverting the cumulative distribution at a uniform number that
-belongs to (seed, purpose, iteration, prompt, sample, position), so a sample does not depend on
-which rows it was batched with.
+Every prompt is prefilled once and its keys and values serve K rows; a long beginning that all
+prompts decoded together share, such as descriptions of tools, is prefilled once. All rows decode
+together, or those of as many whole prompts as `decode_rows` allows, one at least; rows that finish
+are dropped from the batch. A token is drawn by inverting the cumulative distribution at a uniform
+number that belongs to (seed, purpose, iteration, prompt, sample, position), so up to rounding a
+sample does not depend on which rows it was batched with.
 """
 
 from collections import Counter, deque
@@ -31,7 +31,7 @@ from mlx_grpo.models.stand_ins import fp32_after_blocks, in_eval_mode, one_block
 
 SAMPLER_BLOCK = 256
 SHARED_TOKENS = 64
-"""A common beginning of a batch's prompts that is worth a pass of its own."""
+"""A shared beginning of at least so many tokens is worth a pass of its own."""
 GROW_TOKENS = 64
 """Of the caches at a time, at most."""
 

@@ -94,7 +94,11 @@ class RewardModel:
     first: FirstLayer | None = None
 
     def score(self, group: Group) -> list[float]:
-        """Raw scores of the completions of a group."""
+        """Raw scores of the completions of a group.
+
+        Groups do not share a pass: what else is in one changes the last bits of a score, and the
+        same answer before and after training would no longer tie.
+        """
         prompt_ids, rows = self.inputs(group)
         return self.score_ids(prompt_ids, rows)
 

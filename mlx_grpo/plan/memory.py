@@ -197,7 +197,9 @@ def _sized(
     rows = given.decode_rows or widest_rollout(model, reward, work, given, limit)
     wide = replace(given, decode_rows=rows)
     for sizes in _ladder(work.k, given):
-        plan = predict(model, reward, work, replace(wide, sizes=sizes), limit)
+        cut = replace(wide, sizes=sizes)
+        together = replace(sizes, texts=_rows(work, cut), text_tokens=_pass_tokens(work, cut))
+        plan = predict(model, reward, work, replace(cut, sizes=together), limit)
         if max(plan.stages[s] for s in ("reward", "logprob", "update")) <= limit:
             return _keeping(model, reward, work, plan)
     return plan
@@ -208,12 +210,7 @@ def _keeping(model: Footprint, reward: RewardFootprint, work: Workload, lean: Pl
     trained = model.trained_blocks(work.lora_layers)
     one = _margin(lean.choice) * _kept(model, work.learned, lean.choice)
     count = min(trained, int((lean.limit - lean.stages["update"]) // one))
-    sizes = replace(
-        lean.choice.sizes,
-        kept_blocks=count,
-        texts=_rows(work, lean.choice),
-        text_tokens=_pass_tokens(work, lean.choice),
-    )
+    sizes = replace(lean.choice.sizes, kept_blocks=count)
     return predict(model, reward, work, replace(lean.choice, sizes=sizes), lean.limit)
 
 
@@ -304,7 +301,9 @@ def _rollout(model: Footprint, work: Workload, choice: Choice) -> int:
     cached = grown * rows * held * choice.value_bytes
     prefill, _ = _block(model, work, choice, min(work.prompt_tokens, PREFILL_TOKENS), 1)
     undo = model.packed_block_bytes if choice.merges else 0  # to take the LoRA out again
-    working = cached + max(5.0 * 4 * rows * model.vocabulary, prefill)
+    # each prompt's own, beside those of the batch that they are merged into
+    merged = -(-rows // work.k) * work.prompt_tokens * model.cache_values * choice.value_bytes
+    working = cached + max(5.0 * 4 * rows * model.vocabulary, prefill, merged)
     merging = 3 * EXPANDED_BYTES if choice.merges and model.expert_lora_width else 0
     return int(undo + max(working, merging))
 

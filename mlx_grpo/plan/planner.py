@@ -67,8 +67,8 @@ class Planner:
         return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
 
     def held_out_rows(self, plan: Plan, prompts: int, longest: int, k: int) -> int:
-        """Rows of held-out answers decoded together: as many as need no more memory than an
-        iteration, or those asked for with --decode-rows.
+        """Rows of held-out answers decoded together: the widest rollout that needs no more memory
+        than an iteration does, or the rows asked for with --decode-rows.
 
         Args:
             plan: of the run.
@@ -80,7 +80,9 @@ class Planner:
             return plan.choice.decode_rows
         share = max(1, -(-prompts // self.ranks))
         work = replace(self.work, prompts=share, k=k, prompt_tokens=longest)
-        return widest_rollout(self.model, self.reward, work, plan.choice, plan.peak)
+        return widest_rollout(
+            self.model, self.reward, work, plan.choice, min(plan.peak, plan.limit)
+        )
 
     def _forms(self) -> list[tuple[bool, int]]:
         """(weights expanded, bytes of a value) to try in turn; a Mac's GPU takes packed weights and

@@ -58,8 +58,9 @@ def choosing_rows(config: TrainConfig) -> list[PromptRow]:
 
 
 def sampling_held_out(planner: Planner, plan: Plan, prompts: Sequence[Prompt], k: int) -> Sampling:
-    """How `k` answers to each held-out prompt are sampled: as many together as need no more memory
-    than an iteration. With an environment no more than an iteration has, since they may be dear."""
+    """How `k` answers to each held-out prompt are sampled: as many rows at once as fit into the
+    memory of an iteration. With an environment no more rows than an iteration has, because
+    environments can be expensive."""
     how = sampling(planner.config, k, plan.choice)
     if planner.config.rollout.environment or not prompts:
         return how

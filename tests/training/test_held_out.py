@@ -97,7 +97,7 @@ def test_two_test_files_of_one_name_are_refused(train_arguments: dict[str, Any])
 
 
 def planner_of(limit: float, **settings: Any) -> tuple[Planner, Plan]:
-    """For Gemma-2B, expanded to fp32 weights or as stored, in so many bytes."""
+    """For Gemma-2B in so many bytes; on a Mac unless its weights are to be expanded."""
     config = train_config(memory_limit=f"{limit / 1e9}GB", **settings)
     planner = Planner(config, GEMMA_2B, RewardFootprint(), here=False, ranks=1)
     return planner, planner.plan()
@@ -107,12 +107,15 @@ def prompts_of(count: int, tokens: int) -> list[Prompt]:
     return [Prompt(str(i), (), (1,) * (tokens - i % 3)) for i in range(count)]
 
 
-@pytest.mark.parametrize("limit", [2.5e9, 3.5e9, 8e9])
+@pytest.mark.parametrize(
+    "limit, weights", [(2.5e9, "auto"), (3.5e9, "auto"), (8e9, "auto"), (16e9, "dense")]
+)
 @pytest.mark.parametrize("k", [1, 16])
 def test_held_out_answers_are_decoded_together_within_the_memory_of_an_iteration(
-    limit: float, k: int
+    limit: float, weights: str, k: int
 ) -> None:
-    planner, plan = planner_of(limit)
+    planner, plan = planner_of(limit, weights=weights)
+    assert plan.choice.dense == (weights == "dense")
     rows = sampling_held_out(planner, plan, prompts_of(200, 60), k).decode_rows
     work = replace(planner.work, prompts=200, k=k, prompt_tokens=60)
     choice = replace(plan.choice, decode_rows=rows)
@@ -120,6 +123,39 @@ def test_held_out_answers_are_decoded_together_within_the_memory_of_an_iteration
     assert plan.fits and held <= plan.peak and rows >= k
     more = predict(GEMMA_2B, RewardFootprint(), work, replace(choice, decode_rows=4 * rows), 0)
     assert rows == 200 * k or more.stages["rollout"] > plan.peak
+
+
+@pytest.mark.parametrize("limit", [1.6e9, 2.0e9])
+def test_where_no_iteration_fits_an_evaluation_takes_no_more_than_it_must(limit: float) -> None:
+    planner, plan = planner_of(limit)
+    assert not plan.fits and plan.peak > plan.limit
+    sizes, work = plan.choice.sizes, planner.work
+    assert sizes.texts == sizes.rows == 1
+    assert sizes.text_tokens == work.prompt_tokens + work.completion_tokens
+    rows = sampling_held_out(planner, plan, prompts_of(200, 60), 1).decode_rows
+    held = predict(
+        GEMMA_2B,
+        RewardFootprint(),
+        replace(work, prompts=200, k=1, prompt_tokens=60),
+        replace(plan.choice, decode_rows=rows),
+        plan.limit,
+    )
+    assert rows == 1 or held.stages["rollout"] <= plan.limit
+
+
+def test_each_rank_decodes_its_share_of_the_held_out_prompts() -> None:
+    planner, plan = planner_of(8e9, batch_size=4, K=3)
+    two = replace(planner, ranks=2)
+    assert sampling_held_out(two, plan, prompts_of(41, 60), 1).decode_rows == 21
+
+
+def test_each_prompts_own_cache_counts_beside_the_batch_it_is_merged_into() -> None:
+    planner, plan = planner_of(16e9, weights="dense")
+    work = replace(planner.work, prompts=64, k=1, prompt_tokens=4096, completion_tokens=8)
+    choice = replace(plan.choice, decode_rows=64)
+    held = predict(GEMMA_2B, RewardFootprint(), work, choice, plan.limit)
+    caches = 64 * 4096 * GEMMA_2B.cache_values * choice.value_bytes
+    assert held.stages["rollout"] > plan.weights + plan.adapter + 2 * caches
 
 
 def test_all_of_few_short_held_out_prompts_are_answered_together() -> None:
