@@ -221,8 +221,9 @@ def _prefill(
 ) -> list[Any]:
     """Batch caches holding every prompt but its last token, each repeated K times."""
     ahead = [prompt.token_ids[:-1] for prompt in prompts]
-    common = common_prefix(ahead) if len(prompts) > 1 else 0
-    shared = common if common >= SHARED_TOKENS else 0
+    shared = common_prefix(ahead) if len(prompts) > 1 else 0
+    if shared < SHARED_TOKENS:
+        shared = 0
     beginning = make_prompt_cache(model)
     _fill(model, beginning, ahead[0][:shared])
     per_prompt = []

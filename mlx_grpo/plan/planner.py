@@ -1,6 +1,7 @@
 """The plan of a run: from its settings and the headers of its models, shown, or refused."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from mlx_grpo.backend.device import recommended_memory
@@ -59,6 +60,10 @@ class Planner:
 
     def plan(self) -> Plan:
         """What fits into the run's memory limit, or the leanest if nothing does."""
+        return self._plan
+
+    @cached_property
+    def _plan(self) -> Plan:
         config = self.config
         rows, sizes = config.rollout.decode_rows, Sizes(rows=config.optimizer.rows_per_pass)
         rows = rows and max(self.work.k, rows - rows % self.work.k)  # whole prompts
@@ -66,23 +71,19 @@ class Planner:
         limit = parse_bytes(config.run.memory_limit) or recommended_memory()
         return choose(self.model, self.reward, self.work, limit, given, config.reward.residency)
 
-    def held_out_rows(self, plan: Plan, prompts: int, longest: int, k: int) -> int:
+    def held_out_rows(self, prompts: int, longest: int, k: int) -> int:
         """Rows of held-out answers decoded together: the widest rollout that needs no more memory
-        than an iteration does, or the rows asked for with --decode-rows.
+        than an iteration does.
 
         Args:
-            plan: of the run.
             prompts: how many there are.
             longest: tokens of the longest of them.
             k: answers to each.
         """
-        if self.config.rollout.decode_rows:
-            return plan.choice.decode_rows
-        share = max(1, -(-prompts // self.ranks))
+        plan, share = self.plan(), -(-prompts // self.ranks)
         work = replace(self.work, prompts=share, k=k, prompt_tokens=longest)
-        return widest_rollout(
-            self.model, self.reward, work, plan.choice, min(plan.peak, plan.limit)
-        )
+        most = min(plan.peak, plan.limit)
+        return widest_rollout(self.model, self.reward, work, plan.choice, most)
 
     def _forms(self) -> list[tuple[bool, int]]:
         """(weights expanded, bytes of a value) to try in turn; a Mac's GPU takes packed weights and

@@ -19,7 +19,6 @@ from mlx_grpo.grpo.learner import sampling
 from mlx_grpo.grpo.rollout import Sampling, rollout
 from mlx_grpo.grpo.turns import Acting
 from mlx_grpo.models.backbone import Backbone
-from mlx_grpo.plan.memory import Plan
 from mlx_grpo.plan.planner import Planner
 
 
@@ -57,21 +56,20 @@ def choosing_rows(config: TrainConfig) -> list[PromptRow]:
     return read_prompts(file, config.columns, system)[: config.evaluation.limit or None]
 
 
-def sampling_held_out(planner: Planner, plan: Plan, prompts: Sequence[Prompt], k: int) -> Sampling:
+def sampling_held_out(planner: Planner, prompts: Sequence[Prompt], k: int) -> Sampling:
     """How `k` answers to each held-out prompt are sampled: as many rows at once as fit into the
-    memory of an iteration. With an environment no more rows than an iteration has, because
-    environments can be expensive."""
-    how = sampling(planner.config, k, plan.choice)
-    if planner.config.rollout.environment or not prompts:
+    memory of an iteration, or as were asked for. With an environment no more rows than an iteration
+    has, because environments can be expensive."""
+    how, asked = sampling(planner.config, k, planner.plan().choice), planner.config.rollout
+    if asked.environment or asked.decode_rows or not prompts:
         return how
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    return replace(how, decode_rows=planner.held_out_rows(plan, len(prompts), longest, k))
+    return replace(how, decode_rows=planner.held_out_rows(len(prompts), longest, k))
 
 
 def asking(
     evaluator: Evaluator,
     planner: Planner,
-    plan: Plan,
     file: str,
     rows: Sequence[PromptRow],
     ui: Console,
@@ -86,7 +84,7 @@ def asking(
 
     def ask(missing: Sequence[Prompt]) -> list[Group]:
         model, tokenizer, stop_ids = backbone.model, backbone.tokenizer, backbone.stop_ids
-        one_each = sampling_held_out(planner, plan, missing, 1)
+        one_each = sampling_held_out(planner, missing, 1)
         return rollout(
             model,
             tokenizer,
@@ -102,7 +100,7 @@ def asking(
     held_out = tokenized(file, rows, backbone, limit, ui, evaluator.acting)
     prompts = (held_out[skip:] or held_out)[: config.evaluation.limit or None]
     answers = reference_answers(backbone.tokenizer, prompts, ask)
-    how = sampling_held_out(planner, plan, prompts, config.evaluation.num_generations)
+    how = sampling_held_out(planner, prompts, config.evaluation.num_generations)
     return replace(evaluator, prompts=tuple(prompts), answers=answers, sampling=how)
 
 

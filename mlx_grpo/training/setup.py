@@ -166,7 +166,7 @@ def load_learner(
         optimizer = new_optimizer(config.optimizer.learning_rate, config.optimizer.weight_decay)
         files = config.evaluation.test_names
         tests = {
-            name: asking(evaluator, planner, plan, files[name], found, ui)
+            name: asking(evaluator, planner, files[name], found, ui)
             for name, found in test_rows.items()
         }
         return Learner(config, plan.choice, roles, prompts, evaluator, optimizer, ranks, tests)
@@ -218,7 +218,7 @@ def load_evaluator(
             seed=config.run.seed,
             acting=acting,
         )
-        return asking(evaluator, planner, plan, config.evaluation.prompts, rows, ui, skip)
+        return asking(evaluator, planner, config.evaluation.prompts, rows, ui, skip)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def test_held_out_answers_are_decoded_together_within_the_memory_of_an_iteration
 ) -> None:
     planner, plan = planner_of(limit, weights=weights)
     assert plan.choice.dense == (weights == "dense")
-    rows = sampling_held_out(planner, plan, prompts_of(200, 60), k).decode_rows
+    rows = sampling_held_out(planner, prompts_of(200, 60), k).decode_rows
     work = replace(planner.work, prompts=200, k=k, prompt_tokens=60)
     choice = replace(plan.choice, decode_rows=rows)
     held = predict(GEMMA_2B, RewardFootprint(), work, choice, plan.limit).stages["rollout"]
@@ -132,7 +132,7 @@ def test_where_no_iteration_fits_an_evaluation_takes_no_more_than_it_must(limit:
     sizes, work = plan.choice.sizes, planner.work
     assert sizes.texts == sizes.rows == 1
     assert sizes.text_tokens == work.prompt_tokens + work.completion_tokens
-    rows = sampling_held_out(planner, plan, prompts_of(200, 60), 1).decode_rows
+    rows = sampling_held_out(planner, prompts_of(200, 60), 1).decode_rows
     held = predict(
         GEMMA_2B,
         RewardFootprint(),
@@ -144,9 +144,9 @@ def test_where_no_iteration_fits_an_evaluation_takes_no_more_than_it_must(limit:
 
 
 def test_each_rank_decodes_its_share_of_the_held_out_prompts() -> None:
-    planner, plan = planner_of(8e9, batch_size=4, K=3)
+    planner, _ = planner_of(8e9, batch_size=4, K=3)
     two = replace(planner, ranks=2)
-    assert sampling_held_out(two, plan, prompts_of(41, 60), 1).decode_rows == 21
+    assert sampling_held_out(two, prompts_of(41, 60), 1).decode_rows == 21
 
 
 def test_each_prompts_own_cache_counts_beside_the_batch_it_is_merged_into() -> None:
@@ -161,11 +161,11 @@ def test_each_prompts_own_cache_counts_beside_the_batch_it_is_merged_into() -> N
 def test_all_of_few_short_held_out_prompts_are_answered_together() -> None:
     planner, plan = planner_of(8e9, batch_size=4, K=3)
     assert plan.choice.decode_rows == 12
-    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 40
+    assert sampling_held_out(planner, prompts_of(40, 60), 1).decode_rows == 40
 
 
 def test_fewer_are_answered_together_where_that_is_asked_for_or_environments_talk() -> None:
-    planner, plan = planner_of(8e9, batch_size=4, K=3, decode_rows=6)
-    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 6
-    planner, plan = planner_of(8e9, batch_size=4, K=3, environment="file.py:Class")
-    assert sampling_held_out(planner, plan, prompts_of(40, 60), 1).decode_rows == 12
+    planner, _ = planner_of(8e9, batch_size=4, K=3, decode_rows=6)
+    assert sampling_held_out(planner, prompts_of(40, 60), 1).decode_rows == 6
+    planner, _ = planner_of(8e9, batch_size=4, K=3, environment="file.py:Class")
+    assert sampling_held_out(planner, prompts_of(40, 60), 1).decode_rows == 12
